@@ -1,0 +1,1 @@
+"""Kernel operations and their implementations; see `engine.kernels.registry`."""

@@ -1,0 +1,109 @@
+"""The messages between a worker's host and its rank: one small plan down per step, one result up.
+
+The host (`engine.scheduler`) decides, the rank (`engine.rank`) computes. Plans are executed strictly in order, so a
+page or slot freed in plan n may be given to another sequence in plan n, and plan n+1 may be sent before result n has
+come back: a decode segment's input token is read on the rank from the slot's own token buffer, where the sampler of
+the step before has put it. Encoded with msgspec's msgpack. No torch here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from rorqual.sampling import SamplingParams
+
+
+class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Give a slot to a sequence. `tokens` is every token known so far (prompt, and for a resumed sequence what it
+    generated before preemption), little-endian int32; the first `num_prompt` of them are the prompt."""
+
+    slot: int
+    tokens: bytes
+    num_prompt: int
+    sampling: SamplingParams
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """Compute tokens start .. start+count-1 of the sequence in `slot`; `pages` are appended to its page table first.
+
+    `sample` is true when the last of these tokens is the last one known: its logits are then sampled, the new token
+    is appended to the slot's token buffer at position start+count and reported.
+    """
+
+    slot: int
+    start: int
+    count: int
+    pages: tuple[int, ...]
+    sample: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Order of effects: close slots, open slots, then all segments as one ragged forward."""
+
+    number: int
+    closes: tuple[int, ...]
+    opens: tuple[SlotOpen, ...]
+    segments: tuple[Segment, ...]
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    """The token sampled for one segment. `alternatives` holds (token id, logprob) pairs, best first."""
+
+    slot: int
+    token_id: int
+    logprob: float | None
+    alternatives: tuple[tuple[int, float], ...]
+
+
+class PromptScores(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of prompt tokens first .. first+len-1, computed by this step's chunk."""
+
+    slot: int
+    first: int
+    logprobs: tuple[float, ...]
+    alternatives: tuple[tuple[tuple[int, float], ...], ...]
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    number: int
+    sampled: tuple[Sampled, ...]
+    prompt_scores: tuple[PromptScores, ...]
+    step_ms: float
+
+
+class RankProgress(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Sent while loading, for people: "weights 3.1 of 16.0 GB"."""
+
+    stage: str
+    done: float
+    total: float
+    unit: str
+
+
+class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The rank can take plans. The host owns page ids 0..num_pages-1 and slots 0..num_slots-1 from here on."""
+
+    num_pages: int
+    num_slots: int
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    model_fingerprint: str
+    kernels: tuple[tuple[str, str], ...]
+    weight_bytes: int
+    state_bytes: int
+    has_mtp: bool
+
+
+class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The rank cannot go on: bad checkpoint, out of memory, a broken invariant. One line for a person."""
+
+    message: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Host to rank: finish and exit."""
+
+
+ToRank = StepPlan | Shutdown
+FromRank = StepResult | RankProgress | RankReady | RankFailed
