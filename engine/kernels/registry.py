@@ -28,7 +28,9 @@ class Implementation:
 _implementations: dict[str, list[Implementation]] = {}
 
 
-def kernel(operation: str, *, name: str, devices: tuple[str, ...], priority: int) -> Callable[[Function], Function]:
+def kernel(
+    operation: str, *, name: str, devices: tuple[str, ...], priority: int
+) -> Callable[[Function], Function]:
     """Register the decorated function as an implementation of `operation`. Higher priority wins."""
 
     def register(function: Function) -> Function:
@@ -36,7 +38,11 @@ def kernel(operation: str, *, name: str, devices: tuple[str, ...], priority: int
         assert all(other.name != name for other in known), f"{operation}/{name} registered twice"
         known.append(
             Implementation(
-                operation=operation, name=name, devices=frozenset(devices), priority=priority, function=function
+                operation=operation,
+                name=name,
+                devices=frozenset(devices),
+                priority=priority,
+                function=function,
             )
         )
         return function
@@ -54,14 +60,18 @@ def choose(device: str, overrides: Mapping[str, str]) -> dict[str, Implementatio
     """The implementation of every operation for a device. Raises ConfigError for an unknown override."""
     unknown = sorted(set(overrides) - set(_implementations))
     if unknown:
-        raise ConfigError(f"unknown kernel operation {unknown[0]!r}; known are {', '.join(sorted(_implementations))}")
+        raise ConfigError(
+            f"unknown kernel operation {unknown[0]!r}; known are {', '.join(sorted(_implementations))}"
+        )
     chosen: dict[str, Implementation] = {}
     for operation in sorted(_implementations):
         candidates = implementations(operation, device)
         if operation in overrides:
             candidates = [item for item in candidates if item.name == overrides[operation]]
             if not candidates:
-                raise ConfigError(f"kernel {operation!r} has no implementation {overrides[operation]!r} for {device}")
+                raise ConfigError(
+                    f"kernel {operation!r} has no implementation {overrides[operation]!r} for {device}"
+                )
         assert candidates, f"kernel {operation} has no implementation for {device}"
         chosen[operation] = candidates[0]
     return chosen

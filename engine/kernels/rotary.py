@@ -1,0 +1,98 @@
+"""Rotary embedding kernels: interleaved pairs of the last channels, with an optional RMS norm before.
+
+Shapes: T rows, H heads, d channels, R rotated channels (the last R of d).
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.registry import kernel
+
+
+@kernel("rope_angles", name="torch", devices=("cpu", "cuda"), priority=0)
+def rope_angles_torch(positions_T: Tensor, frequencies_P: Tensor) -> Tensor:
+    """cos and sin of position * frequency: i64 [T], f32 [R/2] -> f32 [T, R/2, 2]. The angle is an f32 product."""
+    angles = positions_T.float().unsqueeze(-1) * frequencies_P
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+@kernel("norm_rope", name="torch", devices=("cpu", "cuda"), priority=0)
+def norm_rope_torch(
+    x_THd: Tensor, weight_d: Tensor | None, angles_TP2: Tensor, norm: bool, inverse: bool, eps: float
+) -> Tensor:
+    """RMS norm over d (if `norm`; times `weight_d` if given), then rotation of the last R channels by +angle, or by
+    -angle if `inverse`. f32 [T, H, d] in and out; angles f32 [T, R/2, 2]. May work in place: x is dead afterwards.
+    """
+    if norm:
+        x_THd = x_THd * torch.rsqrt(x_THd.pow(2).mean(-1, keepdim=True) + eps)
+        if weight_d is not None:
+            x_THd = x_THd * weight_d
+    num_pairs = angles_TP2.shape[1]
+    first = x_THd.shape[-1] - 2 * num_pairs
+    plain, pairs = x_THd[..., :first], x_THd[..., first:].unflatten(-1, (num_pairs, 2))
+    cos = angles_TP2[:, None, :, 0]
+    sin = -angles_TP2[:, None, :, 1] if inverse else angles_TP2[:, None, :, 1]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.cat((plain, rotated), dim=-1)
+
+
+@kernel("rope_angles", name="numba", devices=("cpu",), priority=10)
+def rope_angles_numba(positions_T: Tensor, frequencies_P: Tensor) -> Tensor:
+    angles = torch.empty((positions_T.shape[0], frequencies_P.shape[0], 2))
+    _rope_angles(positions_T.numpy(), frequencies_P.numpy(), angles.numpy())
+    return angles
+
+
+@kernel("norm_rope", name="numba", devices=("cpu",), priority=10)
+def norm_rope_numba(
+    x_THd: Tensor, weight_d: Tensor | None, angles_TP2: Tensor, norm: bool, inverse: bool, eps: float
+) -> Tensor:
+    x_THd = x_THd.contiguous()
+    weight = _NO_WEIGHT if weight_d is None else weight_d.numpy()
+    _norm_rope(x_THd.numpy(), weight, angles_TP2.numpy(), norm, inverse, np.float32(eps))
+    return x_THd
+
+
+_NO_WEIGHT = np.empty(0, dtype=np.float32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _rope_angles(positions, frequencies, angles):  # type: ignore[no-untyped-def]
+    for t in range(positions.shape[0]):
+        for p in range(frequencies.shape[0]):
+            angle = np.float64(np.float32(positions[t]) * frequencies[p])
+            angles[t, p, 0] = np.float32(np.cos(angle))
+            angles[t, p, 1] = np.float32(np.sin(angle))
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _norm_rope(x, weight, angles, norm, inverse, eps):  # type: ignore[no-untyped-def]
+    num_tokens, num_heads, width = x.shape
+    num_pairs = angles.shape[1]
+    first = width - 2 * num_pairs
+    for t in range(num_tokens):
+        for h in range(num_heads):
+            row = x[t, h]
+            if norm:
+                squares = np.float32(0)
+                for i in range(width):
+                    squares += row[i] * row[i]
+                inverse_rms = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
+                if weight.shape[0] > 0:
+                    for i in range(width):
+                        row[i] = row[i] * inverse_rms * weight[i]
+                else:
+                    for i in range(width):
+                        row[i] = row[i] * inverse_rms
+            for p in range(num_pairs):
+                cos = angles[t, p, 0]
+                sin = -angles[t, p, 1] if inverse else angles[t, p, 1]
+                even = row[first + 2 * p]
+                odd = row[first + 2 * p + 1]
+                row[first + 2 * p] = even * cos - odd * sin
+                row[first + 2 * p + 1] = even * sin + odd * cos

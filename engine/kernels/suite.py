@@ -1,0 +1,45 @@
+"""The kernels one model runs with: every operation by name, chosen for a device at start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.kernels import compress, mhc, registry, rotary, route, select
+
+_MODULES = (compress, mhc, rotary, route, select)  # importing them registers their kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """Contracts are the docstrings of the `torch` implementations in the sibling modules."""
+
+    hc_split: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], tuple[Tensor, Tensor, Tensor]]
+    hc_merge: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    rope_angles: Callable[[Tensor, Tensor], Tensor]
+    norm_rope: Callable[[Tensor, Tensor | None, Tensor, bool, bool, float], Tensor]
+    pool_windows: Callable[[Tensor, Tensor], Tensor]
+    index_scores: Callable[[Tensor, Tensor], Tensor]
+    top_rows: Callable[[Tensor, Tensor, int], Tensor]
+    route_experts: Callable[[Tensor, Tensor | None, Tensor | None, int, float], tuple[Tensor, Tensor]]
+    names: tuple[tuple[str, str], ...]
+
+
+_OPERATIONS = tuple(name for name in Kernels.__dataclass_fields__ if name != "names")
+
+
+def choose_kernels(device: str = "cpu", overrides: Mapping[str, str] | None = None) -> Kernels:
+    """The best implementations for a device; `overrides` maps operation to implementation name.
+
+    Raises ConfigError for an operation or implementation that does not exist.
+    """
+    chosen = registry.choose(device, overrides or {})
+    functions = {name: chosen[name].function for name in _OPERATIONS}
+    return Kernels(**functions, names=tuple((name, chosen[name].name) for name in chosen))  # type: ignore[arg-type]
+
+
+def reference_kernels() -> Kernels:
+    """The torch implementations of everything: differentiable, used by training and by tests."""
+    return choose_kernels("cpu", dict.fromkeys(_OPERATIONS, "torch"))

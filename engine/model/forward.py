@@ -1,0 +1,152 @@
+"""The forward pass: one entry for a ragged batch of any mix of prefill chunks and decode steps.
+
+ids -> embed -> S streams; every layer: split, norm, sublayer, merge (attention, then MoE); head. `Model` owns weights
+and constants, no state: rows go to the StateView it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm
+
+from engine.kernels.suite import Kernels
+from engine.model.attention import attention
+from engine.model.batch import RaggedBatch
+from engine.model.context import Pass, PickHook, rotary_frequencies
+from engine.model.moe import ROWS_LEAST, moe
+from engine.model.rounding import rounding_of
+from engine.model.state import StateView
+from engine.model.weights import HyperWeights, LayerWeights, ModelWeights
+from kvstore.layout import Component, Numerics
+from rorqual.model_config import LayerConfig, ModelConfig
+
+VECTOR_VALUES = 32
+"""Elements that a vectorised CPU loop takes at a time; what is left over goes through scalar code, which rounds
+exp and its like differently. Exact mode keeps every element-wise product a multiple of it."""
+
+
+class Model:
+    """A model ready to run. `exact` makes a token's results independent of the batch, bit for bit."""
+
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, *, numerics: Numerics, kernels: Kernels, exact: bool
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.numerics = numerics
+        self.kernels = kernels
+        self.exact = exact
+        self._rounding = rounding_of(numerics)
+        self._frequencies = rotary_frequencies(config)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of a batch are padded to: the least that keeps products and element-wise loops regular."""
+        if not self.exact:
+            return 1
+        widths = (self.config.hidden_size, self.config.num_experts, self.config.expert_hidden_size)
+        return max(ROWS_LEAST, VECTOR_VALUES // math.gcd(VECTOR_VALUES, *widths))
+
+    def begin(self, batch: RaggedBatch, state: StateView, *, hook: PickHook | None = None) -> Pass:
+        frequencies = self._frequencies
+        return Pass(
+            config=self.config,
+            kernels=self.kernels,
+            rounding=self._rounding,
+            exact=self.exact,
+            batch=batch,
+            state=state,
+            frequencies=frequencies,
+            plain_angles=self.kernels.rope_angles(batch.positions_T, frequencies.plain),
+            compressed_angles=self.kernels.rope_angles(batch.positions_T, frequencies.compressed),
+            hook=hook,
+        )
+
+    def streams(self, run: Pass) -> Tensor:
+        """The S residual streams after the last layer, f32 [T, S, D]."""
+        embedded = self._rounding.act(self.weights.embed[run.batch.tokens_T])
+        streams = embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        for index, (item, weights) in enumerate(zip(self.config.layers, self.weights.layers, strict=True)):
+            streams = self._layer(run, index, item, weights, streams, Component.WINDOW)
+        return streams
+
+    def logits(self, streams_RSD: Tensor) -> Tensor:
+        """Next-token logits f32 [R, V] of any rows of `streams`."""
+        return self._head(streams_RSD, self.weights.hc_head, self.weights.norm)
+
+    def draft(self, run: Pass, block: int, streams_TSD: Tensor, next_tokens_T: Tensor) -> Tensor:
+        """One MTP block over a batch: row t holds index t's streams and the token at t+1. Returns the block's streams
+        [T, S, D]; `draft_logits` of them predict the token at t+2."""
+        weights = self.weights.mtp[block]
+        rounding, eps, width = self._rounding, self.config.norm_eps, (self.config.hidden_size,)
+        embedded = rounding.act(self.weights.embed[next_tokens_T])
+        from_token = rounding.act(rms_norm(embedded, width, weights.enorm, eps))
+        from_token = rounding.act(linear(rounding.matmul_input(from_token), weights.e_proj))
+        from_streams = rounding.act(rms_norm(streams_TSD, width, weights.hnorm, eps))
+        from_streams = rounding.act(linear(rounding.matmul_input(from_streams), weights.h_proj))
+        joined = rounding.act(from_streams + from_token.unsqueeze(1))
+        return self._layer(run, block, self.config.mtp_layer, weights.layer, joined, Component.DRAFT_WINDOW)
+
+    def draft_logits(self, block: int, streams_RSD: Tensor) -> Tensor:
+        weights = self.weights.mtp[block]
+        return self._head(streams_RSD, weights.hc_head, weights.norm)
+
+    def _layer(
+        self,
+        run: Pass,
+        index: int,
+        item: LayerConfig,
+        weights: LayerWeights,
+        streams: Tensor,
+        window: Component,
+    ) -> Tensor:
+        site = self._split(weights.hc_attn, streams)
+        x = self._norm(site.x_TD, weights.attn_norm)
+        streams = self._merge(attention(run, index, item, weights.attn, x, window), site, streams)
+        site = self._split(weights.hc_ffn, streams)
+        x = self._norm(site.x_TD, weights.ffn_norm)
+        return self._merge(moe(run, index, weights.moe, x), site, streams)
+
+    def _split(self, weights: HyperWeights, streams: Tensor) -> _Site:
+        config = self.config
+        mix = linear(streams.flatten(1), weights.fn)
+        x, post, comb = self.kernels.hc_split(
+            mix,
+            streams,
+            weights.scale,
+            weights.base,
+            config.hc_sinkhorn_iters,
+            config.hc_eps,
+            config.norm_eps,
+        )
+        return _Site(x_TD=self._rounding.act(x), post_TS=post, comb_TSS=comb)
+
+    def _merge(self, output: Tensor, site: _Site, streams: Tensor) -> Tensor:
+        return self._rounding.act(self.kernels.hc_merge(output, site.post_TS, site.comb_TSS, streams))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._rounding.act(rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps))
+
+    def _head(self, streams_RSD: Tensor, weights: HyperWeights, norm: Tensor) -> Tensor:
+        num_rows = streams_RSD.shape[0]
+        if self.exact and num_rows % self.row_multiple:
+            padding = -num_rows % self.row_multiple
+            streams_RSD = torch.nn.functional.pad(streams_RSD, (0, 0, 0, 0, 0, padding))
+        flat = streams_RSD.flatten(1)
+        inverse_rms = torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + self.config.norm_eps)
+        gates = torch.sigmoid(linear(flat, weights.fn) * inverse_rms * weights.scale + weights.base)
+        y = ((gates + self.config.hc_eps).unsqueeze(-1) * streams_RSD).sum(1)
+        return linear(self._norm(self._rounding.act(y), norm), self.weights.head)[:num_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """One hyper-connection site of one pass."""
+
+    x_TD: Tensor
+    post_TS: Tensor
+    comb_TSS: Tensor

@@ -1,0 +1,96 @@
+"""Where values are rounded on their way through the model: nowhere (`float32`), or as the release does (`served`).
+
+`served` keeps activations as bf16 values between modules, FP8 values into the quantised projections, FP8 KV rows and
+FP4 indexer rows (after a Hadamard transform). All tensors stay f32 in memory: a rounding is a round trip. The points
+follow the release's numeric contract; where it leaves a choice (attention probabilities, products over experts) we
+keep f32.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from engine import formats
+from engine.kernels.suite import Kernels
+from kvstore.layout import KV_SCALE_BLOCK, Numerics
+
+ACTIVATION_BLOCK = 128
+
+
+class Rounding(Protocol):
+    def act(self, x: Tensor) -> Tensor:
+        """A value that leaves a module."""
+        ...
+
+    def matmul_input(self, x: Tensor) -> Tensor:
+        """Input of a projection whose weights are FP8 or FP4."""
+        ...
+
+    def kv_rows(self, rows_Nd: Tensor, num_plain: int) -> Tensor:
+        """KV rows, rotated; the first `num_plain` channels are the unrotated ones."""
+        ...
+
+    def index_rows(self, rows: Tensor) -> Tensor:
+        """Indexer rows and queries, rotated; [..., di]."""
+        ...
+
+    def norm_rope(
+        self, kernels: Kernels, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float
+    ) -> Tensor:
+        """RMS norm, then rotation."""
+        ...
+
+
+class NoRounding:
+    """float32: the unquantised mathematics."""
+
+    def act(self, x: Tensor) -> Tensor:
+        return x
+
+    def matmul_input(self, x: Tensor) -> Tensor:
+        return x
+
+    def kv_rows(self, rows_Nd: Tensor, num_plain: int) -> Tensor:
+        del num_plain
+        return rows_Nd
+
+    def index_rows(self, rows: Tensor) -> Tensor:
+        # The Hadamard transform is orthogonal: unquantised, it cancels between queries and rows.
+        return rows
+
+    def norm_rope(
+        self, kernels: Kernels, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float
+    ) -> Tensor:
+        return kernels.norm_rope(x_THd, weight_d, angles, True, False, eps)
+
+
+class ServedRounding:
+    """The release's quantisation points."""
+
+    def act(self, x: Tensor) -> Tensor:
+        return formats.round_bf16(x)
+
+    def matmul_input(self, x: Tensor) -> Tensor:
+        return formats.round_fp8(x, block=ACTIVATION_BLOCK)
+
+    def kv_rows(self, rows_Nd: Tensor, num_plain: int) -> Tensor:
+        rows = formats.round_bf16(rows_Nd)
+        rows[:, :num_plain] = formats.round_fp8(rows[:, :num_plain], block=KV_SCALE_BLOCK)
+        return rows
+
+    def index_rows(self, rows: Tensor) -> Tensor:
+        transformed = formats.round_bf16(formats.hadamard(formats.round_bf16(rows)))
+        return formats.round_fp4(transformed)
+
+    def norm_rope(
+        self, kernels: Kernels, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float
+    ) -> Tensor:
+        no_angles = angles[:, :0]
+        normed = formats.round_bf16(kernels.norm_rope(x_THd, weight_d, no_angles, True, False, eps))
+        return formats.round_bf16(kernels.norm_rope(normed, None, angles, False, False, eps))
+
+
+def rounding_of(numerics: Numerics) -> Rounding:
+    return NoRounding() if numerics is Numerics.FLOAT32 else ServedRounding()

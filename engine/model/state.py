@@ -1,0 +1,68 @@
+"""What a layer asks of the state of the sequences in a batch. Implemented by the pager (paged inference) and by
+`engine.model.fresh` (whole sequences from position 0 without a past: the readable form, and training).
+
+All rows are f32 values whatever the pools keep. `layer` is a layer number of the main stack, or an MTP block number
+for the draft window. Puts of one layer come before its reads, but for `past_*`, which the layer asks for first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.model.batch import Piece
+from kvstore.layout import Component
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Rows that queries attend to: shared [K, d] or per query [Q, K, d]; bias [Q, 1, K] is 0 or -inf."""
+
+    rows: Tensor
+    bias: Tensor
+
+
+class StateView(Protocol):
+    def past_window(self, component: Component, layer: int, piece: Piece, num_past: int) -> Tensor:
+        """Raw KV rows [num_past, d] of the positions just before the piece."""
+        ...
+
+    def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
+        """Keep the batch's raw KV rows; rows beyond the real ones are padding."""
+        ...
+
+    def decode_window(self, component: Component, layer: int) -> Keys:
+        """For each decode, the window that ends at its own position."""
+        ...
+
+    def past_unfinished(self, component: Component, layer: int, piece: Piece, first: int) -> Tensor:
+        """Unfinished compressor rows of positions first .. piece.start-1; `first` may be negative (empty windows)."""
+        ...
+
+    def put_unfinished(self, component: Component, layer: int, rows_Tw: Tensor) -> None: ...
+
+    def decode_unfinished(self, component: Component, layer: int) -> Tensor | None:
+        """Rows [C, pooled positions, w] of the windows that the decodes complete in this step, or None."""
+        ...
+
+    def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
+        """Keep new compressed rows: those completed by decodes, then by each chunk, in batch order."""
+        ...
+
+    def chunk_rows(self, component: Component, layer: int, piece: Piece) -> Tensor:
+        """All compressed rows [n, w] of the piece's sequence, those just put included."""
+        ...
+
+    def decode_rows(self, component: Component, layer: int) -> Keys | None:
+        """For each decode all its visible compressed rows, hidden ones masked; None if none sees any."""
+        ...
+
+    def decode_picks(self, component: Component, layer: int, picks_Bk: Tensor) -> Keys:
+        """For each decode the picked rows; -1 is no row."""
+        ...
+
+    def decode_visible(self, component: Component) -> Tensor:
+        """How many compressed rows each decode sees, i64 [B]."""
+        ...
