@@ -98,8 +98,7 @@ def argmax_numpy(logits_RV: Tensor) -> Tensor:
     return torch.from_numpy(chosen_R)
 
 
-# The hash
-# -----------------------------------------------------------------------------------------------------------
+# The hash ------------------------------------------------------------------------------------------
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -144,15 +143,14 @@ def _row_key(seed: np.int64, choice: np.int64, position: np.int64) -> np.uint64:
     return _mix((key ^ np.uint64(position)) + _GOLDEN)
 
 
-# The logarithm
-# ------------------------------------------------------------------------------------------------------ x =
-# 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log x = k log 2 + 2 atanh(s), s = f / (2 + f). There s^2 is
-# at most 0.0295, so eleven terms of the atanh series leave 2e-17. No term cancels, and near x = 1 (k = 0, f
-# exact) the result keeps its relative precision, which the far tail of the noise depends on.
+# The logarithm ------------------------------------------------------------------------------------------
+# x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log x = k log 2 + 2 atanh(s), s = f / (2 + f). There s^2
+# is at most 0.0295, so eleven terms of the atanh series leave 2e-17. No term cancels, and near x = 1 (k = 0,
+# f exact) the result keeps its relative precision, which the far tail of the noise depends on.
 
 _TWO_POW_MINUS_52 = 2.0**-52
-_SQRT_HALF = math.sqrt(0.5)
-_LN2 = math.log(2.0)
+_SQRT_HALF = 0.7071067811865476
+_LN2 = 0.6931471805599453  # written out: a platform's own log(2.0) may be an ulp off
 _ATANH_SERIES = tuple(1.0 / (2 * term + 1) for term in range(11))
 _NUM_TERMS = len(_ATANH_SERIES)
 
@@ -188,8 +186,7 @@ def _log(value: float) -> float:
     return k * _LN2 + (s * 2.0) * series
 
 
-# The search
-# ---------------------------------------------------------------------------------------------------------
+# The search ------------------------------------------------------------------------------------------
 
 _LN2_ABOVE = 0.6931472
 """A little more than log 2, so that rounding never lets a bound fall below the noise it bounds."""

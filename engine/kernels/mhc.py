@@ -53,6 +53,16 @@ def hc_merge_torch(output_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, streams
     return post_TS.unsqueeze(-1) * output_TD.unsqueeze(1) + comb_TSS.transpose(1, 2) @ streams_TSD
 
 
+@kernel("hc_collapse", name="torch", devices=("cpu", "cuda"), priority=0)
+def hc_collapse_torch(
+    mix_TS: Tensor, streams_TSD: Tensor, scale_1: Tensor, base_S: Tensor, hc_eps: float, norm_eps: float
+) -> Tensor:
+    """The head's collapse: y = sum_j (sigmoid(mix_j * inverse RMS * scale + base_j) + hc_eps) X_j, f32 [T, D]."""
+    inverse_rms = torch.rsqrt(streams_TSD.flatten(1).pow(2).mean(-1, keepdim=True) + norm_eps)
+    gates = torch.sigmoid(mix_TS * inverse_rms * scale_1 + base_S) + hc_eps
+    return (gates.unsqueeze(-1) * streams_TSD).sum(1)
+
+
 @kernel("hc_split", name="numba", devices=("cpu",), priority=10)
 def hc_split_numba(
     mix_TM: Tensor,
@@ -89,9 +99,56 @@ def hc_merge_numba(output_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, streams
     return merged
 
 
+@kernel("hc_collapse", name="numba", devices=("cpu",), priority=10)
+def hc_collapse_numba(
+    mix_TS: Tensor, streams_TSD: Tensor, scale_1: Tensor, base_S: Tensor, hc_eps: float, norm_eps: float
+) -> Tensor:
+    y = torch.empty((streams_TSD.shape[0], streams_TSD.shape[2]))
+    _hc_collapse(
+        mix_TS.numpy(),
+        streams_TSD.numpy(),
+        scale_1.numpy(),
+        base_S.numpy(),
+        np.float32(hc_eps),
+        np.float32(norm_eps),
+        y.numpy(),
+    )
+    return y
+
+
 # Each token is one iteration that reads nothing of the others, so results do not depend on the batch. Sums may be
 # reassociated by the compiler into vector lanes, always in the same way for a given width.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+def _inverse_rms(streams, norm_eps):  # type: ignore[no-untyped-def]
+    num_streams, width = streams.shape
+    squares = np.float32(0)
+    for s in range(num_streams):
+        row = streams[s]
+        for i in range(width):
+            squares += row[i] * row[i]
+    return np.float32(1) / np.sqrt(squares / np.float32(num_streams * width) + norm_eps)
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+def _collapse(mix, streams, inverse_rms, scale, base, hc_eps, x):  # type: ignore[no-untyped-def]
+    num_streams, width = streams.shape
+    one = np.float32(1)
+    for i in range(width):
+        x[i] = np.float32(0)
+    for s in range(num_streams):
+        gate = one / (one + np.exp(-(mix[s] * inverse_rms * scale + base[s]))) + hc_eps
+        stream = streams[s]
+        for i in range(width):
+            x[i] += gate * stream[i]
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+def _hc_collapse(mix, streams, scale, base, hc_eps, norm_eps, y):  # type: ignore[no-untyped-def]
+    for t in range(streams.shape[0]):
+        _collapse(mix[t], streams[t], _inverse_rms(streams[t], norm_eps), scale[0], base, hc_eps, y[t])
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
@@ -99,22 +156,9 @@ def _hc_split(mix, streams, scale, base, iters, hc_eps, norm_eps, x, post, comb)
     num_tokens, num_streams, width = streams.shape
     one = np.float32(1)
     for t in range(num_tokens):
-        squares = np.float32(0)
+        inverse_rms = _inverse_rms(streams[t], norm_eps)
+        _collapse(mix[t], streams[t], inverse_rms, scale[0], base, hc_eps, x[t])
         for s in range(num_streams):
-            row = streams[t, s]
-            for i in range(width):
-                squares += row[i] * row[i]
-        inverse_rms = one / np.sqrt(squares / np.float32(num_streams * width) + norm_eps)
-        x_row = x[t]
-        for s in range(num_streams):
-            gate = one / (one + np.exp(-(mix[t, s] * inverse_rms * scale[0] + base[s]))) + hc_eps
-            stream = streams[t, s]
-            if s == 0:
-                for i in range(width):
-                    x_row[i] = gate * stream[i]
-            else:
-                for i in range(width):
-                    x_row[i] += gate * stream[i]
             post_logit = mix[t, num_streams + s] * inverse_rms * scale[1] + base[num_streams + s]
             post[t, s] = np.float32(2) / (one + np.exp(-post_logit))
         matrix = comb[t]

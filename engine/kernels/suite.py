@@ -18,6 +18,7 @@ class Kernels:
 
     hc_split: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], tuple[Tensor, Tensor, Tensor]]
     hc_merge: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    hc_collapse: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor], Tensor]
     norm_rope: Callable[[Tensor, Tensor | None, Tensor, bool, bool, float], Tensor]
     pool_windows: Callable[[Tensor, Tensor], Tensor]

@@ -76,14 +76,14 @@ def truncate_numba(logits_RV: Tensor, log_min_p_R: Tensor, top_k_R: Tensor, top_
     return torch.from_numpy(kept)
 
 
-# Masses
+# Masses ------------------------------------------------------------------------------------------
 # exp(y) = 2^n exp(r) with n = round(y / log 2) and |r| <= 0.347, where twelve Taylor terms leave 6e-15 and
 # the last bit of a mass is worth 6e-14. Below -30.6 every mass is 0 (exp(-30.6) * 2^44 = 0.9).
 
 _MASS_BITS = 44
 _LIGHTEST = -30.6
-_LOG2_E = 1.0 / math.log(2.0)
-_LN2 = math.log(2.0)
+_LOG2_E = 1.4426950408889634
+_LN2 = 0.6931471805599453
 _EXP_SERIES = tuple(1.0 / math.factorial(term) for term in range(12))
 _NUM_TERMS = len(_EXP_SERIES)
 _POWERS = np.array([2.0 ** (_MASS_BITS - halvings) for halvings in range(_MASS_BITS + 2)])
@@ -123,7 +123,7 @@ def _weigh(logits_N: np.ndarray, largest: float, masses_N: np.ndarray, num: int)
     return total
 
 
-# Selection
+# Selection ------------------------------------------------------------------------------------------
 # A row's survivors are three parallel arrays: ids (ascending), logits, and the masses a cut counts.
 
 

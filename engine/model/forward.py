@@ -136,10 +136,10 @@ class Model:
         if self.exact and num_rows % self.row_multiple:
             padding = -num_rows % self.row_multiple
             streams_RSD = torch.nn.functional.pad(streams_RSD, (0, 0, 0, 0, 0, padding))
-        flat = streams_RSD.flatten(1)
-        inverse_rms = torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + self.config.norm_eps)
-        gates = torch.sigmoid(linear(flat, weights.fn) * inverse_rms * weights.scale + weights.base)
-        y = ((gates + self.config.hc_eps).unsqueeze(-1) * streams_RSD).sum(1)
+        mix = linear(streams_RSD.flatten(1), weights.fn)
+        y = self.kernels.hc_collapse(
+            mix, streams_RSD, weights.scale, weights.base, self.config.hc_eps, self.config.norm_eps
+        )
         return linear(self._norm(self._rounding.act(y), norm), self.weights.head)[:num_rows]
 
 

@@ -1,18 +1,16 @@
 """Weights as the forward pass wants them: projections that read the same input are stacked into one matrix.
 
-Owns allocation and the map from official tensor names to views of the stacked tensors. `load_weights` streams a
-checkpoint into them, so that never more than one source tensor lives beside what stays.
+Owns allocation and the map from official tensor names to views of the stacked tensors. A checkpoint is streamed into
+those views (`Checkpoint.load_into`), so that never more than a piece of a source tensor lives beside what stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rorqual.errors import CheckpointError
 from rorqual.model_config import LayerConfig, LayerKind, ModelConfig
 
 
@@ -97,31 +95,8 @@ class ModelWeights:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
 
 
-def load_weights(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> ModelWeights:
-    """Copy official-named float tensors into freshly allocated stacked weights.
-
-    Raises CheckpointError listing every name that is missing, unknown or of another shape.
-    """
-    weights = allocate_weights(config)
-    missing = set(weights.named)
-    wrong: list[str] = []
-    for name, tensor in tensors:
-        view = weights.named.get(name)
-        if view is None:
-            wrong.append(f"unexpected {name}")
-        elif view.shape != tensor.shape:
-            wrong.append(f"{name} has shape {list(tensor.shape)}, not {list(view.shape)}")
-        else:
-            view.copy_(tensor)
-        missing.discard(name)
-    wrong += [f"missing {name}" for name in sorted(missing)]
-    if wrong:
-        raise CheckpointError("; ".join(wrong))
-    return weights
-
-
 def allocate_weights(config: ModelConfig, device: torch.device | None = None) -> ModelWeights:
-    """Uninitialised weights and their official names."""
+    """Uninitialised weights; fill every view of `named`, f32 but for the i64 `tid2eid` tables."""
     build = _Builder(config, device)
     embed = build.tensor("embed.weight", config.vocab_size, config.hidden_size)
     head = build.tensor("head.weight", config.vocab_size, config.hidden_size)

@@ -1,0 +1,279 @@
+"""The rank: a worker's muscle. Loads the model, holds weights, pools and sampler state, and carries out step plans.
+
+Runs as `python -m engine.rank --fd N`, started by `engine.rank_link`; reads `RankSettings`, answers `RankProgress` while
+loading and `RankReady`, then one `StepResult` per `StepPlan`, strictly in order, until `Shutdown` or the host's end.
+It decides nothing: which pages, slots and tokens is the host's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.checkpoint.reader import Checkpoint, open_checkpoint
+from engine.exactness import check_exactness
+from engine.frames import join_host, read_frame, write_frame
+from engine.kernels import registry
+from engine.kernels.suite import choose_kernels
+from engine.model.forward import Model
+from engine.model.weights import ModelWeights, allocate_weights
+from engine.plan import (
+    PromptScores,
+    RankFailed,
+    RankProgress,
+    RankReady,
+    RankSettings,
+    Sampled,
+    Segment,
+    SlotOpen,
+    StepPlan,
+    StepResult,
+)
+from engine.runner import Runner, Work
+from engine.sampler import Sampler
+from kvstore.layout import Numerics, build_layout
+from rorqual.errors import RorqualError
+from rorqual.model_config import PAGE_TOKENS, ModelConfig
+
+KV_BYTES_DEFAULT = 1 << 30
+SCORED_ROWS = 32
+"""Prompt logprobs are computed this many tokens at a time: 32 x 129,280 f32 logits are 16 MiB."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A worker's compute process; started by its host, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the host")
+    connection = join_host(parser.parse_args().fd)
+    settings = read_frame(connection)
+    if settings is None:
+        return 0
+    assert isinstance(settings, RankSettings), "the first frame must be the settings"
+    try:
+        rank = _load(settings, connection)
+    except RorqualError as error:
+        write_frame(connection, RankFailed(message=str(error)))
+        return 1
+    except MemoryError:
+        write_frame(connection, RankFailed(message="out of memory while loading the model"))
+        return 1
+    write_frame(connection, rank.ready)
+    # Weights and code live as long as the process: the collector need not walk them again.
+    gc.collect()
+    gc.freeze()
+    while isinstance(plan := read_frame(connection), StepPlan):
+        write_frame(connection, rank.step(plan))
+    return 0
+
+
+class Rank:
+    """Everything between two frames. Tests drive it without a process."""
+
+    def __init__(self, model: Model, *, num_pages: int, num_slots: int, sampler: Sampler, ready: RankReady) -> None:
+        self.ready = ready
+        self._runner = Runner(model, num_pages=num_pages, num_slots=num_slots)
+        self._sampler = sampler
+        self._slots: dict[int, _Slot] = {}
+
+    def step(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        for slot in plan.closes:
+            self._sampler.close(slot)
+            del self._slots[slot]
+        for item in plan.opens:
+            self._open(item)
+        sampled: list[Sampled] = []
+        scores: list[PromptScores] = []
+        if plan.segments:
+            sampled, scores = self._compute(plan.segments)
+        return StepResult(
+            number=plan.number,
+            sampled=tuple(sampled),
+            prompt_scores=tuple(scores),
+            step_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+    def _open(self, item: SlotOpen) -> None:
+        assert item.slot not in self._slots, f"slot {item.slot} is open"
+        self._sampler.open(item)
+        self._runner.open(item.slot)
+        tokens = np.frombuffer(item.tokens, dtype="<i4")
+        buffer = torch.empty(len(tokens) + PAGE_TOKENS, dtype=torch.int64)
+        buffer[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        self._slots[item.slot] = _Slot(
+            tokens=buffer,
+            num_tokens=len(tokens),
+            num_prompt=item.num_prompt,
+            prompt_logprobs=item.sampling.prompt_logprobs,
+        )
+
+    @torch.inference_mode()
+    def _compute(self, segments: tuple[Segment, ...]) -> tuple[list[Sampled], list[PromptScores]]:
+        work: list[Work] = []
+        for segment in segments:
+            slot = self._slots[segment.slot]
+            end = segment.start + segment.count
+            assert end <= slot.num_tokens, f"slot {segment.slot} knows {slot.num_tokens} tokens, not {end}"
+            if segment.pages:
+                self._runner.extend(segment.slot, segment.pages)
+            tokens = slot.tokens[segment.start : end]
+            work.append(Work(slot=segment.slot, start=segment.start, tokens=tokens, all_logits=slot.wants_scores))
+        streams, rows = self._runner.streams(work)
+        scores = [
+            part
+            for segment, segment_rows in zip(segments, rows, strict=True)
+            if self._slots[segment.slot].wants_scores
+            for part in self._score_prompt(segment, streams, segment_rows)
+        ]
+        chosen = [(segment, part[-1]) for segment, part in zip(segments, rows, strict=True) if segment.sample]
+        if not chosen:
+            return [], scores
+        logits = self._runner.model.logits(streams[torch.stack([row for _, row in chosen])])
+        slots = [segment.slot for segment, _ in chosen]
+        positions = [segment.start + segment.count for segment, _ in chosen]
+        sampled = self._sampler.sample(slots, positions, logits)
+        for item, position in zip(sampled, positions, strict=True):
+            self._slots[item.slot].append(item.token_id, position)
+        return sampled, scores
+
+    def _score_prompt(self, segment: Segment, streams: Tensor, rows: Tensor) -> list[PromptScores]:
+        """Logprobs of the prompt tokens that follow this segment's tokens."""
+        slot = self._slots[segment.slot]
+        assert slot.prompt_logprobs is not None
+        num_scored = min(segment.count, slot.num_prompt - 1 - segment.start)
+        parts: list[PromptScores] = []
+        for first in range(0, num_scored, SCORED_ROWS):
+            last = min(first + SCORED_ROWS, num_scored)
+            position = segment.start + first + 1
+            parts.append(
+                self._sampler.prompt_scores(
+                    segment.slot,
+                    first_position=position,
+                    logits_RV=self._runner.model.logits(streams[rows[first:last]]),
+                    token_ids=slot.tokens[position : position + last - first].tolist(),
+                    num_alternatives=slot.prompt_logprobs,
+                )
+            )
+        return parts
+
+
+@dataclass(slots=True, kw_only=True)
+class _Slot:
+    """Tokens of the sequence in a slot: given by the host, then extended by the sampler."""
+
+    tokens: Tensor  # i64, longer than needed
+    num_tokens: int
+    num_prompt: int
+    prompt_logprobs: int | None
+
+    @property
+    def wants_scores(self) -> bool:
+        return self.prompt_logprobs is not None
+
+    def append(self, token: int, position: int) -> None:
+        assert position == self.num_tokens, "a token was sampled out of turn"
+        if position == len(self.tokens):
+            self.tokens = torch.cat((self.tokens, torch.empty_like(self.tokens)))
+        self.tokens[position] = token
+        self.num_tokens = position + 1
+
+
+def load_model(settings: RankSettings, checkpoint: Checkpoint, weights: ModelWeights) -> Model:
+    return Model(
+        checkpoint.config,
+        weights,
+        numerics=Numerics(settings.numerics),
+        kernels=choose_kernels("cpu", settings.kernels),
+        exact=settings.exact,
+    )
+
+
+def _load(settings: RankSettings, connection: socket.socket) -> Rank:
+    # One thread in exact mode: with more, sums are cut by the number of threads.
+    torch.set_num_threads(1 if settings.exact else settings.threads)
+    checkpoint = open_checkpoint(Path(settings.model))
+    weights = allocate_weights(checkpoint.config)
+    checkpoint.load_into(weights.named.__getitem__, _Progress(connection, stage="weights").report)
+    model = load_model(settings, checkpoint, weights)
+    _tell(connection, "warming up")
+    _warm_up(model)
+    if settings.exact:
+        _tell(connection, "testing exactness")
+        check_exactness(model)
+    config = checkpoint.config
+    num_pages = settings.num_pages or _num_pages(config, model.numerics, settings)
+    layout = build_layout(config, model.numerics)
+    implementations = registry.choose("cpu", settings.kernels)
+    sampler = Sampler(vocab_size=config.vocab_size, device=torch.device("cpu"), kernels=implementations)
+    sampler.warm_up()
+    ready = RankReady(
+        num_pages=num_pages,
+        num_slots=settings.num_slots,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        eos_token_ids=config.eos_token_ids,
+        model_fingerprint=config.fingerprint(),
+        kernels=tuple((name, item.name) for name, item in implementations.items()),
+        weight_bytes=weights.num_bytes,
+        state_bytes=layout.page_bytes * num_pages + layout.slot_bytes * settings.num_slots,
+        has_mtp=checkpoint.has_mtp,
+    )
+    return Rank(model, num_pages=num_pages, num_slots=settings.num_slots, sampler=sampler, ready=ready)
+
+
+def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) -> int:
+    """As many pages as the byte budget holds, and no more than all slots could ever use."""
+    layout = build_layout(config, numerics)
+    budget = settings.kv_bytes or KV_BYTES_DEFAULT
+    useful = settings.num_slots * -(-config.max_position_embeddings // PAGE_TOKENS)
+    # A model of window-only layers has no paged state: pages cost nothing then.
+    fitting = budget // layout.page_bytes if layout.page_bytes else useful
+    if fitting == 0:
+        raise RorqualError(f"--kv-bytes {budget} holds no page: a page of {PAGE_TOKENS} tokens takes {layout.page_bytes}")
+    return min(fitting, useful)
+
+
+def _warm_up(model: Model) -> None:
+    """Compile every kernel before the first request: one chunk, then a decode beside a chunk."""
+    runner = Runner(model, num_pages=2, num_slots=2)
+    for slot in range(2):
+        runner.open(slot)
+        runner.extend(slot, [slot])
+    # Past the first row of every compressor, and past index_topk where a page allows.
+    count = min(PAGE_TOKENS - 2, model.config.max_position_embeddings - 2)
+    tokens = torch.arange(count + 1) % model.config.vocab_size
+    runner.run([Work(slot=0, start=0, tokens=tokens[:count])])
+    runner.run([Work(slot=0, start=count, tokens=tokens[:1]), Work(slot=1, start=0, tokens=tokens[:8])])
+
+
+def _tell(connection: socket.socket, stage: str) -> None:
+    write_frame(connection, RankProgress(stage=stage, done=0, total=0, unit=""))
+
+
+class _Progress:
+    """Loading progress, at most every half second."""
+
+    def __init__(self, connection: socket.socket, *, stage: str) -> None:
+        self._connection = connection
+        self._stage = stage
+        self._told_at = 0.0
+
+    def report(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._told_at < 0.5:
+            return
+        self._told_at = now
+        gigabyte = 1e9
+        message = RankProgress(stage=self._stage, done=done / gigabyte, total=total / gigabyte, unit="GB")
+        write_frame(self._connection, message)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
