@@ -5,9 +5,10 @@ half, the model's `served` numerics and the wire formats the activation half. Pu
 nothing here keeps state, reads a file or knows a layer.
 
 Every scale is a power of two, 2^ceil(log2(max |x| / largest code)), found on the float's own bits, so
-quantising an already quantised block changes nothing. A block that holds a NaN or an infinity becomes NaN
-as a whole (scale byte 255), in the rounding and in the encoding functions alike: a broken value never turns
-into a plausible one.
+quantising already quantised values changes no value. It may change bytes: where the largest value rounded
+down to half the range, the second scale is half the first. So cached bytes are moved, never made again from
+values. A block that holds a NaN or an infinity becomes NaN as a whole (scale byte 255), in the rounding and
+in the encoding functions alike: a broken value never turns into a plausible one.
 
 Where a last axis is not a multiple of the block, its last block is short. All arithmetic is float32; the
 rounding functions give back the dtype they were given. None of them builds an autograd graph.
@@ -129,7 +130,7 @@ def encode_fp8(
 def decode_fp8(values: torch.Tensor, scales: torch.Tensor, *, block: int) -> torch.Tensor:
     """float32 of what `encode_fp8` made; equal to `round_fp8` of its input."""
     blocks = _split(_decode_e4m3(values), block)
-    return _join(blocks * decode_e8m0(scales).unsqueeze(-1), values.shape[-1])
+    return _join(blocks.mul_(decode_e8m0(scales).unsqueeze(-1)), values.shape[-1])
 
 
 def round_fp4(x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +154,7 @@ def decode_fp4(packed: torch.Tensor, scales: torch.Tensor, *, num_columns: int |
     """float32 of what `encode_fp4` made; equal to `round_fp4` of its input."""
     values = unpack_e2m1(packed, num_columns=num_columns)
     width = values.shape[-1]
-    return _join(_split(values, FP4_BLOCK) * decode_e8m0(scales).unsqueeze(-1), width)
+    return _join(_split(values, FP4_BLOCK).mul_(decode_e8m0(scales).unsqueeze(-1)), width)
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:

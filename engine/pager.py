@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import formats
+from engine.kernels.suite import Kernels
 from engine.model.attend import BLOCK_COLUMNS
 from engine.model.attention import exact_window_span, hidden_bias
 from engine.model.batch import Piece, RaggedBatch
@@ -60,11 +61,14 @@ class SlotTables:
 class PagedState:
     """The StateView of one step. Index tensors are made once per step and shared by all layers."""
 
-    def __init__(self, config: ModelConfig, tables: SlotTables, batch: RaggedBatch, *, exact: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, tables: SlotTables, batch: RaggedBatch, *, kernels: Kernels, exact: bool
+    ) -> None:
         self._config = config
         self._tables = tables
         self._pools = tables.pools
         self._batch = batch
+        self._kernels = kernels
         self._exact = exact
         self._ratios = {item.kind: item.ratio for item in config.layers}
         self._rings: dict[int, _RingWrites] = {}
@@ -178,29 +182,23 @@ class PagedState:
         if self._exact:
             num_columns += -num_columns % BLOCK_COLUMNS
         columns = torch.arange(num_columns)
-        return self._masked_rows(
-            component, columns.expand(len(visible), -1), columns >= visible.unsqueeze(-1)
-        )
+        return self._locate(component, torch.where(columns < visible.unsqueeze(-1), columns, -1))
 
     def decode_picks(self, component: Component, layer: int, picks_Bk: Tensor) -> Keys:
         if self._exact:
             padding = -picks_Bk.shape[1] % BLOCK_COLUMNS
             picks_Bk = torch.nn.functional.pad(picks_Bk, (0, padding), value=-1)
-        found = self._masked_rows(component, picks_Bk, picks_Bk < 0)
+        found = self._locate(component, picks_Bk)
         rows = _read(self._pools[component], layer, found.ids_BK, self._config)
         return Keys(rows=found.clean(rows), bias=found.bias)
 
-    def _masked_rows(self, component: Component, entries_BK: Tensor, hidden_BK: Tensor) -> _DecodeRows:
-        """Hidden columns read the sequence's entry 0; a sequence without entries reads what is there and clears it."""
+    def _locate(self, component: Component, entries_BK: Tensor) -> _DecodeRows:
         per_page = PAGE_TOKENS // self._ratio(component)
-        entries = torch.where(hidden_BK, 0, entries_BK)
-        pages = self._tables.pages_SP[self._decode_slots.unsqueeze(-1), entries // per_page]
-        empty = hidden_BK.all(-1)
-        return _DecodeRows(
-            ids_BK=pages * per_page + entries % per_page,
-            bias=hidden_bias(hidden_BK),
-            empty_B=empty if bool(empty.any()) else None,
+        ids, bias, any_empty = self._kernels.locate_rows(
+            self._tables.pages_SP, self._decode_slots, entries_BK, per_page
         )
+        empty = (entries_BK < 0).all(-1) if any_empty else None
+        return _DecodeRows(ids_BK=ids, bias=bias, empty_B=empty)
 
     def _ratio(self, component: Component) -> int:
         return self._ratios[LayerKind.HCA if component is Component.C128 else LayerKind.CSA]

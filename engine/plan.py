@@ -13,6 +13,23 @@ import msgspec
 from rorqual.sampling import SamplingParams
 
 
+class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The first frame a rank reads: what to load and how much to hold. With neither `num_pages` nor `kv_bytes` the
+    rank sizes its pools itself; what it chose comes back in RankReady."""
+
+    model: str  # the model directory
+    numerics: str  # "float32" | "served"
+    exact: bool
+    num_pages: int | None
+    kv_bytes: int | None
+    num_slots: int
+    prefill_tokens_max: (
+        int  # of all chunks of one plan together; decode segments come on top, one per slot at most
+    )
+    threads: int
+    kernels: dict[str, str]  # operation to implementation, overriding the registry's choice
+
+
 class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Give a slot to a sequence. `tokens` is every token known so far (prompt, and for a resumed sequence what it
     generated before preemption), little-endian int32; the first `num_prompt` of them are the prompt."""
@@ -105,5 +122,5 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Host to rank: finish and exit."""
 
 
-ToRank = StepPlan | Shutdown
+ToRank = RankSettings | StepPlan | Shutdown
 FromRank = StepResult | RankProgress | RankReady | RankFailed

@@ -57,8 +57,9 @@ class Runner:
         """The streams of all batch rows, and for each item of work the rows whose logits it wants."""
         pieces = [(item.slot, item.start, item.tokens) for item in work]
         batch, placed = build_batch(pieces, row_multiple=self.model.row_multiple)
-        state = PagedState(self.model.config, self.tables, batch, exact=self.model.exact)
-        streams = self.model.streams(self.model.begin(batch, state, hook=hook))
+        model = self.model
+        state = PagedState(model.config, self.tables, batch, kernels=model.kernels, exact=model.exact)
+        streams = model.streams(model.begin(batch, state, hook=hook))
         rows = [
             torch.arange(
                 place.row if item.all_logits else place.row + place.count - 1, place.row + place.count

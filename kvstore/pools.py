@@ -47,18 +47,28 @@ class ComponentPool:
         self.descriptor = descriptor
         shape = (len(descriptor.layers), num_units, descriptor.unit_bytes)
         self.bytes_lub = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._layer_index = {layer: index for index, layer in enumerate(descriptor.layers)}
+        # Views are made once: making one costs microseconds, and every layer of every step wants several.
+        layers = dict(zip(descriptor.layers, self.bytes_lub, strict=True))
+        self._rows_f32: dict[int, Tensor] = {}
+        self._data_and_scales: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer, bytes_ub in layers.items():
+            if descriptor.form is RowForm.F32:
+                self._rows_f32[layer] = bytes_ub.view(torch.float32).view(-1, descriptor.width)
+            else:
+                self._data_and_scales[layer] = _split_records(bytes_ub, descriptor)
 
     def rows_f32(self, layer: int) -> Tensor:
         """A writable view [units * num_rows, width] f32. Only for RowForm.F32."""
-        assert self.descriptor.form is RowForm.F32
-        return self.bytes_lub[self._layer_index[layer]].view(torch.float32).view(-1, self.descriptor.width)
+        return self._rows_f32[layer]
 
     def data_and_scales(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Writable uint8 views [units, num_rows, data_bytes] and [units, num_rows, scale_bytes]."""
-        item = self.descriptor
-        bytes_ub = self.bytes_lub[self._layer_index[layer]]
-        split = item.num_rows * item.data_bytes
-        data = bytes_ub[:, :split].unflatten(1, (item.num_rows, item.data_bytes))
-        scales = bytes_ub[:, split:].unflatten(1, (item.num_rows, item.scale_bytes))
-        return data, scales
+        """Writable uint8 views [units, num_rows, data_bytes] and [units, num_rows, scale_bytes]. Not for F32."""
+        return self._data_and_scales[layer]
+
+
+def _split_records(bytes_ub: Tensor, item: Descriptor) -> tuple[Tensor, Tensor]:
+    """All data of a unit come first, then all scales."""
+    split = item.num_rows * item.data_bytes
+    data = bytes_ub[:, :split].unflatten(1, (item.num_rows, item.data_bytes))
+    scales = bytes_ub[:, split:].unflatten(1, (item.num_rows, item.scale_bytes))
+    return data, scales

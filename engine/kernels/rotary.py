@@ -1,4 +1,4 @@
-"""Rotary embedding kernels: interleaved pairs of the last channels, with an optional RMS norm before.
+"""RMS norm and rotary embedding kernels: interleaved pairs of the last channels are rotated.
 
 Shapes: T rows, H heads, d channels, R rotated channels (the last R of d).
 """
@@ -41,6 +41,22 @@ def norm_rope_torch(
     return torch.cat((plain, rotated), dim=-1)
 
 
+@kernel("rms_norm", name="torch", devices=("cpu", "cuda"), priority=0)
+def rms_norm_torch(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis; f32, a new tensor."""
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight_d, eps)
+
+
+@kernel("rms_norm", name="numba", devices=("cpu",), priority=10)
+def rms_norm_numba(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
+    normed = torch.empty(x.shape)
+    width = x.shape[-1]
+    _rms_norm(
+        x.reshape(-1, width).numpy(), weight_d.numpy(), np.float32(eps), normed.view(-1, width).numpy()
+    )
+    return normed
+
+
 @kernel("rope_angles", name="numba", devices=("cpu",), priority=10)
 def rope_angles_numba(positions_T: Tensor, frequencies_P: Tensor) -> Tensor:
     angles = torch.empty((positions_T.shape[0], frequencies_P.shape[0], 2))
@@ -59,6 +75,20 @@ def norm_rope_numba(
 
 
 _NO_WEIGHT = np.empty(0, dtype=np.float32)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _rms_norm(x, weight, eps, normed):  # type: ignore[no-untyped-def]
+    num_rows, width = x.shape
+    for n in range(num_rows):
+        row = x[n]
+        squares = np.float32(0)
+        for i in range(width):
+            squares += row[i] * row[i]
+        inverse_rms = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
+        out = normed[n]
+        for i in range(width):
+            out[i] = row[i] * inverse_rms * weight[i]
 
 
 @numba.njit(cache=True, nogil=True)

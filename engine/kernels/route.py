@@ -1,6 +1,6 @@
-"""Router kernel: gate logits to the experts of each token and their weights.
+"""Router kernels: gate logits to experts and weights, rows grouped by expert, and the results added up again.
 
-Shapes: T tokens, E experts, K experts per token.
+Shapes: T tokens, E experts, K experts per token, N = T * K pairs of a token and one of its experts, D hidden.
 """
 
 from __future__ import annotations
@@ -28,6 +28,28 @@ def route_experts_torch(
     return picks_TK, chosen / chosen.sum(-1, keepdim=True) * scaling
 
 
+@kernel("group_pairs", name="torch", devices=("cpu", "cuda"), priority=0)
+def group_pairs_torch(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Sort the pairs by expert, within an expert by token. Returns the pair at each place i64 [N] (pair t * K + k),
+    the place of each pair i64 [T, K], and the number of pairs of each expert."""
+    flat = experts_TK.reshape(-1)
+    pairs = flat.argsort(stable=True)
+    places = torch.empty_like(pairs)
+    places[pairs] = torch.arange(flat.numel(), device=flat.device)
+    return pairs, places.view_as(experts_TK), torch.bincount(flat, minlength=num_experts).tolist()
+
+
+@kernel("add_pairs", name="torch", devices=("cpu", "cuda"), priority=0)
+def add_pairs_torch(outputs_ND: Tensor, places_TK: Tensor, shared_TD: Tensor) -> Tensor:
+    """y_t = outputs of t's pairs, added in the order of its picks, then the shared expert's; f32 [T, D]. The order
+    does not depend on the batch."""
+    picked = outputs_ND[places_TK]
+    total = picked[:, 0]
+    for pick in range(1, places_TK.shape[1]):
+        total = total + picked[:, pick]
+    return total + shared_TD
+
+
 @kernel("route_experts", name="numba", devices=("cpu",), priority=10)
 def route_experts_numba(
     logits_TE: Tensor, bias_E: Tensor | None, picks_TK: Tensor | None, k: int, scaling: float
@@ -41,6 +63,53 @@ def route_experts_numba(
         experts = picks_TK.contiguous()
     _weigh_experts(logits_TE.numpy(), experts.numpy(), np.float32(scaling), weights.numpy())
     return experts, weights
+
+
+@kernel("group_pairs", name="numba", devices=("cpu",), priority=10)
+def group_pairs_numba(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    pairs = torch.empty(experts_TK.numel(), dtype=torch.int64)
+    places = torch.empty(experts_TK.shape, dtype=torch.int64)
+    counts = np.zeros(num_experts, dtype=np.int64)
+    _group_pairs(experts_TK.reshape(-1).numpy(), counts, pairs.numpy(), places.view(-1).numpy())
+    return pairs, places, counts.tolist()
+
+
+@kernel("add_pairs", name="numba", devices=("cpu",), priority=10)
+def add_pairs_numba(outputs_ND: Tensor, places_TK: Tensor, shared_TD: Tensor) -> Tensor:
+    total = torch.empty(shared_TD.shape)
+    _add_pairs(outputs_ND.numpy(), places_TK.numpy(), shared_TD.numpy(), total.numpy())
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _group_pairs(experts, counts, pairs, places):  # type: ignore[no-untyped-def]
+    for expert in experts:
+        counts[expert] += 1
+    following = np.zeros(counts.shape[0], dtype=np.int64)
+    for expert in range(1, counts.shape[0]):
+        following[expert] = following[expert - 1] + counts[expert - 1]
+    for pair in range(experts.shape[0]):
+        place = following[experts[pair]]
+        following[experts[pair]] = place + 1
+        pairs[place] = pair
+        places[pair] = place
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_pairs(outputs, places, shared, total):  # type: ignore[no-untyped-def]
+    num_tokens, num_picks = places.shape
+    width = shared.shape[1]
+    for t in range(num_tokens):
+        row = total[t]
+        for i in range(width):
+            row[i] = np.float32(0)
+        for pick in range(num_picks):
+            output = outputs[places[t, pick]]
+            for i in range(width):
+                row[i] += output[i]
+        last = shared[t]
+        for i in range(width):
+            row[i] += last[i]
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.kernels import compress, mhc, registry, rotary, route, select
+from engine.kernels import compress, mhc, paging, registry, rotary, route, select
 
-_MODULES = (compress, mhc, rotary, route, select)  # importing them registers their kernels
+_MODULES = (compress, mhc, paging, rotary, route, select)  # importing them registers their kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +21,14 @@ class Kernels:
     hc_collapse: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
     rope_angles: Callable[[Tensor, Tensor], Tensor]
     norm_rope: Callable[[Tensor, Tensor | None, Tensor, bool, bool, float], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     pool_windows: Callable[[Tensor, Tensor], Tensor]
     index_scores: Callable[[Tensor, Tensor], Tensor]
     top_rows: Callable[[Tensor, Tensor, int], Tensor]
     route_experts: Callable[[Tensor, Tensor | None, Tensor | None, int, float], tuple[Tensor, Tensor]]
+    group_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, list[int]]]
+    add_pairs: Callable[[Tensor, Tensor, Tensor], Tensor]
+    locate_rows: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, bool]]
     names: tuple[tuple[str, str], ...]
 
 

@@ -33,9 +33,7 @@ def attention(
     num_rows, eps = x_TD.shape[0], config.norm_eps
     angles = run.angles(item.kind)
     low = rounding.act(linear(rounding.matmul_input(x_TD), weights.from_x))
-    c_q = rounding.act(
-        torch.nn.functional.rms_norm(low[:, : config.q_lora_rank], (config.q_lora_rank,), weights.q_norm, eps)
-    )
+    c_q = rounding.act(run.kernels.rms_norm(low[:, : config.q_lora_rank], weights.q_norm, eps))
     kv = low[:, config.q_lora_rank :].unsqueeze(1)
     kv = rounding.norm_rope(run.kernels, kv, weights.kv_norm, angles, eps=eps).squeeze(1)
     kv_Td = rounding.kv_rows(kv, config.nope_head_dim)

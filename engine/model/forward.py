@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear
 
 from engine.kernels.suite import Kernels
 from engine.model.attention import attention
@@ -82,11 +82,11 @@ class Model:
         """One MTP block over a batch: row t holds index t's streams and the token at t+1. Returns the block's streams
         [T, S, D]; `draft_logits` of them predict the token at t+2."""
         weights = self.weights.mtp[block]
-        rounding, eps, width = self._rounding, self.config.norm_eps, (self.config.hidden_size,)
+        rounding, eps = self._rounding, self.config.norm_eps
         embedded = rounding.act(self.weights.embed[next_tokens_T])
-        from_token = rounding.act(rms_norm(embedded, width, weights.enorm, eps))
+        from_token = rounding.act(self.kernels.rms_norm(embedded, weights.enorm, eps))
         from_token = rounding.act(linear(rounding.matmul_input(from_token), weights.e_proj))
-        from_streams = rounding.act(rms_norm(streams_TSD, width, weights.hnorm, eps))
+        from_streams = rounding.act(self.kernels.rms_norm(streams_TSD, weights.hnorm, eps))
         from_streams = rounding.act(linear(rounding.matmul_input(from_streams), weights.h_proj))
         joined = rounding.act(from_streams + from_token.unsqueeze(1))
         return self._layer(run, block, self.config.mtp_layer, weights.layer, joined, Component.DRAFT_WINDOW)
@@ -129,7 +129,7 @@ class Model:
         return self._rounding.act(self.kernels.hc_merge(output, site.post_TS, site.comb_TSS, streams))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._rounding.act(rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps))
+        return self._rounding.act(self.kernels.rms_norm(x, weight, self.config.norm_eps))
 
     def _head(self, streams_RSD: Tensor, weights: HyperWeights, norm: Tensor) -> Tensor:
         num_rows = streams_RSD.shape[0]

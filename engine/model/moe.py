@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from engine.model.context import Pass
 from engine.model.weights import MoeWeights
@@ -15,7 +16,7 @@ ROWS_LEAST = 4
 def moe(run: Pass, layer: int, weights: MoeWeights, x_TD: Tensor) -> Tensor:
     """y = sum over picked experts + shared expert, f32 [T, D]. The weight of an expert is applied before w2."""
     config = run.config
-    logits = torch.nn.functional.linear(x_TD, weights.gate)
+    logits = linear(x_TD, weights.gate)
     picks = None if weights.table is None else weights.table[run.batch.tokens_T]
     if run.hook is not None:
         picks = run.hook.experts(layer, logits, weights.bias, picks)
@@ -26,32 +27,32 @@ def moe(run: Pass, layer: int, weights: MoeWeights, x_TD: Tensor) -> Tensor:
 
 
 def _experts(run: Pass, weights: MoeWeights, x_TD: Tensor, experts_TK: Tensor, shares_TK: Tensor) -> Tensor:
-    """Group (row, expert) pairs by expert, run each group as two products, and add each row's results up in the order
-    of its picks, the shared expert last: an order that does not depend on the batch."""
+    """Group the (row, expert) pairs by expert, the shared expert last; two products a group; add the results up."""
+    kernels, rounding = run.kernels, run.rounding
     num_rows, num_picks = experts_TK.shape
-    num_experts = run.config.num_experts
-    flat = experts_TK.reshape(-1)
-    pair_order = flat.argsort(stable=True)  # pairs, grouped by expert
-    counts = torch.bincount(flat, minlength=num_experts).tolist()
-    row_of_pair = pair_order // num_picks
-    inputs = run.rounding.matmul_input(x_TD)
-    grouped = inputs.index_select(0, row_of_pair)
-    sizes = [*counts, num_rows]
-    hidden = _grouped_linear([*grouped.split(counts), inputs], sizes, weights.w13, exact=run.exact)
-    hidden = run.rounding.act(hidden)
+    pairs, places, counts = kernels.group_pairs(experts_TK, run.config.num_experts)
+    inputs = rounding.matmul_input(x_TD)
+    grouped = torch.cat((inputs.index_select(0, pairs // num_picks), inputs))
+    groups = _groups([*counts, num_rows])
+    hidden = rounding.act(_grouped_linear(grouped, groups, weights.w13, exact=run.exact))
     ones = shares_TK.new_ones(num_rows)
-    shares = torch.cat((shares_TK.reshape(-1).index_select(0, pair_order), ones))
-    activated = run.rounding.act(_swiglu(hidden, run.config.swiglu_limit) * shares.unsqueeze(-1))
-    activated = run.rounding.matmul_input(activated)
-    output = _grouped_linear(list(activated.split(sizes)), sizes, weights.w2, exact=run.exact)
-    output = run.rounding.act(output)
-    position_of_pair = torch.empty_like(pair_order)
-    position_of_pair[pair_order] = torch.arange(flat.numel())
-    routed = output.index_select(0, position_of_pair).view(num_rows, num_picks, -1)
-    total = routed[:, 0]
-    for pick in range(1, num_picks):
-        total = total + routed[:, pick]
-    return total + output[flat.numel() :]
+    shares = torch.cat((shares_TK.reshape(-1).index_select(0, pairs), ones))
+    activated = rounding.act(_swiglu(hidden, run.config.swiglu_limit) * shares.unsqueeze(-1))
+    activated = rounding.matmul_input(activated)
+    outputs = rounding.act(_grouped_linear(activated, groups, weights.w2, exact=run.exact))
+    num_pairs = num_rows * num_picks
+    return kernels.add_pairs(outputs[:num_pairs], places, outputs[num_pairs:])
+
+
+def _groups(counts: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, first row, one past the last) of the experts that have rows."""
+    groups: list[tuple[int, int, int]] = []
+    first = 0
+    for expert, count in enumerate(counts):
+        if count:
+            groups.append((expert, first, first + count))
+            first += count
+    return groups
 
 
 def _swiglu(hidden_N2I: Tensor, limit: float) -> Tensor:
@@ -60,15 +61,14 @@ def _swiglu(hidden_N2I: Tensor, limit: float) -> Tensor:
     return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
-def _grouped_linear(groups: list[Tensor], sizes: list[int], weights_Eoi: Tensor, *, exact: bool) -> Tensor:
-    """One product per non-empty group, stacked in group order: f32 [sum of sizes, o]."""
+def _grouped_linear(
+    rows_Ni: Tensor, groups: list[tuple[int, int, int]], weights_Eoi: Tensor, *, exact: bool
+) -> Tensor:
+    """Each group's rows times its expert's weights: f32 [N, o]."""
     outputs: list[Tensor] = []
-    for expert, (size, rows) in enumerate(zip(sizes, groups, strict=True)):
-        if size == 0:
-            continue
-        if exact and size < ROWS_LEAST:
-            padded = torch.nn.functional.pad(rows, (0, 0, 0, ROWS_LEAST - size))
-            outputs.append(torch.nn.functional.linear(padded, weights_Eoi[expert])[:size])
-        else:
-            outputs.append(torch.nn.functional.linear(rows, weights_Eoi[expert]))
+    for expert, first, last in groups:
+        rows = rows_Ni[first:last]
+        if exact and last - first < ROWS_LEAST:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, ROWS_LEAST - (last - first)))
+        outputs.append(linear(rows, weights_Eoi[expert])[: last - first])
     return torch.cat(outputs)

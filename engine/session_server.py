@@ -1,0 +1,171 @@
+"""The worker's gRPC door: the session stream, standard health, and reflection.
+
+`engine.worker` starts it before the rank is ready, so that a port in use is noticed at once and a health
+probe gets an answer while weights load; sessions are taken from `attach` on. It turns bytes into commands
+and reports into bytes and decides nothing: rules are in `engine.host`, the messages in `rorqual.wire`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engine.host import Host, Session, SessionRefused
+from rorqual.errors import ConfigError
+from rorqual.service import format_address
+from rorqual.session import PROTOCOL, Hello
+from rorqual.telemetry import fields
+from rorqual.wire import MESSAGE_BYTES_MAX, SERVICE, SESSION_METHOD, WireError, decode_command, encode_report
+
+log = logging.getLogger(__name__)
+
+HELLO_SECONDS_MAX = 10.0
+WRITE_SECONDS_MAX = 30.0
+"""One report is a few kilobytes: a router that cannot take one for so long is gone or stuck."""
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.so_reuseport", 0),  # two workers on one port must be an error, not a lottery
+    # A router whose host vanished leaves no FIN: pings find it within about 15 s and free its sequences.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+ServicerContext = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class SessionServer:
+    def __init__(self, *, write_seconds_max: float = WRITE_SECONDS_MAX) -> None:
+        self._write_seconds_max = write_seconds_max
+        self._host: Host | None = None
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self._health: Any = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        handler = grpc.stream_stream_rpc_method_handler(self._serve_session)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, {SESSION_METHOD: handler}),)
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self, *, host: str, port: int) -> str:
+        """Bind (0: any port), answer health with NOT_SERVING, return "host:port". Raises ConfigError."""
+        wanted = format_address(host, port)
+        try:
+            bound = self._server.add_insecure_port(wanted)
+        except RuntimeError:
+            raise ConfigError(
+                f"--listen: cannot listen on {wanted}: in use, or not an address of this machine"
+            ) from None
+        await self._set_serving(False)
+        await self._server.start()
+        return format_address(host, bound)
+
+    async def attach(self, host: Host) -> None:
+        """The rank is ready: take sessions and say SERVING."""
+        self._host = host
+        await self._set_serving(True)
+
+    async def refuse_probes(self) -> None:
+        """Draining: sessions go on, probes hear NOT_SERVING."""
+        await self._set_serving(False)
+
+    async def stop(self) -> None:
+        """End every call now. Sessions live as long as their routers: a grace period would only be waited
+        out.
+        """
+        await self._server.stop(None)
+
+    async def _set_serving(self, serving: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.SERVING if serving else statuses.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def _serve_session(self, _requests: AsyncIterator[bytes], context: ServicerContext) -> None:
+        """One session, from Hello to whatever ends it; gRPC cancels this when the router goes away."""
+        if self._host is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "worker is loading")
+        hello = await self._read_hello(context)
+        try:
+            session = self._host.connect(hello.router_id)
+        except SessionRefused as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        try:
+            await context.write(encode_report(self._host.welcome()))
+            await self._run(session, context)
+        finally:
+            session.close()
+
+    async def _read_hello(self, context: ServicerContext) -> Hello:
+        try:
+            async with asyncio.timeout(HELLO_SECONDS_MAX):
+                data: Any = await context.read()
+            command = decode_command(data) if isinstance(data, bytes) else None
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no Hello came")
+        except WireError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if not isinstance(command, Hello):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first command must be Hello")
+        if command.protocol != PROTOCOL:
+            text = f"router speaks protocol {command.protocol}; this worker speaks {PROTOCOL}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        return command
+
+    async def _run(self, session: Session, context: ServicerContext) -> None:
+        """Read and write until one of them ends or the host closes the session; the first end decides."""
+        reading = asyncio.create_task(self._read_commands(session, context))
+        writing = asyncio.create_task(self._write_reports(session, context))
+        closing = asyncio.create_task(session.closed.wait())
+        tasks: set[asyncio.Task[Any]] = {reading, writing, closing}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            try:
+                task.result()
+            except (WireError, SessionRefused) as error:
+                await self._abort(session, context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            except TimeoutError:
+                text = f"router did not take a report within {self._write_seconds_max:g} s"
+                await self._abort(session, context, grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        if session.closed_because:
+            await self._abort(session, context, grpc.StatusCode.RESOURCE_EXHAUSTED, session.closed_because)
+
+    async def _read_commands(self, session: Session, context: ServicerContext) -> None:
+        while True:
+            data: Any = await context.read()
+            if not isinstance(data, bytes):
+                return  # grpc.aio.EOF: the router has closed its side
+            command = decode_command(data)
+            if isinstance(command, Hello):
+                raise SessionRefused("Hello came twice")
+            session.submit(command)
+
+    async def _write_reports(self, session: Session, context: ServicerContext) -> None:
+        while True:
+            data = encode_report(await session.next_report())
+            async with asyncio.timeout(self._write_seconds_max):
+                await context.write(data)
+
+    async def _abort(
+        self, session: Session, context: ServicerContext, code: grpc.StatusCode, text: str
+    ) -> NoReturn:
+        # Its pages are free before the router hears of it.
+        session.close()
+        log.warning("aborted a session %s", fields(router=session.router_id, error=text))
+        await context.abort(code, text)
