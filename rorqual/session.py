@@ -1,7 +1,7 @@
 """The session between a router and a worker, as our own dataclasses: commands up, reports down.
 
-`rorqual.wire` turns these into protobuf and back; nothing else touches the generated stubs. The engine's host answers
-them, the router's fleet sends them, and tests connect the two in one process without sockets.
+`rorqual.wire` turns these into protobuf and back; nothing else touches the generated stubs. The engine's
+host answers them, the router's fleet sends them, and tests connect the two in one process without sockets.
 """
 
 from __future__ import annotations
@@ -27,6 +27,22 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens
     CANCELLED = "cancelled"
     ERROR = "error"
+
+
+class ErrorCode(enum.Enum):
+    """Why a sequence ended with ERROR: what the router may do about it."""
+
+    INVALID = "invalid"  # the request is wrong; another worker would say the same
+    OVERLOADED = "overloaded"  # full or draining: another worker may take it
+    FAILED = "failed"  # the worker or its rank broke
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """The first command of a session."""
+
+    protocol: int
+    router_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +79,8 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceReport:
-    """What one step did to one sequence. `logprobs` and `alternatives` are as long as `token_ids`, or empty."""
+    """What one step did to one sequence. `logprobs` and `alternatives` are as long as `token_ids`, or
+    empty."""
 
     sequence_id: SequenceId
     first_index: int
@@ -72,6 +89,7 @@ class SequenceReport:
     alternatives: tuple[Alternatives, ...] = ()
     finish_reason: FinishReason | None = None
     error: str = ""
+    error_code: ErrorCode | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
 

@@ -1,0 +1,1 @@
+"""Stubs generated from proto/rorqual/v1 by `make stubs`; only `*wire.py` modules import them."""

@@ -1,0 +1,151 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Command(_message.Message):
+    __slots__ = ("hello", "open", "cancel")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    open: Open
+    cancel: Cancel
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol", "router_id")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    router_id: str
+    def __init__(self, protocol: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    request_id: str
+    prompt: bytes
+    max_tokens: int
+    ignore_eos: bool
+    sampling: bytes
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., sampling: _Optional[bytes] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("sequence_id",)
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    def __init__(self, sequence_id: _Optional[int] = ...) -> None: ...
+
+class Report(_message.Message):
+    __slots__ = ("welcome", "step")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    step: StepReport
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepReport, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("protocol", "worker_id", "incarnation", "model_fingerprint", "numerics", "exact", "vocab_size", "sequence_tokens_max", "eos_token_ids", "sequences_max", "load")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_MAX_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    worker_id: str
+    incarnation: int
+    model_fingerprint: str
+    numerics: str
+    exact: bool
+    vocab_size: int
+    sequence_tokens_max: int
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sequences_max: int
+    load: Load
+    def __init__(self, protocol: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics: _Optional[str] = ..., exact: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., sequence_tokens_max: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sequences_max: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class StepReport(_message.Message):
+    __slots__ = ("number", "sequences", "load", "draining")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    sequences: _containers.RepeatedCompositeFieldContainer[SequenceReport]
+    load: Load
+    draining: bool
+    def __init__(self, number: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceReport, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class SequenceReport(_message.Message):
+    __slots__ = ("sequence_id", "first_index", "token_ids", "logprobs", "alternatives", "finish_reason", "error", "prompt_logprobs", "error_code")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    first_index: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    alternatives: _containers.RepeatedCompositeFieldContainer[Alternatives]
+    finish_reason: str
+    error: str
+    prompt_logprobs: PromptLogprobs
+    error_code: str
+    def __init__(self, sequence_id: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error_code: _Optional[str] = ...) -> None: ...
+
+class Alternatives(_message.Message):
+    __slots__ = ("token_ids", "logprobs")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("logprobs", "alternatives")
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    alternatives: _containers.RepeatedCompositeFieldContainer[Alternatives]
+    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("sequences_running", "sequences_waiting", "tokens_waiting", "pages_free", "pages_total", "slots_free", "slots_total", "step_ms")
+    SEQUENCES_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_WAITING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FREE_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    sequences_running: int
+    sequences_waiting: int
+    tokens_waiting: int
+    pages_free: int
+    pages_total: int
+    slots_free: int
+    slots_total: int
+    step_ms: float
+    def __init__(self, sequences_running: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., tokens_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_total: _Optional[int] = ..., step_ms: _Optional[float] = ...) -> None: ...

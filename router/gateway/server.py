@@ -1,0 +1,332 @@
+"""The HTTP gateway: routes, authentication, limits, and each request's story from body to last byte.
+
+Owned by the router's process, which calls `start` and `stop`. It asks a Generator for tokens and a
+PromptSource for ids, and knows nothing of workers. No request ends it: what fails is answered, counted and
+logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from rorqual.clock import Clock
+from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut
+from rorqual.sampling import SEED_BITS
+from router.admission import Admission
+from router.gateway.chat import ChatWriter
+from router.gateway.completions import CompletionWriter
+from router.gateway.errors import RETRY_AFTER, answer_to, error_body
+from router.gateway.http1 import Headers, HttpLimits, HttpReply, HttpRequest, HttpServer
+from router.gateway.merge import updates_of
+from router.gateway.requests import SeedSource, read_chat, read_completion, read_tokenize
+from router.gateway.schema import ChatBody, CompletionBody, TokenizeBody, decode_body
+from router.gateway.writers import DONE, AnswerWriter, to_json
+from router.generation import Generator, ServedModel
+from router.metrics import GatewayMetrics, RequestMeter
+from router.prompt_source import PromptSource
+
+logger = logging.getLogger(__name__)
+
+JSON = b"application/json"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+# Proxies must pass events on as they come (nginx buffers without the second).
+STREAM_HEADERS: Headers = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free one
+    api_keys: tuple[str, ...] = ()  # none: open to everyone who can connect
+    request_seconds_max: float = 6 * 3600.0  # a million tokens at 50 a second
+    drain_seconds_max: float = 30.0
+    limits: HttpLimits = field(default_factory=HttpLimits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Exchange:
+    """One request and everything needed to answer it."""
+
+    request: HttpRequest
+    reply: HttpReply
+    meter: RequestMeter
+
+
+_Answer = Callable[[_Exchange], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Route:
+    method: str
+    answer: _Answer
+    open: bool = False  # without an API key
+
+
+class HttpGateway:
+    def __init__(
+        self,
+        *,
+        generator: Generator,
+        prompts: PromptSource,
+        settings: HttpSettings,
+        metrics: GatewayMetrics,
+        admission: Admission,
+        clock: Clock,
+        draw_seed: SeedSource = lambda: secrets.randbits(SEED_BITS),
+    ) -> None:
+        self._generator = generator
+        self._prompts = prompts
+        self._settings = settings
+        self._metrics = metrics
+        self._admission = admission
+        self._clock = clock
+        self._draw_seed = draw_seed
+        self._api_keys = tuple(key.encode() for key in settings.api_keys)
+        self._server = HttpServer(
+            self._handle,
+            limits=settings.limits,
+            clock=clock,
+            cut_off=lambda reason: metrics.cut_off.labels(reason).inc(),
+        )
+        self._routes = {
+            "/v1/chat/completions": _Route(method="POST", answer=self._chat),
+            "/v1/completions": _Route(method="POST", answer=self._completions),
+            "/v1/models": _Route(method="GET", answer=self._models),
+            "/tokenize": _Route(method="POST", answer=self._tokenize),
+            "/health": _Route(method="GET", answer=self._health, open=True),
+            "/ready": _Route(method="GET", answer=self._ready, open=True),
+            "/metrics": _Route(method="GET", answer=self._expose_metrics, open=True),
+        }
+        self._model_route = _Route(method="GET", answer=self._model_by_name)
+
+    async def start(self) -> str:
+        """Listen; returns the URL to reach us at. Raises OSError when the address cannot be had."""
+        host = self._settings.host
+        port = await self._server.start(host=host, port=self._settings.port)
+        reachable = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+    async def stop(self) -> None:
+        """Take no more requests, let running ones finish for `drain_seconds_max`, cancel what is left."""
+        await self._server.stop(drain_seconds=self._settings.drain_seconds_max)
+
+    # --- one request
+
+    async def _handle(self, request: HttpRequest, reply: HttpReply) -> None:
+        name, route = self._find(request.path)
+        meter = RequestMeter(self._metrics, route=name, clock=self._clock)
+        exchange = _Exchange(request=request, reply=reply, meter=meter)
+        try:
+            self._admit(request, route)
+            assert route is not None
+            await self._answer(route, exchange)
+        except RorqualError as error:
+            self._fail(exchange, error)
+        except asyncio.CancelledError:
+            meter.cancelled()
+            logger.info("cancelled route=%s completion_tokens=%d", name, meter.num_completion_tokens)
+            raise
+        except Exception:
+            meter.failed()
+            logger.exception("failed route=%s", name)
+            self._fail(exchange, RorqualError("the router failed to answer this request"))
+        finally:
+            meter.end(str(reply.status or "cancelled"))
+
+    async def _answer(self, route: _Route, exchange: _Exchange) -> None:
+        deadline = asyncio.timeout(self._settings.request_seconds_max)
+        try:
+            async with deadline:
+                await route.answer(exchange)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise StageTimedOut(f"the request outlived {self._settings.request_seconds_max:g} s") from None
+
+    def _find(self, path: str) -> tuple[str, _Route | None]:
+        """The route and its name among metrics: what clients invent must not become labels."""
+        if path in self._routes:
+            return path, self._routes[path]
+        if path.startswith("/v1/models/"):
+            return "/v1/models/{id}", self._model_route
+        return "unknown", None
+
+    def _admit(self, request: HttpRequest, route: _Route | None) -> None:
+        if request.refusal is not None:
+            raise InvalidRequest(request.refusal.message, status=request.refusal.status)
+        if self._api_keys and not (route is not None and route.open) and not self._authorised(request):
+            raise InvalidRequest(
+                "give an API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
+            )
+        if route is None:
+            raise InvalidRequest(f"there is no {request.path[:200]}", status=404, code="unknown_url")
+        if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
+            raise InvalidRequest(
+                f"{request.path[:200]} takes {route.method}, not {request.method}",
+                status=405,
+                code="method_not_allowed",
+            )
+        if request.headers.get(b"content-encoding", b"identity") != b"identity":
+            raise InvalidRequest("a body with a content-encoding is not supported", status=415)
+
+    def _authorised(self, request: HttpRequest) -> bool:
+        scheme, _, key = request.headers.get(b"authorization", b"").partition(b" ")
+        # Every key is compared, in constant time, so that the time taken tells nothing.
+        matches = [hmac.compare_digest(key.strip(), known) for known in self._api_keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+    def _fail(self, exchange: _Exchange, error: RorqualError) -> None:
+        answer = answer_to(error)
+        reply = exchange.reply
+        if reply.finished:
+            return
+        if reply.started:
+            reply.write(b"data: %b\n\n" % answer.body)
+            reply.finish()
+            return
+        headers = answer.headers
+        if answer.status == 401:
+            headers = (*headers, (b"www-authenticate", b"Bearer"))
+        if answer.status == 405:
+            route = self._find(exchange.request.path)[1]
+            headers = (*headers, (b"allow", b"GET, HEAD" if route and route.method == "GET" else b"POST"))
+        reply.send(answer.status, answer.body, content_type=JSON, headers=headers)
+
+    # --- generating
+
+    async def _chat(self, exchange: _Exchange) -> None:
+        with self._admission.enter():
+            body = decode_body(_CHAT_DECODER, exchange.request.body)
+            job = await read_chat(body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed)
+            await self._generate(
+                exchange, ChatWriter(job, names=self._prompts, created=int(self._clock.wall()))
+            )
+
+    async def _completions(self, exchange: _Exchange) -> None:
+        with self._admission.enter():
+            body = decode_body(_COMPLETION_DECODER, exchange.request.body)
+            job = await read_completion(
+                body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed
+            )
+            await self._generate(
+                exchange, CompletionWriter(job, names=self._prompts, created=int(self._clock.wall()))
+            )
+
+    async def _generate(self, exchange: _Exchange, writer: AnswerWriter) -> None:
+        """Drive the generations into the answer. Cancelled with its client, it closes them before it ends."""
+        meter = exchange.meter
+        num_prompt_tokens = sum(len(generation.prompt) for generation in writer.generations)
+        meter.prompted(num_prompt_tokens)
+        if writer.style.stream:
+            await self._stream(exchange, writer)
+        else:
+            await self._collect(exchange, writer)
+        logger.info(
+            "finished request=%s prompt_tokens=%d completion_tokens=%d ms=%.1f",
+            writer.style.request_id,
+            num_prompt_tokens,
+            meter.num_completion_tokens,
+            1e3 * meter.seconds(),
+        )
+
+    async def _stream(self, exchange: _Exchange, writer: AnswerWriter) -> None:
+        meter, reply = exchange.meter, exchange.reply
+        headers = (*STREAM_HEADERS, (b"x-request-id", writer.style.request_id.encode()))
+        num_choices = writer.style.num_choices
+        async with aclosing(updates_of(self._generator, writer.generations)) as updates:
+            async for prompt, update in updates:
+                if not reply.started:  # not before: a failure until here still has its own status
+                    reply.start(200, content_type=EVENT_STREAM, headers=headers)
+                meter.saw(update, choice=prompt * num_choices + update.choice)
+                events = writer.events(prompt, update)
+                if events:
+                    reply.write(events)
+                    await reply.drain()
+        assert reply.started, "a generation ended without an update"
+        reply.write(writer.last_event(meter.num_prompt_tokens, meter.num_completion_tokens) + DONE)
+        reply.finish()
+
+    async def _collect(self, exchange: _Exchange, writer: AnswerWriter) -> None:
+        meter = exchange.meter
+        num_choices = writer.style.num_choices
+        async with aclosing(updates_of(self._generator, writer.generations)) as updates:
+            async for prompt, update in updates:
+                meter.saw(update, choice=prompt * num_choices + update.choice)
+                writer.add(prompt, update)
+        body = writer.body(meter.num_prompt_tokens, meter.num_completion_tokens)
+        headers = ((b"x-request-id", writer.style.request_id.encode()),)
+        exchange.reply.send(200, body, content_type=JSON, headers=headers)
+
+    def _model(self) -> ServedModel:
+        model = self._generator.model()
+        if model is None:
+            raise Overloaded("no worker is connected yet; try again later")
+        return model
+
+    # --- everything else
+
+    async def _models(self, exchange: _Exchange) -> None:
+        model = self._generator.model()
+        data = [] if model is None else [_model_card(model)]
+        exchange.reply.send(200, to_json({"object": "list", "data": data}), content_type=JSON)
+
+    async def _model_by_name(self, exchange: _Exchange) -> None:
+        name = exchange.request.path.removeprefix("/v1/models/")
+        model = self._model()
+        if name != model.name:
+            raise InvalidRequest(
+                f"the model {name[:200]!r} does not exist", field="model", status=404, code="model_not_found"
+            )
+        exchange.reply.send(200, to_json(_model_card(model)), content_type=JSON)
+
+    async def _tokenize(self, exchange: _Exchange) -> None:
+        body = decode_body(_TOKENIZE_DECODER, exchange.request.body)
+        model = self._generator.model()
+        ids = await read_tokenize(body, model=model, prompts=self._prompts)
+        answer = {
+            "tokens": ids.tolist(),
+            "count": len(ids),
+            "max_model_len": None if model is None else model.sequence_tokens_max,
+        }
+        exchange.reply.send(200, to_json(answer), content_type=JSON)
+
+    async def _health(self, exchange: _Exchange) -> None:
+        exchange.reply.send(200, to_json({"status": "ok"}), content_type=JSON)
+
+    async def _ready(self, exchange: _Exchange) -> None:
+        model = self._generator.model()
+        if self._server.stopping or model is None:
+            reason = "the router is stopping" if self._server.stopping else "no worker is connected yet"
+            body = error_body(reason, kind="overloaded_error", code="not_ready")
+            exchange.reply.send(503, body, content_type=JSON, headers=RETRY_AFTER)
+            return
+        exchange.reply.send(200, to_json({"status": "ready", "model": model.name}), content_type=JSON)
+
+    async def _expose_metrics(self, exchange: _Exchange) -> None:
+        body = generate_latest(self._metrics.registry)
+        exchange.reply.send(200, body, content_type=CONTENT_TYPE_LATEST.encode())
+
+
+_CHAT_DECODER = msgspec.json.Decoder(ChatBody)
+_COMPLETION_DECODER = msgspec.json.Decoder(CompletionBody)
+_TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeBody)
+
+
+def _model_card(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "rorqual",
+        "max_model_len": model.sequence_tokens_max,
+    }

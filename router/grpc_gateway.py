@@ -1,0 +1,276 @@
+"""The gRPC gateway: `rorqual.v1.Generation/Generate`, standard health and reflection.
+
+Owned by the router's process, which calls `start` and `stop`. It asks the same Generator and PromptSource
+as the HTTP gateway. A call that is cancelled, or whose deadline passes, closes its generation at once; a
+client that does not read is cut off at the write deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from rorqual.clock import Clock
+from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut, WorkerLost
+from rorqual.ids import draw_request_id
+from rorqual.sampling import SEED_BITS, SamplingParams
+from rorqual.session import FinishReason, TokenArray
+from router.admission import Admission, TooManyRequests
+from router.generation import ChoiceUpdate, Generation, Generator, ServedModel
+from router.metrics import GatewayMetrics, RequestMeter
+from router.prompt_source import PromptSource
+from router.prompts import check_model, check_num_choices, check_stops, token_array, token_budget
+from router.wire import SERVICE_NAME, CallContext, GenerateCall, Usage, add_generation_service
+
+logger = logging.getLogger(__name__)
+
+ROUTE = "rorqual.v1.Generation/Generate"
+MAX_TOKENS_DEFAULT = 16
+HEALTH_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcSettings:
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free one
+    api_keys: tuple[str, ...] = ()  # checked against the metadata "authorization: Bearer KEY"
+    message_bytes_max: int = 16 * 1024 * 1024
+    calls_max: int = 4096  # of every kind, health checks too
+    write_seconds_max: float = 30.0
+    request_seconds_max: float = 6 * 3600.0
+    drain_seconds_max: float = 30.0
+
+
+class GrpcGateway:
+    def __init__(
+        self,
+        *,
+        generator: Generator,
+        prompts: PromptSource,
+        settings: GrpcSettings,
+        metrics: GatewayMetrics,
+        admission: Admission,
+        clock: Clock,
+    ) -> None:
+        self._generator = generator
+        self._prompts = prompts
+        self._settings = settings
+        self._metrics = metrics
+        self._admission = admission
+        self._clock = clock
+        self._api_keys = tuple(key.encode() for key in settings.api_keys)
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Listen; returns host:port. Raises OSError when the address cannot be had."""
+        settings = self._settings
+        server = grpc.aio.server(
+            maximum_concurrent_rpcs=settings.calls_max,
+            options=(
+                ("grpc.max_receive_message_length", settings.message_bytes_max),
+                ("grpc.so_reuseport", 0),  # or a second router would share the port in silence
+            ),
+        )
+        add_generation_service(server, self._generate)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        try:
+            port = server.add_insecure_port(f"{host}:{settings.port}")
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot listen on {host}:{settings.port}: {error}") from None
+        if port == 0:
+            raise OSError(f"gRPC cannot listen on {host}:{settings.port}")
+        await self._report_health(ready=False)
+        await server.start()
+        self._server = server
+        self._health_task = asyncio.create_task(self._watch_health())
+        reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+        return f"{reachable}:{port}"
+
+    async def stop(self) -> None:
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(self._settings.drain_seconds_max)
+
+    # --- health: serving while a worker is connected
+
+    async def _watch_health(self) -> None:
+        known = False
+        while True:
+            ready = self._generator.model() is not None
+            if ready != known:
+                await self._report_health(ready=ready)
+                known = ready
+            await asyncio.sleep(HEALTH_SECONDS)
+
+    async def _report_health(self, *, ready: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, states.SERVING if ready else states.NOT_SERVING)
+
+    # --- one call
+
+    async def _generate(self, call: GenerateCall, context: CallContext) -> None:
+        meter = RequestMeter(self._metrics, route=ROUTE, clock=self._clock)
+        status = grpc.StatusCode.CANCELLED
+        try:
+            self._authorise(context)
+            with self._admission.enter():
+                async with asyncio.timeout(self._settings.request_seconds_max):
+                    await self._answer(call, context, meter)
+            status = grpc.StatusCode.OK
+        except RorqualError as error:
+            status = _status(error)
+            context.fail(status, _details(error))
+        except TimeoutError:
+            status = grpc.StatusCode.DEADLINE_EXCEEDED
+            context.fail(status, f"the request outlived {self._settings.request_seconds_max:g} s")
+        except asyncio.CancelledError:
+            meter.cancelled()
+            raise
+        except Exception:
+            meter.failed()
+            logger.exception("failed route=%s", ROUTE)
+            status = grpc.StatusCode.INTERNAL
+            context.fail(status, "the router failed to answer this request")
+        finally:
+            meter.end(status.name)
+
+    def _authorise(self, context: CallContext) -> None:
+        if not self._api_keys:
+            return
+        scheme, _, key = context.metadata("authorization").partition(" ")
+        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._api_keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise InvalidRequest("give an API key as metadata 'authorization: Bearer KEY'", status=401)
+
+    async def _answer(self, call: GenerateCall, context: CallContext, meter: RequestMeter) -> None:
+        model = self._generator.model()
+        if model is None:
+            raise Overloaded("no worker is connected yet; try again later")
+        generation = await self._read(call, model)
+        num_prompt_tokens = len(generation.prompt)
+        meter.prompted(num_prompt_tokens)
+        num_unfinished = generation.num_choices
+        async with aclosing(self._generator.generate(generation)) as updates:
+            async for update in updates:
+                meter.saw(update, choice=update.choice)
+                num_unfinished -= update.finish_reason is not None
+                usage = None
+                if num_unfinished == 0:
+                    usage = Usage(
+                        num_prompt_tokens=num_prompt_tokens, num_completion_tokens=meter.num_completion_tokens
+                    )
+                await self._write(context, update, generation, usage)
+        logger.info(
+            "finished request=%s prompt_tokens=%d completion_tokens=%d ms=%.1f",
+            generation.request_id,
+            num_prompt_tokens,
+            meter.num_completion_tokens,
+            1e3 * meter.seconds(),
+        )
+
+    async def _write(
+        self, context: CallContext, update: ChoiceUpdate, generation: Generation, usage: Usage | None
+    ) -> None:
+        deadline = asyncio.timeout(self._settings.write_seconds_max)
+        try:
+            async with deadline:
+                await context.write(
+                    update,
+                    request_id=generation.request_id,
+                    seed=generation.sampling.seed,
+                    finish_reason=_finish_name(update.finish_reason),
+                    usage=usage,
+                )
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self._metrics.cut_off.labels("grpc_write_deadline").inc()
+            raise StageTimedOut(
+                f"the client read nothing for {self._settings.write_seconds_max:g} s"
+            ) from None
+
+    async def _read(self, call: GenerateCall, model: ServedModel) -> Generation:
+        """The call as a checked Generation. Raises InvalidRequest naming the message's field."""
+        check_model(call.model, model)
+        sampling = SamplingParams(
+            seed=secrets.randbits(SEED_BITS) if call.seed is None else call.seed,
+            logit_bias=call.logit_bias,
+            logprobs=call.logprobs,
+            **call.sampling,
+        )
+        try:
+            sampling.check(model.vocab_size)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), field=f"sampling.{error.field}") from None
+        num_choices = check_num_choices(1 if call.num_choices is None else call.num_choices)
+        wanted = MAX_TOKENS_DEFAULT if call.max_tokens is None else call.max_tokens
+        if wanted == 0:
+            raise InvalidRequest("max_tokens must be at least 1", field="max_tokens")
+        stops = check_stops(call.stops)
+        prompt, field = await self._encode(call, model)
+        return Generation(
+            request_id=draw_request_id("gen"),
+            prompt=prompt,
+            max_tokens=token_budget(
+                prompt, wanted, model=model, prompt_field=field, budget_field="max_tokens"
+            ),
+            num_choices=num_choices,
+            sampling=sampling,
+            stop=stops,
+            ignore_eos=call.ignore_eos,
+        )
+
+    async def _encode(self, call: GenerateCall, model: ServedModel) -> tuple[TokenArray, str]:
+        if call.token_ids is not None:
+            field = "token_ids.ids"
+            return token_array(call.token_ids, vocab_size=model.vocab_size, field=field), field
+        if call.text is not None:
+            return await self._prompts.aencode_text(call.text, field="text"), "text"
+        raise InvalidRequest("prompt is missing: set text or token_ids", field="prompt")
+
+
+def _finish_name(reason: FinishReason | None) -> str:
+    if reason is None:
+        return ""
+    if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        return reason.value
+    raise WorkerLost("the generation was ended by the worker")
+
+
+def _status(error: RorqualError) -> grpc.StatusCode:
+    if isinstance(error, InvalidRequest):
+        by_status = {401: grpc.StatusCode.UNAUTHENTICATED, 404: grpc.StatusCode.NOT_FOUND}
+        return by_status.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
+    if isinstance(error, TooManyRequests):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    if isinstance(error, StageTimedOut):
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    if isinstance(error, Overloaded | WorkerLost):
+        return grpc.StatusCode.UNAVAILABLE
+    return grpc.StatusCode.INTERNAL
+
+
+def _details(error: RorqualError) -> str:
+    """INVALID_ARGUMENT must name its field, also where the text alone does not."""
+    if isinstance(error, InvalidRequest) and error.field and error.field not in str(error):
+        return f"{error.field}: {error}"
+    return str(error)

@@ -1,0 +1,270 @@
+"""The router process: `rorqual router`.
+
+Owns the life of a router: options, the prompt side, the fleet, the dispatcher and the two gateways,
+readiness and the orderly end. It never imports torch or the engine.
+
+Exit status: 0 after SIGTERM or SIGINT, 1 with one clear line for a port in use, a bad model directory, or
+when no worker could be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from rorqual.clock import Clock, SystemClock
+from rorqual.errors import ConfigError, RorqualError
+from rorqual.service import (
+    StopSignals,
+    end_task,
+    format_address,
+    parse_address,
+    remove_ready_file,
+    run_service,
+    until_first,
+    write_ready_file,
+)
+from rorqual.telemetry import add_log_options, configure_logging, fields
+from router.admission import Admission
+from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
+from router.fleet import Fleet, FleetConfig
+from router.fleet_metrics import FleetMetrics
+from router.gateway.server import HttpGateway, HttpSettings
+from router.generation import Generation
+from router.grpc_gateway import GrpcGateway, GrpcSettings
+from router.metrics import GatewayMetrics
+from router.placement import LeastOutstandingTokens
+from router.prompt import PromptEncoder
+from router.session_client import GrpcTransport
+from router.text import ChoiceText, StopStrings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterOptions:
+    workers: tuple[str, ...]
+    model: Path  # for its tokenizer and prompt texts; weights are the workers'
+    served_name: str = ""  # empty: the model directory's name
+    http: tuple[str, int] = ("127.0.0.1", 8000)
+    grpc: tuple[str, int] = ("127.0.0.1", 8001)
+    api_keys: tuple[str, ...] = ()
+    ready_file: Path | None = None
+    requests_max: int = 1024
+    sequences_per_worker_max: int = 1024
+    start_seconds_max: float = 30.0  # until the first worker is connected
+    place_seconds_max: float = 10.0
+    first_token_seconds_max: float = 600.0
+    next_token_seconds_max: float = 120.0
+    drain_seconds_max: float = 30.0
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `rorqual router`; the exit status. Raises RorqualError for what a person can put right."""
+    options, log_level = parse_options(argv)
+    configure_logging(level=log_level)
+    run_service(serve(options))
+    return 0
+
+
+def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
+    """The options of a command line, and the log level. Raises ConfigError naming the option."""
+    args = _parser().parse_args(argv)
+    seconds = ("start_seconds", "place_seconds", "first_token_seconds", "next_token_seconds", "drain_seconds")
+    for option in (*seconds, "requests_max", "sequences_per_worker"):
+        if getattr(args, option) <= 0:
+            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {getattr(args, option)}")
+    workers = tuple(format_address(*parse_address(text, option="--worker")) for text in args.worker)
+    if len(set(workers)) != len(workers):
+        raise ConfigError("--worker names the same address twice")
+    options = RouterOptions(
+        workers=workers,
+        model=args.model,
+        served_name=args.served_name,
+        http=parse_address(args.http, option="--http"),
+        grpc=parse_address(args.grpc, option="--grpc"),
+        api_keys=tuple(args.api_key),
+        ready_file=args.ready_file,
+        requests_max=args.requests_max,
+        sequences_per_worker_max=args.sequences_per_worker,
+        start_seconds_max=args.start_seconds,
+        place_seconds_max=args.place_seconds,
+        first_token_seconds_max=args.first_token_seconds,
+        next_token_seconds_max=args.next_token_seconds,
+        drain_seconds_max=args.drain_seconds,
+    )
+    return options, args.log_level
+
+
+async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
+    """Run a router until a signal. Raises RorqualError when it cannot start, with nothing left running."""
+    if not options.model.is_dir():
+        raise ConfigError(f"--model: {options.model}: no such directory")
+    clock = clock or SystemClock()
+    signals = StopSignals()
+    prompts = PromptEncoder.from_model_dir(options.model)
+    registry = CollectorRegistry()
+    fleet, dispatcher = build_dispatcher(options, prompts=prompts, registry=registry, clock=clock)
+    http, grpc = _gateways(options, dispatcher, prompts=prompts, registry=registry, clock=clock)
+    keeping_sessions = asyncio.create_task(fleet.run())
+    try:
+        http_url = await _listen(http.start(), option="--http", address=options.http)
+        grpc_address = await _listen(grpc.start(), option="--grpc", address=options.grpc)
+        log.info("started to listen %s", fields(http=http_url, grpc=grpc_address))
+        await until_first(_until_connected(fleet, options), keeping_sessions, signals.stop.wait())
+        _raise_if_ended(keeping_sessions)
+        if not signals.stop.is_set():
+            if not fleet.welcomes():
+                raise _no_worker(fleet, options)
+            write_ready_file(options.ready_file, {"http": http_url, "grpc": grpc_address, "pid": os.getpid()})
+            log.info("became ready %s", fields(http=http_url, grpc=grpc_address))
+            await until_first(keeping_sessions, signals.stop.wait())
+            _raise_if_ended(keeping_sessions)
+    finally:
+        remove_ready_file(options.ready_file)
+        # Streams that run are finished while their workers are still there to finish them.
+        stopping = asyncio.create_task(_stop_gateways(http, grpc))
+        await until_first(stopping, signals.hurry.wait())
+        await end_task(stopping)
+        await end_task(keeping_sessions)
+        prompts.close()
+        signals.close()
+        log.info("stopped serving")
+
+
+def build_dispatcher(
+    options: RouterOptions, *, prompts: PromptEncoder, registry: CollectorRegistry, clock: Clock
+) -> tuple[Fleet, Dispatcher]:
+    """The fleet, which somebody must `run`, and the dispatcher on top of it."""
+    metrics = FleetMetrics(registry)
+    fleet = Fleet(
+        addresses=options.workers,
+        transport=GrpcTransport(),
+        config=FleetConfig(sequences_per_worker_max=options.sequences_per_worker_max),
+        metrics=metrics,
+        router_id=f"router-{os.getpid()}",
+        randomness=random.Random(),
+    )
+
+    def make_texts(generation: Generation) -> Sequence[ChoiceTextLike]:
+        stops = StopStrings(generation.stop)
+        return [
+            ChoiceText(tokenizer=prompts.tokenizer, stops=stops, split_reasoning=generation.split_reasoning)
+            for _ in range(generation.num_choices)
+        ]
+
+    config = DispatchConfig(
+        served_name=options.served_name or options.model.resolve().name,
+        created=int(clock.wall()),
+        place_seconds_max=options.place_seconds_max,
+        first_token_seconds_max=options.first_token_seconds_max,
+        next_token_seconds_max=options.next_token_seconds_max,
+    )
+    placement = LeastOutstandingTokens()
+    dispatcher = Dispatcher(
+        fleet=fleet, placement=placement, make_texts=make_texts, config=config, metrics=metrics
+    )
+    return fleet, dispatcher
+
+
+def _gateways(
+    options: RouterOptions,
+    dispatcher: Dispatcher,
+    *,
+    prompts: PromptEncoder,
+    registry: CollectorRegistry,
+    clock: Clock,
+) -> tuple[HttpGateway, GrpcGateway]:
+    metrics = GatewayMetrics(registry)
+    admission = Admission(num_requests_max=options.requests_max)
+    http = HttpGateway(
+        generator=dispatcher,
+        prompts=prompts,
+        settings=HttpSettings(
+            host=options.http[0],
+            port=options.http[1],
+            api_keys=options.api_keys,
+            drain_seconds_max=options.drain_seconds_max,
+        ),
+        metrics=metrics,
+        admission=admission,
+        clock=clock,
+    )
+    grpc = GrpcGateway(
+        generator=dispatcher,
+        prompts=prompts,
+        settings=GrpcSettings(
+            host=options.grpc[0],
+            port=options.grpc[1],
+            api_keys=options.api_keys,
+            drain_seconds_max=options.drain_seconds_max,
+        ),
+        metrics=metrics,
+        admission=admission,
+        clock=clock,
+    )
+    return http, grpc
+
+
+async def _listen(start: Awaitable[str], *, option: str, address: tuple[str, int]) -> str:
+    try:
+        return await start
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: cannot listen on {format_address(*address)}: {error.strerror or error}"
+        ) from None
+
+
+async def _until_connected(fleet: Fleet, options: RouterOptions) -> None:
+    try:
+        async with asyncio.timeout(options.start_seconds_max):
+            while not fleet.welcomes():
+                await fleet.wait_for_change()
+    except TimeoutError:
+        pass  # the caller sees that there is no worker
+
+
+def _no_worker(fleet: Fleet, options: RouterOptions) -> RorqualError:
+    why = "; ".join(fleet.failures()) or ", ".join(options.workers)
+    return RorqualError(f"no worker could be reached within {options.start_seconds_max:g} s: {why}")
+
+
+def _raise_if_ended(keeping_sessions: asyncio.Task[None]) -> None:
+    """The fleet runs until it is cancelled: if it has ended, it was by a bug, which is not hidden."""
+    if keeping_sessions.done():
+        keeping_sessions.result()
+
+
+async def _stop_gateways(http: HttpGateway, grpc: GrpcGateway) -> None:
+    await asyncio.gather(http.stop(), grpc.stop())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rorqual router", description="Run the router: HTTP and gRPC in front of workers."
+    )
+    add = parser.add_argument
+    add("--worker", action="append", required=True, metavar="HOST:PORT", help="a worker; repeatable")
+    add("--model", type=Path, required=True, metavar="DIR", help="model directory, for its tokenizer")
+    add("--served-name", default="", metavar="NAME", help="model name in the API (default: the directory's)")
+    add("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="OpenAI-style API; port 0: any")
+    add("--grpc", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC API; port 0: any")
+    add("--api-key", action="append", default=[], metavar="KEY", help="ask clients for it; repeatable")
+    add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once a request would be answered")
+    add("--requests-max", type=int, default=1024, metavar="N", help="requests at once (default 1024)")
+    add("--sequences-per-worker", type=int, default=1024, metavar="N", help="sequences open on one worker")
+    add("--start-seconds", type=float, default=30.0, metavar="S", help="for the first worker to be reached")
+    add("--place-seconds", type=float, default=10.0, metavar="S", help="while no worker is connected")
+    add("--first-token-seconds", type=float, default=600.0, metavar="S", help="deadline of a first token")
+    add("--next-token-seconds", type=float, default=120.0, metavar="S", help="deadline between tokens")
+    add("--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests at the end")
+    add_log_options(parser)
+    return parser

@@ -1,0 +1,72 @@
+"""Sessions over gRPC: the production `Transport` of `router.fleet`.
+
+Carries bytes and turns gRPC's failures into SessionLost with one clear line; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from rorqual.session import Cancel, Hello, Open, StepReport, Welcome
+from rorqual.wire import MESSAGE_BYTES_MAX, SESSION_PATH, WireError, decode_report, encode_command
+from router.fleet import SessionLost
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    # Each attempt makes a channel of its own: a shared one would put gRPC's backoff on top of the fleet's.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A worker whose host vanished sends no FIN; pings find that within about 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class GrpcTransport:
+    async def connect(self, address: str) -> GrpcChannel:
+        return GrpcChannel(address)
+
+
+class GrpcChannel:
+    """One session stream on a connection of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        # Any: the stubs of grpc do not know that a stream can be used by read and write.
+        self._channel: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._call: Any = self._channel.stream_stream(SESSION_PATH, None, None)()
+
+    async def send(self, command: Hello | Open | Cancel) -> None:
+        try:
+            await self._call.write(encode_command(command))
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            raise await self._lost(error) from None
+
+    async def receive(self) -> Welcome | StepReport:
+        try:
+            data = await self._call.read()
+            if isinstance(data, bytes):
+                return decode_report(data)
+        except grpc.aio.AioRpcError as error:
+            raise await self._lost(error) from None
+        except WireError as error:
+            raise SessionLost(f"{self._address}: {error}") from None
+        raise await self._lost(None)
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._channel.close(None)
+
+    async def _lost(self, error: Exception | None) -> SessionLost:
+        if isinstance(error, grpc.aio.AioRpcError):
+            code, details = error.code(), error.details()
+        else:
+            # The stream has ended: its status is there, or about to be.
+            code, details = await self._call.code(), await self._call.details()
+        said = f": {details}" if details else ""
+        return SessionLost(f"{self._address}: the session ended with {code.name}{said}")

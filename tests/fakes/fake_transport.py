@@ -1,0 +1,80 @@
+"""Sessions without sockets: the router's fleet connected to hosts in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+
+from engine.host import Host, Session, SessionRefused
+from rorqual.session import Cancel, Hello, Open, StepReport, Welcome
+from router.fleet import SessionLost
+
+
+class FakeTransport:
+    """Addresses to hosts; an address without one refuses connections."""
+
+    def __init__(self, hosts: dict[str, Host]) -> None:
+        self.hosts = hosts
+        self.channels: list[FakeChannel] = []
+        self.num_attempts = 0
+
+    async def connect(self, address: str) -> FakeChannel:
+        self.num_attempts += 1
+        host = self.hosts.get(address)
+        if host is None:
+            raise SessionLost(f"{address}: connection refused")
+        channel = FakeChannel(host)
+        self.channels.append(channel)
+        return channel
+
+
+class FakeChannel:
+    def __init__(self, host: Host) -> None:
+        self.sent: list[Hello | Open | Cancel] = []
+        self.is_mute = False  # the worker is there and says nothing
+        self._host = host
+        self._session: Session | None = None
+        self._welcome: Welcome | None = None
+        self._broken = asyncio.Event()
+
+    def cut(self) -> None:
+        """The network fails: both ends notice."""
+        self._broken.set()
+        if self._session is not None:
+            self._session.close()
+
+    async def send(self, command: Hello | Open | Cancel) -> None:
+        if self._broken.is_set():
+            raise SessionLost("the network failed")
+        self.sent.append(command)
+        try:
+            if isinstance(command, Hello):
+                self._session = self._host.connect(command.router_id)
+                self._welcome = self._host.welcome()
+            else:
+                assert self._session is not None
+                self._session.submit(command)
+        except SessionRefused as error:
+            raise SessionLost(str(error)) from None
+
+    async def receive(self) -> Welcome | StepReport:
+        if self.is_mute:
+            await asyncio.Event().wait()
+        if self._welcome is not None:
+            welcome, self._welcome = self._welcome, None
+            return welcome
+        assert self._session is not None
+        reading = asyncio.create_task(self._session.next_report())
+        breaking = asyncio.create_task(self._broken.wait())
+        try:
+            await asyncio.wait({reading, breaking}, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken.is_set():
+                raise SessionLost("the network failed")
+            return reading.result()
+        finally:
+            for task in (reading, breaking):
+                task.cancel()
+            await asyncio.gather(reading, breaking, return_exceptions=True)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            self._session.close()

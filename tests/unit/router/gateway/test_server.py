@@ -1,0 +1,170 @@
+"""The gateway's life around a generation: cancellation, metrics, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+CHAT = "/v1/chat/completions"
+
+
+def chat(**fields: object) -> dict:
+    return {"messages": [{"role": "user", "content": "hi"}], **fields}
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() < start + seconds, "waited in vain"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - start
+
+
+def open_request(served, path: str, body: dict) -> socket.socket:
+    data = json.dumps(body).encode()
+    sock = socket.create_connection(("127.0.0.1", served.port))
+    sock.sendall(b"POST %b HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (path.encode(), len(data), data))
+    return sock
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "num_generations"),
+    [
+        (CHAT, chat(max_tokens=1000), 1),
+        ("/v1/completions", {"prompt": "hi", "n": 3, "max_tokens": 1000}, 1),
+        ("/v1/completions", {"prompt": ["hi", "you", "all"], "max_tokens": 1000}, 3),
+    ],
+)
+async def test_a_client_that_goes_away_closes_its_generations_at_once(served, path, body, num_generations, stream):
+    served.generator.step_seconds = 0.01
+    sock = open_request(served, path, {**body, "stream": stream})
+    await until(lambda: served.generator.num_open == num_generations and served.generator.num_tokens > 5)
+    sock.close()
+    assert await until(lambda: served.generator.num_open == 0) < 1.0
+    assert served.generator.num_closed_early == num_generations
+    await until(lambda: served.value("rorqual_router_cancelled_requests_total", route=path) == 1)
+    assert served.value("rorqual_router_in_flight_requests", route=path) == 0
+
+
+async def test_a_client_that_goes_away_during_prefill_closes_its_generation(served):
+    served.generator.step_seconds = 60
+    sock = open_request(served, CHAT, chat(stream=True))
+    await until(lambda: served.generator.num_open == 1)
+    sock.close()
+    assert await until(lambda: served.generator.num_open == 0) < 1.0
+
+
+async def test_a_client_that_stops_reading_is_ended_and_the_others_are_not(serve):
+    served = await serve(limits={"write_seconds_max": 0.3})
+    served.generator.tokens_per_update = 4
+    body = {"prompt": "hi", "n": 16, "max_tokens": 4000, "stream": True, "logprobs": 20, "return_token_ids": True}
+    sock = open_request(served, "/v1/completions", body)
+    await until(lambda: served.generator.num_open == 1)
+    while served.generator.num_open:
+        response = await served.http.post(CHAT, json=chat(max_tokens=2))
+        assert response.status_code == 200
+    assert served.generator.num_closed_early == 1
+    assert served.generator.num_tokens < 16 * 4000
+    assert served.value("rorqual_router_cut_off_connections_total", reason="write_deadline") == 1
+    sock.close()
+
+
+async def test_one_request_that_outlives_its_deadline_is_ended_and_says_so(serve):
+    served = await serve(request_seconds_max=0.2)
+    served.generator.step_seconds = 0.05
+    response = await served.http.post(CHAT, json=chat(max_tokens=1000))
+    assert response.status_code == 504
+    response = await served.http.post(CHAT, json=chat(max_tokens=1000, stream=True))
+    assert "outlived" in response.text.split("\n\n")[-2]
+    assert served.generator.num_open == 0
+
+
+async def test_metrics_count_requests_tokens_and_latencies(served):
+    await served.http.post(CHAT, json=chat(max_tokens=5))
+    await served.http.post(CHAT, json=chat(max_tokens=5, stream=True, n=2))
+    await served.http.post(CHAT, json=chat(temperature=9))
+    await served.http.get("/no/such/" + "x" * 50)
+    await until(lambda: served.value("rorqual_router_requests_total", route="unknown", status="404") == 1)
+    exposed = (await served.http.get("/metrics")).text
+    assert served.value("rorqual_router_requests_total", route=CHAT, status="200") == 2
+    assert served.value("rorqual_router_requests_total", route=CHAT, status="400") == 1
+    assert served.value("rorqual_router_prompt_tokens_total", route=CHAT) == 4
+    assert served.value("rorqual_router_completion_tokens_total", route=CHAT) == 15
+    assert served.value("rorqual_router_first_token_seconds_count", route=CHAT) == 2
+    assert served.value("rorqual_router_inter_token_seconds_count", route=CHAT) == 12
+    assert served.value("rorqual_router_in_flight_requests", route=CHAT) == 0
+    assert 'rorqual_router_requests_total{route="unknown",status="404"} 1.0' in exposed
+    assert "x" * 50 not in exposed
+
+
+async def test_many_requests_at_once_get_each_their_own_answer(serve):
+    from fake_generator import completion_text
+
+    served = await serve(num_requests_max=200)
+    served.generator.step_seconds = 0.001
+
+    async def ask(number: int) -> None:
+        prompt = [number % 250 + 3, number % 7 + 1]
+        body = {"prompt": prompt, "max_tokens": 5 + number % 5, "stream": number % 2 == 0}
+        response = await served.http.post("/v1/completions", json=body)
+        if number % 2:
+            text = response.json()["choices"][0]["text"]
+        else:
+            events = [event.removeprefix("data: ") for event in response.text.split("\n\n")]
+            assert events[-2:] == ["[DONE]", ""]
+            text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-2])
+        assert text == completion_text(prompt, 5 + number % 5)
+
+    await asyncio.gather(*(ask(number) for number in range(100)))
+    assert served.generator.num_open == 0
+    assert served.generator.num_closed_early == 0
+
+
+async def test_tokens_that_are_ready_together_leave_in_one_chunk(served):
+    served.generator.tokens_per_update = 2
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    body = json.dumps({"prompt": [[7], [8]], "max_tokens": 2, "stream": True}).encode()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    answer = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)
+    chunks = answer.split(b"\r\n\r\n", 1)[1].split(b"\r\n")
+    assert chunks[1].count(b'"text"') == 2  # both prompts' first tokens
+    writer.close()
+
+
+async def test_stopping_lets_a_stream_finish_and_refuses_new_requests(served):
+    served.generator.step_seconds = 0.02
+    async with served.http.stream("POST", CHAT, json=chat(max_tokens=10, stream=True)) as response:
+        stop = asyncio.create_task(served.gateway.stop())
+        text = "".join([part async for part in response.aiter_text()])
+        assert text.endswith("data: [DONE]\n\n")
+        await asyncio.wait_for(stop, 5)
+    with pytest.raises(httpx.ConnectError):
+        await served.http.get("/health")
+
+
+async def test_a_million_token_prompt_fits_through_the_default_limit(served):
+    served.generator.connected = True
+    ids = "[" + ", ".join(["129279"] * 1_048_576) + "]"
+    response = await served.http.post("/v1/completions", content='{"prompt": ' + ids + "}")
+    assert response.status_code == 400  # this vocabulary is smaller, which was found by reading it all
+    assert "prompt[0] is 129279" in response.json()["error"]["message"]
+
+
+async def test_the_real_encoder_serves_chats_and_names_bad_messages(serve, v4_tokenizer):
+    from router.prompt import PromptEncoder
+
+    served = await serve(prompts=PromptEncoder(tokenizer=v4_tokenizer))
+    body = {"messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": {"thinking": True}}
+    answer = (await served.http.post("/tokenize", json=body)).json()
+    assert answer["tokens"] == [0, 128803, 33310, 128804, 128821]
+    body["messages"].append({"role": "user", "content": [{"type": "image_url"}]})
+    response = await served.http.post(CHAT, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("messages[1].content")
