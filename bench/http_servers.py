@@ -1,9 +1,12 @@
 """Chooses the HTTP server of the router by measurement: `python -m bench.http_servers` (under a minute).
 
-Owns one small application, written for each candidate in its own dialect, and the load: short requests, token streams
-paced like decode steps, a client that stops reading, clients that vanish. Run by people; nothing imports it.
-Every candidate runs in a process of its own with uvloop; CPU is that process's own, all threads counted. Only ratios
-inside one run mean anything. A candidate that is not installed is left out and named.
+Owns one small application, written for each candidate in its own dialect, and the load: short requests, token
+streams paced like decode steps, a client that stops reading, clients that vanish. Run by people; nothing
+imports it. Every candidate runs in a process of its own with uvloop; CPU is that process's own, all threads
+counted. Only ratios inside one run mean anything. A candidate that is not installed is left out and named.
+
+Every application ends a stream that its client does not read for WRITE_SECONDS_MAX, as well as its server
+allows, and sees a client vanish by whatever its server offers.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import socket
 import struct
@@ -37,8 +41,8 @@ WRITE_SECONDS_MAX = 1.0
 NUM_VANISHING = 8
 
 EVENT = (
-    b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,"model":"demo","choices":'
-    b'[{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":null}]}\n\n'
+    b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,"model":"demo",'
+    b'"choices":[{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":null}]}\n\n'
 )
 FLOOD_EVENT = b"data: " + b"x" * 16_000 + b"\n\n"
 ANSWER = json.dumps({"object": "list", "data": [{"id": "demo", "object": "model"}]}).encode()
@@ -140,7 +144,7 @@ async def serve_uvicorn(source: Source, announce: Callable[[int], None]) -> None
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110, it sets no event
         await asyncio.sleep(0.01)
     announce(server.servers[0].sockets[0].getsockname()[1])
     await task
@@ -232,6 +236,7 @@ CANDIDATES: dict[str, tuple[str, Callable[[Source, Callable[[int], None]], Await
 
 
 async def serve(name: str) -> None:
+    logging.disable()  # some servers log every client that goes
     source = Source()
     steps = asyncio.create_task(source.run_steps())
     parent = asyncio.create_task(_end_with_parent())
@@ -347,7 +352,7 @@ async def _vanish(port: int, *, reset: bool) -> float:
     socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(NUM_VANISHING)]
     for sock in socks:
         sock.sendall(_head("/quiet"))
-    while (await _stats(port))["open"] < before["open"] + NUM_VANISHING:
+    while (await _stats(port))["open"] < before["open"] + NUM_VANISHING:  # noqa: ASYNC110, another process
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)
     for sock in socks:
@@ -403,20 +408,27 @@ def main() -> None:
 
 
 def print_table(results: dict[str, Result]) -> None:
-    base = next(iter(results.values()))
-    print(f"{'':10}{'requests':>10}{'cpu/req':>10}{'cpu/event':>11}{'slow MiB':>10}{'still open':>12}"
-          f"{'others ms':>11}{'FIN ms':>9}{'RST ms':>9}")  # fmt: skip
-    for name, result in results.items():
-        print(
-            f"{name:10}{result.requests_per_s / base.requests_per_s:>9.2f}x"
-            f"{result.us_per_request / base.us_per_request:>9.2f}x{result.us_per_event / base.us_per_event:>10.2f}x"
-            f"{result.slow_rss_mib:>10.1f}{f'{result.slow_open}/{result.slow_files}':>12}"
-            f"{result.slow_other_ms:>11.1f}{result.vanish_ms:>9.0f}{result.vanish_reset_ms:>9.0f}"
+    name, base = next(iter(results.items()))
+    titles = ("requests", "cpu/req", "cpu/event", "slow MiB", "still open", "others ms", "FIN ms", "RST ms")
+    print(f"{'':10}" + "".join(f"{title:>12}" for title in titles))
+    for label, result in results.items():
+        cells = (
+            f"{result.requests_per_s / base.requests_per_s:.2f}x",
+            f"{result.us_per_request / base.us_per_request:.2f}x",
+            f"{result.us_per_event / base.us_per_event:.2f}x",
+            f"{result.slow_rss_mib:.1f}",
+            f"{result.slow_open}/{result.slow_files}",
+            f"{result.slow_other_ms:.1f}",
+            f"{result.vanish_ms:.0f}",
+            f"{result.vanish_reset_ms:.0f}",
         )
+        print(f"{label:10}" + "".join(f"{cell:>12}" for cell in cells))
     print(
-        f"\n{next(iter(results))}: {base.requests_per_s:.0f} requests/s, {base.us_per_request:.1f} us CPU a request, "
-        f"{base.us_per_event:.1f} us CPU an event at {NUM_STREAMS} streams. 'still open': streams/sockets 1 s after the "
-        "write deadline of a client that stopped reading. FIN, RST: until the generations of vanished clients ended."
+        f"\n{name}: {base.requests_per_s:.0f} requests/s, {base.us_per_request:.1f} us CPU a request, "
+        f"{base.us_per_event:.1f} us CPU an event at {NUM_STREAMS} streams.\n"
+        "slow MiB: growth while one client does not read. still open: its streams/sockets one second after\n"
+        "the write deadline. others ms: a short request's worst time meanwhile. FIN, RST: until the\n"
+        "generations of vanished clients ended."
     )
 
 

@@ -56,7 +56,7 @@ class Runner:
     def streams(self, work: Sequence[Work], *, hook: PickHook | None = None) -> tuple[Tensor, list[Tensor]]:
         """The streams of all batch rows, and for each item of work the rows whose logits it wants."""
         pieces = [(item.slot, item.start, item.tokens) for item in work]
-        batch, placed = build_batch(pieces, row_multiple=self.model.row_multiple)
+        batch, placed = build_batch(pieces)
         model = self.model
         state = PagedState(model.config, self.tables, batch, kernels=model.kernels, exact=model.exact)
         streams = model.streams(model.begin(batch, state, hook=hook))

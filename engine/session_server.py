@@ -8,9 +8,10 @@ and reports into bytes and decides nothing: rules are in `engine.host`, the mess
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 HELLO_SECONDS_MAX = 10.0
 WRITE_SECONDS_MAX = 30.0
 """One report is a few kilobytes: a router that cannot take one for so long is gone or stuck."""
+
+ABORT_SECONDS_MAX = 2.0
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -135,15 +138,15 @@ class SessionServer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            try:
-                task.result()
-            except (WireError, SessionRefused) as error:
-                await self._abort(session, context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            except TimeoutError:
-                text = f"router did not take a report within {self._write_seconds_max:g} s"
-                await self._abort(session, context, grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        if session.closed_because:
+        error = next((task.exception() for task in done if task.exception() is not None), None)
+        if isinstance(error, WireError | SessionRefused):
+            await self._abort(session, context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        elif isinstance(error, TimeoutError):
+            text = f"router did not take a report within {self._write_seconds_max:g} s"
+            await self._abort(session, context, grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        elif error is not None:
+            raise error
+        elif session.closed_because:
             await self._abort(session, context, grpc.StatusCode.RESOURCE_EXHAUSTED, session.closed_because)
 
     async def _read_commands(self, session: Session, context: ServicerContext) -> None:
@@ -162,10 +165,11 @@ class SessionServer:
             async with asyncio.timeout(self._write_seconds_max):
                 await context.write(data)
 
-    async def _abort(
-        self, session: Session, context: ServicerContext, code: grpc.StatusCode, text: str
-    ) -> NoReturn:
+    async def _abort(self, session: Session, context: ServicerContext, code: grpc.StatusCode, text: str) -> None:
         # Its pages are free before the router hears of it.
         session.close()
         log.warning("aborted a session %s", fields(router=session.router_id, error=text))
-        await context.abort(code, text)
+        # The status goes out behind what the router has not read: one that never reads is not waited for.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_SECONDS_MAX):
+                await context.abort(code, text)

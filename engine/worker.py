@@ -41,7 +41,6 @@ from rorqual.telemetry import add_log_options, configure_logging, fields
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS_MAX = 2.0
-RANK_STOP_SECONDS_MAX = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +61,7 @@ class WorkerOptions:
     drain_seconds_max: float = 30.0
     load_seconds_max: float = 1800.0  # without a word from the rank
     step_seconds_max: float = 600.0
+    rank_stop_seconds_max: float = 5.0  # then it is killed
     plans_inflight_max: int = 2
     rank_command: Sequence[str] = RANK_COMMAND
 
@@ -136,7 +136,7 @@ async def serve(options: WorkerOptions) -> None:
         await server.stop()
         await endpoint.stop()
         if rank is not None:
-            await rank.stop(seconds_max=RANK_STOP_SECONDS_MAX)
+            await rank.stop(seconds_max=options.rank_stop_seconds_max)
         remove_ready_file(options.ready_file)
 
 

@@ -4,7 +4,7 @@ Owns the distributions. `rorqual checkpoint init`, `make serve` and tests call i
 nothing but the seed, its name, its shape and the config: not on sharding, order or platform threads.
 
 The scales keep activations and logits near 1 at any depth: linear maps divide by the square root of their
-inputs, the two that write into the residual streams also by that of the number of sublayers. Nothing is
+inputs, the two that write into the residual streams also by that of the number of layers. Nothing is
 left at 0 or 1, because a trivial sink, bias or mixing scale hides errors in the code that uses it.
 """
 
@@ -101,9 +101,10 @@ def _deviation(config: ModelConfig, weight: WeightSpec, leaf: str) -> float:
     if leaf in _DEVIATIONS:
         return _DEVIATIONS[leaf]
     fan_in = weight.shape[-1]
-    # Two sublayers a layer add to the streams: with this their sum stays of the embedding's size.
-    num_sublayers = 2 * config.num_layers if leaf == "residual" else 1
-    return 1 / math.sqrt(fan_in * num_sublayers)
+    # A sublayer's inner values are somewhat below 1 and two of them a layer add to the streams: with this
+    # their sum is of the embedding's size at any depth.
+    depth = config.num_layers if leaf == "residual" else 1
+    return 1 / math.sqrt(fan_in * depth)
 
 
 def _distinct_experts(

@@ -151,8 +151,8 @@ class Checkpoint:
     ) -> None:
         """Copy every weight into memory that is already there: `target(official name)` must have its shape.
 
-        Large weights come in pieces of rows (of at least 128), so that even one table that is most of the model
-        passes through a few megabytes.
+        Large weights come in pieces of rows (of at least 128), so that even one table that is most of the
+        model passes through a few megabytes.
         """
         for piece in self._pieces(piece_bytes_max, progress):
             target(piece.name)[piece.row : piece.row + len(piece.values)].copy_(piece.values)

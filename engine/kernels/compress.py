@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.arrays import array
 from engine.kernels.registry import kernel
 
 
@@ -23,7 +24,7 @@ def pool_windows_torch(keys_WPh: Tensor, scores_WPh: Tensor) -> Tensor:
 @kernel("pool_windows", name="numba", devices=("cpu",), priority=10)
 def pool_windows_numba(keys_WPh: Tensor, scores_WPh: Tensor) -> Tensor:
     pooled = torch.empty((keys_WPh.shape[0], keys_WPh.shape[2]))
-    _pool_windows(keys_WPh.numpy(), scores_WPh.numpy(), pooled.numpy())
+    _pool_windows(array(keys_WPh), array(scores_WPh), pooled.numpy())
     return pooled
 
 

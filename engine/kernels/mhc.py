@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.arrays import array
 from engine.kernels.registry import kernel
 
 
@@ -78,10 +79,10 @@ def hc_split_numba(
     post = torch.empty((num_tokens, num_streams))
     comb = torch.empty((num_tokens, num_streams, num_streams))
     _hc_split(
-        mix_TM.numpy(),
-        streams_TSD.numpy(),
-        scale_3.numpy(),
-        base_M.numpy(),
+        array(mix_TM),
+        array(streams_TSD),
+        array(scale_3),
+        array(base_M),
         iters,
         np.float32(hc_eps),
         np.float32(norm_eps),
@@ -95,7 +96,7 @@ def hc_split_numba(
 @kernel("hc_merge", name="numba", devices=("cpu",), priority=10)
 def hc_merge_numba(output_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, streams_TSD: Tensor) -> Tensor:
     merged = torch.empty_like(streams_TSD)
-    _hc_merge(output_TD.numpy(), post_TS.numpy(), comb_TSS.numpy(), streams_TSD.numpy(), merged.numpy())
+    _hc_merge(array(output_TD), array(post_TS), array(comb_TSS), array(streams_TSD), merged.numpy())
     return merged
 
 
@@ -105,10 +106,10 @@ def hc_collapse_numba(
 ) -> Tensor:
     y = torch.empty((streams_TSD.shape[0], streams_TSD.shape[2]))
     _hc_collapse(
-        mix_TS.numpy(),
-        streams_TSD.numpy(),
-        scale_1.numpy(),
-        base_S.numpy(),
+        array(mix_TS),
+        array(streams_TSD),
+        array(scale_1),
+        array(base_S),
         np.float32(hc_eps),
         np.float32(norm_eps),
         y.numpy(),
@@ -153,7 +154,7 @@ def _hc_collapse(mix, streams, scale, base, hc_eps, norm_eps, y):  # type: ignor
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
 def _hc_split(mix, streams, scale, base, iters, hc_eps, norm_eps, x, post, comb):  # type: ignore[no-untyped-def]
-    num_tokens, num_streams, width = streams.shape
+    num_tokens, num_streams, _ = streams.shape
     one = np.float32(1)
     for t in range(num_tokens):
         inverse_rms = _inverse_rms(streams[t], norm_eps)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.arrays import array
 from engine.kernels.registry import kernel
 
 
@@ -37,7 +38,7 @@ def locate_rows_numba(
     ids = torch.empty((num_sequences, num_entries), dtype=torch.int64)
     bias = torch.empty((num_sequences, 1, num_entries))
     empty = _locate_rows(
-        pages_SP.numpy(), slots_B.numpy(), entries_BK.numpy(), per_page, ids.numpy(), bias.numpy()
+        array(pages_SP), array(slots_B), array(entries_BK), per_page, ids.numpy(), bias.numpy()
     )
     return ids, bias, empty
 

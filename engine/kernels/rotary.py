@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.arrays import array
 from engine.kernels.registry import kernel
 
 
@@ -52,7 +53,7 @@ def rms_norm_numba(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
     normed = torch.empty(x.shape)
     width = x.shape[-1]
     _rms_norm(
-        x.reshape(-1, width).numpy(), weight_d.numpy(), np.float32(eps), normed.view(-1, width).numpy()
+        array(x.reshape(-1, width)), array(weight_d), np.float32(eps), normed.view(-1, width).numpy()
     )
     return normed
 
@@ -60,7 +61,7 @@ def rms_norm_numba(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
 @kernel("rope_angles", name="numba", devices=("cpu",), priority=10)
 def rope_angles_numba(positions_T: Tensor, frequencies_P: Tensor) -> Tensor:
     angles = torch.empty((positions_T.shape[0], frequencies_P.shape[0], 2))
-    _rope_angles(positions_T.numpy(), frequencies_P.numpy(), angles.numpy())
+    _rope_angles(array(positions_T), array(frequencies_P), angles.numpy())
     return angles
 
 
@@ -69,8 +70,8 @@ def norm_rope_numba(
     x_THd: Tensor, weight_d: Tensor | None, angles_TP2: Tensor, norm: bool, inverse: bool, eps: float
 ) -> Tensor:
     x_THd = x_THd.contiguous()
-    weight = _NO_WEIGHT if weight_d is None else weight_d.numpy()
-    _norm_rope(x_THd.numpy(), weight, angles_TP2.numpy(), norm, inverse, np.float32(eps))
+    weight = _NO_WEIGHT if weight_d is None else array(weight_d)
+    _norm_rope(x_THd.numpy(), weight, array(angles_TP2), norm, inverse, np.float32(eps))
     return x_THd
 
 

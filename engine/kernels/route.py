@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.arrays import array
 from engine.kernels.registry import kernel
 
 
@@ -58,10 +59,10 @@ def route_experts_numba(
     if picks_TK is None:
         experts = torch.empty((logits_TE.shape[0], k), dtype=torch.int64)
         bias = torch.zeros(logits_TE.shape[1]) if bias_E is None else bias_E
-        _pick_experts(logits_TE.numpy(), bias.numpy(), experts.numpy())
+        _pick_experts(array(logits_TE), array(bias), array(experts))
     else:
         experts = picks_TK.contiguous()
-    _weigh_experts(logits_TE.numpy(), experts.numpy(), np.float32(scaling), weights.numpy())
+    _weigh_experts(array(logits_TE), array(experts), np.float32(scaling), weights.numpy())
     return experts, weights
 
 
@@ -77,7 +78,7 @@ def group_pairs_numba(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Ten
 @kernel("add_pairs", name="numba", devices=("cpu",), priority=10)
 def add_pairs_numba(outputs_ND: Tensor, places_TK: Tensor, shared_TD: Tensor) -> Tensor:
     total = torch.empty(shared_TD.shape)
-    _add_pairs(outputs_ND.numpy(), places_TK.numpy(), shared_TD.numpy(), total.numpy())
+    _add_pairs(array(outputs_ND), array(places_TK), array(shared_TD), total.numpy())
     return total
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.arrays import array
 from engine.kernels.registry import kernel
 
 
@@ -39,14 +40,14 @@ def top_rows_torch(scores_Tn: Tensor, visible_T: Tensor, k: int) -> Tensor:
 @kernel("index_scores", name="numba", devices=("cpu",), priority=10)
 def index_scores_numba(dots_THn: Tensor, weights_TH: Tensor) -> Tensor:
     scores = torch.empty((dots_THn.shape[0], dots_THn.shape[2]))
-    _index_scores(dots_THn.numpy(), weights_TH.numpy(), scores.numpy())
+    _index_scores(array(dots_THn), array(weights_TH), scores.numpy())
     return scores
 
 
 @kernel("top_rows", name="numba", devices=("cpu",), priority=10)
 def top_rows_numba(scores_Tn: Tensor, visible_T: Tensor, k: int) -> Tensor:
     rows = torch.empty((scores_Tn.shape[0], k), dtype=torch.int64)
-    _top_rows(scores_Tn.numpy(), visible_T.numpy(), k, rows.numpy())
+    _top_rows(array(scores_Tn), array(visible_T), k, rows.numpy())
     return rows
 
 

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.kernels import compress, mhc, paging, registry, rotary, route, select
+from engine.kernels import compress, matmul, mhc, paging, registry, rotary, route, select, swiglu
+from engine.kernels.matmul import Groups
 
-_MODULES = (compress, mhc, paging, rotary, route, select)  # importing them registers their kernels
+_MODULES = (compress, matmul, mhc, paging, rotary, route, select, swiglu)  # importing them registers their kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
     """Contracts are the docstrings of the `torch` implementations in the sibling modules."""
 
+    linear: Callable[[Tensor, Tensor, bool], Tensor]
+    grouped_linear: Callable[[Tensor, Tensor, Groups, bool], Tensor]
+    swiglu: Callable[[Tensor, Tensor, float], Tensor]
     hc_split: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], tuple[Tensor, Tensor, Tensor]]
     hc_merge: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     hc_collapse: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from engine.model.attend import BLOCK_COLUMNS, attend
 from engine.model.batch import Piece
@@ -32,12 +31,12 @@ def attention(
     config, rounding = run.config, run.rounding
     num_rows, eps = x_TD.shape[0], config.norm_eps
     angles = run.angles(item.kind)
-    low = rounding.act(linear(rounding.matmul_input(x_TD), weights.from_x))
+    low = rounding.act(run.linear(rounding.matmul_input(x_TD), weights.from_x))
     c_q = rounding.act(run.kernels.rms_norm(low[:, : config.q_lora_rank], weights.q_norm, eps))
     kv = low[:, config.q_lora_rank :].unsqueeze(1)
     kv = rounding.norm_rope(run.kernels, kv, weights.kv_norm, angles, eps=eps).squeeze(1)
     kv_Td = rounding.kv_rows(kv, config.nope_head_dim)
-    wide = rounding.act(linear(rounding.matmul_input(c_q), weights.from_cq))
+    wide = rounding.act(run.linear(rounding.matmul_input(c_q), weights.from_cq))
     q_width = config.num_heads * config.head_dim
     q = wide[:, :q_width].view(num_rows, config.num_heads, config.head_dim)
     q_THd = rounding.norm_rope(run.kernels, q, None, angles, eps=eps)
@@ -56,9 +55,6 @@ def attention(
     for piece, past in zip(run.batch.chunks, pasts, strict=True):
         window_rows = torch.cat((past, kv_Td[piece.rows]))
         outputs += _attend_chunk(run, layer, item, weights, q_THd, queries, piece, window_rows)
-    num_padding = num_rows - run.batch.num_rows
-    if num_padding:
-        outputs.append(q_THd.new_zeros((num_padding, config.num_heads, config.head_dim)))
     return _project(run, weights, outputs[0] if len(outputs) == 1 else torch.cat(outputs), angles)
 
 
@@ -68,9 +64,11 @@ def _project(run: Pass, weights: AttentionWeights, o_THd: Tensor, angles: Tensor
     num_rows = o_THd.shape[0]
     o = rounding.act(o_THd)
     o = rounding.act(run.kernels.norm_rope(o, None, angles, False, True, 0.0))
-    grouped = o.view(num_rows, config.o_groups, -1).transpose(0, 1)
-    low = torch.bmm(grouped, weights.wo_a_Gli.transpose(1, 2)).transpose(0, 1).reshape(num_rows, -1)
-    return rounding.act(linear(rounding.matmul_input(rounding.act(low)), weights.wo_b))
+    grouped = o.view(num_rows, config.o_groups, -1).transpose(0, 1).reshape(num_rows * config.o_groups, -1)
+    groups = [(group, group * num_rows, (group + 1) * num_rows) for group in range(config.o_groups)]
+    low = run.kernels.grouped_linear(grouped, weights.wo_a_Gli, groups, run.exact)
+    low = low.view(config.o_groups, num_rows, -1).transpose(0, 1).reshape(num_rows, -1)
+    return rounding.act(run.linear(rounding.matmul_input(rounding.act(low)), weights.wo_b))
 
 
 def _attend_decodes(

@@ -1,7 +1,6 @@
 """A ragged batch: any mix of prefill chunks and decode steps, laid out as rows of tokens.
 
 Rows 0..num_decodes-1 are the single-token pieces, computed together; the longer pieces follow, one after another.
-In exact mode rows are padded with dummy tokens so that every matrix product has a fixed enough shape.
 """
 
 from __future__ import annotations
@@ -33,13 +32,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaggedBatch:
-    """tokens_T, positions_T i64 [T]; decodes come first; `num_rows` of the T rows are real, the rest is padding."""
+    """tokens_T, positions_T i64 [T]; the decodes' rows come first."""
 
     tokens_T: Tensor
     positions_T: Tensor
     decodes: tuple[Piece, ...]
     chunks: tuple[Piece, ...]
-    num_rows: int
 
     @property
     def num_decodes(self) -> int:
@@ -47,11 +45,11 @@ class RaggedBatch:
 
 
 def build_batch(
-    pieces: Sequence[tuple[int, int, Tensor]], *, row_multiple: int = 1, decode_together: bool = True
+    pieces: Sequence[tuple[int, int, Tensor]], *, decode_together: bool = True
 ) -> tuple[RaggedBatch, list[Piece]]:
     """Lay out pieces (slot, start, token ids i64) as a batch; also returns each piece's place, in the given order.
 
-    `row_multiple` pads T up to a multiple of it. `decode_together` False treats single tokens as chunks too (states
+    `decode_together` False treats single tokens as chunks too (states
     that keep no past, as in training).
     """
     order = sorted(range(len(pieces)), key=lambda index: pieces[index][2].numel() > 1)
@@ -65,11 +63,7 @@ def build_batch(
         placed[index] = piece
         (decodes if piece.count == 1 and decode_together else chunks).append(piece)
         row += piece.count
-    padding = -row % row_multiple
-    tokens_T = torch.cat([pieces[index][2] for index in order] + [torch.zeros(padding, dtype=torch.int64)])
-    positions = [torch.arange(piece.start, piece.end) for piece in (*decodes, *chunks)]
-    positions_T = torch.cat([*positions, torch.zeros(padding, dtype=torch.int64)])
-    batch = RaggedBatch(
-        tokens_T=tokens_T, positions_T=positions_T, decodes=tuple(decodes), chunks=tuple(chunks), num_rows=row
-    )
+    tokens_T = torch.cat([pieces[index][2] for index in order])
+    positions_T = torch.cat([torch.arange(piece.start, piece.end) for piece in (*decodes, *chunks)])
+    batch = RaggedBatch(tokens_T=tokens_T, positions_T=positions_T, decodes=tuple(decodes), chunks=tuple(chunks))
     return batch, [piece for piece in placed if piece is not None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from engine.model.batch import Piece
 from engine.model.context import Pass
@@ -19,7 +18,7 @@ from rorqual.model_config import LayerConfig, LayerKind
 
 def compress(run: Pass, layer: int, item: LayerConfig, weights: CompressorWeights, x_TD: Tensor) -> Tensor:
     """Put all rows finished by this batch into the state. Returns the indexer's raw head weights [T, Hi] (CSA)."""
-    projected = linear(x_TD, weights.from_x)
+    projected = run.linear(x_TD, weights.from_x)
     num_columns = weights.ape.shape[1]
     rows = projected[:, :num_columns] + weights.ape[run.batch.positions_T % item.ratio]
     width = run.config.head_dim

@@ -56,6 +56,9 @@ class Pass:
     compressed_angles: Tensor
     hook: PickHook | None
 
+    def linear(self, x: Tensor, weight_NK: Tensor) -> Tensor:
+        return self.kernels.linear(x, weight_NK, self.exact)
+
     def angles(self, kind: LayerKind) -> Tensor:
         return self.plain_angles if kind is LayerKind.WINDOW else self.compressed_angles
 

@@ -6,28 +6,21 @@ and constants, no state: rows go to the StateView it is given.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from engine.kernels.suite import Kernels
 from engine.model.attention import attention
 from engine.model.batch import RaggedBatch
 from engine.model.context import Pass, PickHook, rotary_frequencies
-from engine.model.moe import ROWS_LEAST, moe
+from engine.model.moe import moe
 from engine.model.rounding import rounding_of
 from engine.model.state import StateView
 from engine.model.weights import HyperWeights, LayerWeights, ModelWeights
 from kvstore.layout import Component, Numerics
 from rorqual.model_config import LayerConfig, ModelConfig
-
-VECTOR_VALUES = 32
-"""Elements that a vectorised CPU loop takes at a time; what is left over goes through scalar code, which rounds
-exp and its like differently. Exact mode keeps every element-wise product a multiple of it."""
-
 
 class Model:
     """A model ready to run. `exact` makes a token's results independent of the batch, bit for bit."""
@@ -42,14 +35,6 @@ class Model:
         self.exact = exact
         self._rounding = rounding_of(numerics)
         self._frequencies = rotary_frequencies(config)
-
-    @property
-    def row_multiple(self) -> int:
-        """What the rows of a batch are padded to: the least that keeps products and element-wise loops regular."""
-        if not self.exact:
-            return 1
-        widths = (self.config.hidden_size, self.config.num_experts, self.config.expert_hidden_size)
-        return max(ROWS_LEAST, VECTOR_VALUES // math.gcd(VECTOR_VALUES, *widths))
 
     def begin(self, batch: RaggedBatch, state: StateView, *, hook: PickHook | None = None) -> Pass:
         frequencies = self._frequencies
@@ -85,9 +70,9 @@ class Model:
         rounding, eps = self._rounding, self.config.norm_eps
         embedded = rounding.act(self.weights.embed[next_tokens_T])
         from_token = rounding.act(self.kernels.rms_norm(embedded, weights.enorm, eps))
-        from_token = rounding.act(linear(rounding.matmul_input(from_token), weights.e_proj))
+        from_token = rounding.act(self._linear(rounding.matmul_input(from_token), weights.e_proj))
         from_streams = rounding.act(self.kernels.rms_norm(streams_TSD, weights.hnorm, eps))
-        from_streams = rounding.act(linear(rounding.matmul_input(from_streams), weights.h_proj))
+        from_streams = rounding.act(self._linear(rounding.matmul_input(from_streams), weights.h_proj))
         joined = rounding.act(from_streams + from_token.unsqueeze(1))
         return self._layer(run, block, self.config.mtp_layer, weights.layer, joined, Component.DRAFT_WINDOW)
 
@@ -113,7 +98,7 @@ class Model:
 
     def _split(self, weights: HyperWeights, streams: Tensor) -> _Site:
         config = self.config
-        mix = linear(streams.flatten(1), weights.fn)
+        mix = self._linear(streams.flatten(1), weights.fn)
         x, post, comb = self.kernels.hc_split(
             mix,
             streams,
@@ -128,19 +113,18 @@ class Model:
     def _merge(self, output: Tensor, site: _Site, streams: Tensor) -> Tensor:
         return self._rounding.act(self.kernels.hc_merge(output, site.post_TS, site.comb_TSS, streams))
 
+    def _linear(self, x: Tensor, weight_NK: Tensor) -> Tensor:
+        return self.kernels.linear(x, weight_NK, self.exact)
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._rounding.act(self.kernels.rms_norm(x, weight, self.config.norm_eps))
 
     def _head(self, streams_RSD: Tensor, weights: HyperWeights, norm: Tensor) -> Tensor:
-        num_rows = streams_RSD.shape[0]
-        if self.exact and num_rows % self.row_multiple:
-            padding = -num_rows % self.row_multiple
-            streams_RSD = torch.nn.functional.pad(streams_RSD, (0, 0, 0, 0, 0, padding))
-        mix = linear(streams_RSD.flatten(1), weights.fn)
+        mix = self._linear(streams_RSD.flatten(1), weights.fn)
         y = self.kernels.hc_collapse(
             mix, streams_RSD, weights.scale, weights.base, self.config.hc_eps, self.config.norm_eps
         )
-        return linear(self._norm(self._rounding.act(y), norm), self.weights.head)[:num_rows]
+        return self._linear(self._norm(self._rounding.act(y), norm), self.weights.head)
 
 
 @dataclass(frozen=True, slots=True)

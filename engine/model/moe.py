@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from engine.kernels.matmul import Groups
 from engine.model.context import Pass
 from engine.model.weights import MoeWeights
-
-ROWS_LEAST = 4
-"""Exact mode: rows of a matrix product with fewer are computed by other CPU kernels with other rounding."""
 
 
 def moe(run: Pass, layer: int, weights: MoeWeights, x_TD: Tensor) -> Tensor:
     """y = sum over picked experts + shared expert, f32 [T, D]. The weight of an expert is applied before w2."""
     config = run.config
-    logits = linear(x_TD, weights.gate)
+    logits = run.linear(x_TD, weights.gate)
     picks = None if weights.table is None else weights.table[run.batch.tokens_T]
     if run.hook is not None:
         picks = run.hook.experts(layer, logits, weights.bias, picks)
@@ -34,41 +31,22 @@ def _experts(run: Pass, weights: MoeWeights, x_TD: Tensor, experts_TK: Tensor, s
     inputs = rounding.matmul_input(x_TD)
     grouped = torch.cat((inputs.index_select(0, pairs // num_picks), inputs))
     groups = _groups([*counts, num_rows])
-    hidden = rounding.act(_grouped_linear(grouped, groups, weights.w13, exact=run.exact))
+    hidden = rounding.act(kernels.grouped_linear(grouped, weights.w13, groups, run.exact))
     ones = shares_TK.new_ones(num_rows)
     shares = torch.cat((shares_TK.reshape(-1).index_select(0, pairs), ones))
-    activated = rounding.act(_swiglu(hidden, run.config.swiglu_limit) * shares.unsqueeze(-1))
+    activated = rounding.act(kernels.swiglu(hidden, shares, run.config.swiglu_limit))
     activated = rounding.matmul_input(activated)
-    outputs = rounding.act(_grouped_linear(activated, groups, weights.w2, exact=run.exact))
+    outputs = rounding.act(kernels.grouped_linear(activated, weights.w2, groups, run.exact))
     num_pairs = num_rows * num_picks
     return kernels.add_pairs(outputs[:num_pairs], places, outputs[num_pairs:])
 
 
-def _groups(counts: list[int]) -> list[tuple[int, int, int]]:
+def _groups(counts: list[int]) -> Groups:
     """(expert, first row, one past the last) of the experts that have rows."""
-    groups: list[tuple[int, int, int]] = []
+    groups: Groups = []
     first = 0
     for expert, count in enumerate(counts):
         if count:
             groups.append((expert, first, first + count))
             first += count
     return groups
-
-
-def _swiglu(hidden_N2I: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
-    gate, up = hidden_N2I.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-
-
-def _grouped_linear(
-    rows_Ni: Tensor, groups: list[tuple[int, int, int]], weights_Eoi: Tensor, *, exact: bool
-) -> Tensor:
-    """Each group's rows times its expert's weights: f32 [N, o]."""
-    outputs: list[Tensor] = []
-    for expert, first, last in groups:
-        rows = rows_Ni[first:last]
-        if exact and last - first < ROWS_LEAST:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, ROWS_LEAST - (last - first)))
-        outputs.append(linear(rows, weights_Eoi[expert])[: last - first])
-    return torch.cat(outputs)

@@ -30,7 +30,7 @@ class StateView(Protocol):
         ...
 
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
-        """Keep the batch's raw KV rows; rows beyond the real ones are padding."""
+        """Keep the batch's raw KV rows."""
         ...
 
     def decode_window(self, component: Component, layer: int) -> Keys:

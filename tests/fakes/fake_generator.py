@@ -1,6 +1,7 @@
 """A Generator and a PromptSource whose every answer can be computed in the test.
 
-One token is one byte. Token i of choice c after a prompt is `next_token(last token, i, c)`; `</think>` is byte 3.
+One token is one byte. Token i of choice c after a prompt is `next_token(last token, i, c)`; where
+reasoning is split off, it is the first NUM_REASONING_TOKENS of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from router.prompt.messages import parse_messages
 VOCAB_SIZE = 256
 SEQUENCE_TOKENS_MAX = 4096
 EOS = 2
-THINK_END = 3
 NUM_REASONING_TOKENS = 3
 
 
@@ -49,7 +49,7 @@ def alternatives_of(token_id: int, count: int) -> tuple[tuple[int, float], ...]:
 
 
 class FakeGenerator:
-    """`tokens_per_update` come together; `step_seconds` between updates; `fail_with` is raised at token `fail_at`."""
+    """`tokens_per_update` come together, `step_seconds` apart; `fail_with` is raised at token `fail_at`."""
 
     def __init__(self) -> None:
         self.connected = True
@@ -119,7 +119,11 @@ class FakeGenerator:
             tokens=tokens,
             text=text,
             reasoning=reasoning,
-            finish_reason=None if not choice.finished else FinishReason.STOP if choice.stopped else self.last_reason,
+            finish_reason=None
+            if not choice.finished
+            else FinishReason.STOP
+            if choice.stopped
+            else self.last_reason,
             prompt_logprobs=_prompt_logprobs(choice.generation) if first_index == 0 else None,
         )
 
@@ -170,7 +174,8 @@ def _prompt_logprobs(generation: Generation) -> PromptLogprobs | None:
     return PromptLogprobs(
         logprobs=tuple(logprob_of(token_id) for token_id in ids),
         alternatives=tuple(
-            Alternatives(token_ids=tuple(r[0] for r in row), logprobs=tuple(r[1] for r in row)) for row in rows
+            Alternatives(token_ids=tuple(r[0] for r in row), logprobs=tuple(r[1] for r in row))
+            for row in rows
         ),
     )
 
@@ -182,7 +187,7 @@ class FakePromptTokens:
 
 
 class FakePrompts:
-    """Bytes are tokens. Messages are checked by the real parser and joined; what was asked for is kept in `asked`."""
+    """Bytes are tokens. Messages are checked by the real parser and joined; `asked` keeps how."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[bool, str | None]] = []

@@ -29,8 +29,13 @@ def main() -> int:
     try:
         options, log_level = parse_options(args.worker)
         configure_logging(level=log_level)
-        changes = {"rank_command": tuple(command), "step_seconds_max": args.step_seconds_max}
-        run_service(serve(dataclasses.replace(options, **changes)))
+        options = dataclasses.replace(
+            options,
+            rank_command=tuple(command),
+            rank_stop_seconds_max=0.5,
+            step_seconds_max=args.step_seconds_max,
+        )
+        run_service(serve(options))
     except RorqualError as error:
         # As `rorqual.cli` does it.
         print(f"rorqual: {error}", file=sys.stderr)

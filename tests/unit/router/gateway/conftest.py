@@ -50,7 +50,11 @@ async def serve() -> AsyncIterator[Callable]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            *, limits: dict | None = None, num_requests_max: int = 64, prompts: object = None, **settings: object
+            *,
+            limits: dict | None = None,
+            num_requests_max: int = 64,
+            prompts: object = None,
+            **settings: object,
         ) -> Served:
             generator = FakeGenerator()
             metrics = GatewayMetrics(CollectorRegistry())
@@ -66,7 +70,9 @@ async def serve() -> AsyncIterator[Callable]:
             )
             url = await gateway.start()
             stack.push_async_callback(gateway.stop)
-            client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, verify=False))
+            client = await stack.enter_async_context(
+                httpx.AsyncClient(base_url=url, timeout=10, verify=False)
+            )
             return Served(
                 url=url, generator=generator, prompts=prompts, metrics=metrics, gateway=gateway, http=client
             )

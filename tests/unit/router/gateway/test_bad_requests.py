@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rorqual.errors import Overloaded, StageTimedOut, WorkerLost
+from router.gateway.schema import ChatBody, CompletionBody, Unserved
 from router.prompt import PromptEncoder
 
 CHAT = "/v1/chat/completions"
@@ -254,7 +255,12 @@ async def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_not(serv
 
 async def test_an_api_key_is_needed_where_keys_are_set(serve):
     served = await serve(api_keys=("alpha", "beta"))
-    for headers in ({}, {"authorization": "Bearer gamma"}, {"authorization": "alpha"}, {"authorization": "Bearer"}):
+    for headers in (
+        {},
+        {"authorization": "Bearer gamma"},
+        {"authorization": "alpha"},
+        {"authorization": "Bearer"},
+    ):
         response = await served.http.post(CHAT, json=chat(), headers=headers)
         assert response.status_code == 401
         assert error_of(response)["code"] == "invalid_api_key"
@@ -263,7 +269,9 @@ async def test_an_api_key_is_needed_where_keys_are_set(serve):
         assert response.status_code == 200
     assert (await served.http.get("/v1/models")).status_code == 401
     assert (await served.http.get("/no/such")).status_code == 401
-    assert [(await served.http.get(path)).status_code for path in ("/health", "/ready", "/metrics")] == [200] * 3
+    assert [(await served.http.get(path)).status_code for path in ("/health", "/ready", "/metrics")] == [
+        200
+    ] * 3
 
 
 async def test_beyond_the_bound_on_requests_a_client_is_told_to_come_back(serve):
@@ -285,7 +293,9 @@ async def test_beyond_the_bound_on_requests_a_client_is_told_to_come_back(serve)
     [(Overloaded("full"), 503), (WorkerLost("gone"), 502), (StageTimedOut("prefill took too long"), 504)],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_failure_before_the_first_token_has_its_status_even_of_a_stream(served, error, status, stream):
+async def test_a_failure_before_the_first_token_has_its_status_even_of_a_stream(
+    served, error, status, stream
+):
     served.generator.fail_with = error
     response = await served.http.post(CHAT, json=chat(stream=stream))
     assert response.status_code == status
@@ -348,24 +358,27 @@ async def test_tokenize_counts_text_and_messages(served):
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=6), values, max_size=4),
     max_leaves=8,
 )
-FIELDS = [
-    *("model messages prompt max_tokens max_completion_tokens stream stream_options stop n seed temperature").split(),
-    *("top_p top_k min_p presence_penalty frequency_penalty repetition_penalty logit_bias ignore_eos").split(),
-    *("return_token_ids logprobs top_logprobs reasoning_effort chat_template_kwargs echo tools text").split(),
-]
+KNOWN = {*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__}
+FIELDS = sorted((KNOWN - {*Unserved.__struct_fields__}) | {"tools", "text"})
 MESSAGES = st.lists(
     st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "reasoning_content"]), JSON_VALUES)
-    | st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": JSON_VALUES}),
+    | st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "system", "assistant"]), "content": JSON_VALUES}
+    ),
     max_size=3,
 )
 BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=6).flatmap(
-    lambda body: st.fixed_dictionaries({}, optional={"messages": MESSAGES, "prompt": st.text(max_size=5)}).map(
-        lambda known: {**body, **known}
-    )
+    lambda body: st.fixed_dictionaries(
+        {}, optional={"messages": MESSAGES, "prompt": st.text(max_size=5)}
+    ).map(lambda known: {**body, **known})
 )
 
 
@@ -387,7 +400,9 @@ async def test_no_json_body_makes_the_server_fail_or_end(served):
     # Hypothesis drives synchronously: run it beside the loop that serves.
     loop = asyncio.get_running_loop()
     inner = send.hypothesis.inner_test
-    send.hypothesis.inner_test = lambda bodies: asyncio.run_coroutine_threadsafe(inner(bodies), loop).result(10)
+    send.hypothesis.inner_test = lambda bodies: asyncio.run_coroutine_threadsafe(inner(bodies), loop).result(
+        10
+    )
     await asyncio.to_thread(send)
     assert 200 in answered
     assert 400 in answered
@@ -398,9 +413,29 @@ async def test_no_json_body_makes_the_server_fail_or_end(served):
 async def test_no_bytes_on_the_socket_make_the_server_end(served):
     fragments = st.sampled_from(
         [
-            *(b"GET ", b"POST ", b"/health", b" HTTP/1.1\r\n", b"host: a\r\n", b"\r\n", b"content-length: 5\r\n"),
-            *(b"transfer-encoding: chunked\r\n", b"5\r\n", b"0\r\n\r\n", b"\x00", b"{}", b"connection: upgrade\r\n"),
-            *(b"upgrade: websocket\r\n", b"expect: 100-continue\r\n", b"content-length: -1\r\n", b" HTTP/9.9\r\n"),
+            *(
+                b"GET ",
+                b"POST ",
+                b"/health",
+                b" HTTP/1.1\r\n",
+                b"host: a\r\n",
+                b"\r\n",
+                b"content-length: 5\r\n",
+            ),
+            *(
+                b"transfer-encoding: chunked\r\n",
+                b"5\r\n",
+                b"0\r\n\r\n",
+                b"\x00",
+                b"{}",
+                b"connection: upgrade\r\n",
+            ),
+            *(
+                b"upgrade: websocket\r\n",
+                b"expect: 100-continue\r\n",
+                b"content-length: -1\r\n",
+                b" HTTP/9.9\r\n",
+            ),
         ]
     )
 

@@ -35,7 +35,9 @@ class Site:
         self.requests.append(request)
         try:
             if request.refusal is not None:
-                reply.send(request.refusal.status, request.refusal.message.encode(), content_type=b"text/plain")
+                reply.send(
+                    request.refusal.status, request.refusal.message.encode(), content_type=b"text/plain"
+                )
             elif request.path == "/wait":
                 await self.go_on.wait()
                 reply.send(200, b"waited", content_type=b"text/plain")
@@ -119,7 +121,10 @@ async def test_pipelined_requests_are_answered_in_order_on_one_connection(site):
     bodies = [b"one", b"two", b"three"]
     requests = [b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body) for body in bodies]
     answer = await talk(await site(), b"".join(requests) + b"GET /end HTTP/1.1\r\n" + CLOSE + b"\r\n")
-    assert [part.rsplit(b"\r\n", 1)[-1] for part in answer.split(b"HTTP/1.1 200 OK")[1:]] == [*bodies, b"hello"]
+    assert [part.rsplit(b"\r\n", 1)[-1] for part in answer.split(b"HTTP/1.1 200 OK")[1:]] == [
+        *bodies,
+        b"hello",
+    ]
 
 
 async def test_requests_that_arrive_during_a_reply_wait_for_it(site):
@@ -139,7 +144,9 @@ async def test_requests_that_arrive_during_a_reply_wait_for_it(site):
 
 
 async def test_a_request_may_arrive_byte_by_byte_and_in_chunks(site):
-    data = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n" + CLOSE + b"\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"
+    data = (
+        b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n" + CLOSE + b"\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"
+    )
     async with connected(await site()) as (reader, writer):
         for byte in data:
             writer.write(bytes([byte]))
@@ -188,7 +195,9 @@ async def test_a_client_that_waits_for_continue_is_told_to(site):
         (b"GET http://[::1 HTTP/1.1\r\n\r\n", 400),
     ],
 )
-async def test_what_is_not_a_request_or_too_large_is_refused_once_and_the_connection_closed(site, data, status):
+async def test_what_is_not_a_request_or_too_large_is_refused_once_and_the_connection_closed(
+    site, data, status
+):
     started = await site(head_bytes_max=2000, body_bytes_max=3000)
     answer = await _talk_slowly(started, data)
     assert status_of(answer) == status

@@ -8,6 +8,8 @@ import openai
 import pytest
 from fake_generator import alternatives_of, completion_ids, completion_text, logprob_of
 
+from rorqual.errors import WorkerLost
+
 HELLO = list(b"hello")
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -30,7 +32,11 @@ async def test_a_chat_is_answered_whole(client, served):
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content == completion_text(HELLO, 6)
     assert answer.choices[0].finish_reason == "length"
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 6, 11)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        5,
+        6,
+        11,
+    )
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
     assert served.generator.seen[0].sampling.seed == 5
 
@@ -232,18 +238,22 @@ async def test_echo_puts_the_prompt_and_its_logprobs_first(client, stream):
     )
     chunks = [chunk async for chunk in answer] if stream else [answer]
     text = "".join(chunk.choices[0].text for chunk in chunks)
-    lists = [chunk.choices[0].logprobs for chunk in chunks]
+    pieces = [chunk.choices[0].logprobs for chunk in chunks]
+    lists = {
+        name: [value for piece in pieces for value in getattr(piece, name)]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    }
     prompt = list("hé".encode())
     ids = completion_ids(prompt, 2)
     assert text == "hé" + bytes(ids).decode()
-    assert sum((entry.tokens for entry in lists), []) == ["h", "\\xc3", "\\xa9", *map(chr, ids)]
-    assert sum((entry.token_logprobs for entry in lists), []) == [
+    assert lists["tokens"] == ["h", "\\xc3", "\\xa9", *map(chr, ids)]
+    assert lists["token_logprobs"] == [
         None,
         *(logprob_of(token_id) for token_id in [*prompt[1:], *ids]),
     ]
     # The second byte of "é" ends the character: what follows stands at offset 2, not 3.
-    assert sum((entry.text_offset for entry in lists), []) == [0, 1, 1, 2, 3]
-    tops = sum((entry.top_logprobs for entry in lists), [])
+    assert lists["text_offset"] == [0, 1, 1, 2, 3]
+    tops = lists["top_logprobs"]
     assert tops[0] is None
     assert tops[-1] == {chr(ids[-1] + 1): logprob_of(ids[-1] + 1), chr(ids[-1]): logprob_of(ids[-1])}
 
@@ -271,12 +281,9 @@ async def test_models_are_listed_and_found_by_name(client):
 
 
 async def test_a_failure_in_mid_stream_reaches_the_client_as_an_error(client, served):
-    from rorqual.errors import WorkerLost
-
     served.generator.fail_with, served.generator.fail_at = WorkerLost("the worker is gone"), 2
     stream = await client.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=9, stream=True)
-    chunks = []
+    chunks = [await anext(stream), await anext(stream)]
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == completion_text(HELLO, 2)
     with pytest.raises(openai.APIError, match="the worker is gone"):
-        async for chunk in stream:
-            chunks.append(chunk)
-    assert len(chunks) == 2
+        await anext(stream)

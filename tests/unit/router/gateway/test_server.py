@@ -42,7 +42,9 @@ def open_request(served, path: str, body: dict) -> socket.socket:
         ("/v1/completions", {"prompt": ["hi", "you", "all"], "max_tokens": 1000}, 3),
     ],
 )
-async def test_a_client_that_goes_away_closes_its_generations_at_once(served, path, body, num_generations, stream):
+async def test_a_client_that_goes_away_closes_its_generations_at_once(
+    served, path, body, num_generations, stream
+):
     served.generator.step_seconds = 0.01
     sock = open_request(served, path, {**body, "stream": stream})
     await until(lambda: served.generator.num_open == num_generations and served.generator.num_tokens > 5)
@@ -64,7 +66,14 @@ async def test_a_client_that_goes_away_during_prefill_closes_its_generation(serv
 async def test_a_client_that_stops_reading_is_ended_and_the_others_are_not(serve):
     served = await serve(limits={"write_seconds_max": 0.3})
     served.generator.tokens_per_update = 4
-    body = {"prompt": "hi", "n": 16, "max_tokens": 4000, "stream": True, "logprobs": 20, "return_token_ids": True}
+    body = {
+        "prompt": "hi",
+        "n": 16,
+        "max_tokens": 4000,
+        "stream": True,
+        "logprobs": 20,
+        "return_token_ids": True,
+    }
     sock = open_request(served, "/v1/completions", body)
     await until(lambda: served.generator.num_open == 1)
     while served.generator.num_open:
