@@ -9,8 +9,14 @@ from collections.abc import Callable
 from typing import cast
 
 RACES = {
-    "engine": ("bench.engine", "prefill, decode and makespan beside transformers, fast and exact (6 minutes)"),
-    "http_servers": ("bench.http_servers", "HTTP servers: requests, events, slow readers, vanished clients (1 minute)"),
+    "engine": (
+        "bench.engine",
+        "prefill, decode and makespan beside transformers, fast and exact (6 minutes)",
+    ),
+    "http_servers": (
+        "bench.http_servers",
+        "HTTP servers: requests, events, slow readers, vanished clients (1 minute)",
+    ),
 }
 
 

@@ -65,12 +65,17 @@ class Baseline:
 def faster_baseline(path: Path, raw_config: dict[str, Any], *, threads: int) -> Baseline:
     """The experts implementation that is faster on this machine, at prefill and decode together."""
     candidates = [
-        Baseline(_load(path, raw_config, experts), experts, threads=threads) for experts in EXPERTS_IMPLEMENTATIONS
+        Baseline(_load(path, raw_config, experts), experts, threads=threads)
+        for experts in EXPERTS_IMPLEMENTATIONS
     ]
 
     def cost(item: Baseline) -> float:
         item.prefill_seconds(256)
-        return item.prefill_seconds(1024) + 20 * item.decode_seconds(1, 64, 5) + 20 * item.decode_seconds(16, 64, 5)
+        return (
+            item.prefill_seconds(1024)
+            + 20 * item.decode_seconds(1, 64, 5)
+            + 20 * item.decode_seconds(16, 64, 5)
+        )
 
     return min(candidates, key=cost)
 
@@ -106,7 +111,9 @@ def _target(name: str, state: dict[str, Tensor]) -> tuple[str, Tensor]:
 def _config(raw: dict[str, Any]) -> Any:
     num_layers, num_hash = raw["num_hidden_layers"], raw["num_hash_layers"]
     renamed = {
-        key: value for key, value in raw.items() if key not in ("model_type", "compress_ratios", "num_hash_layers")
+        key: value
+        for key, value in raw.items()
+        if key not in ("model_type", "compress_ratios", "num_hash_layers")
     }
     return transformers.DeepseekV4Config(
         **renamed,

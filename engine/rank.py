@@ -1,8 +1,8 @@
 """The rank: a worker's muscle. Loads the model, holds weights, pools and sampler state, and carries out step plans.
 
-Runs as `python -m engine.rank --fd N`, started by `engine.rank_link`; reads `RankSettings`, answers `RankProgress` while
-loading and `RankReady`, then one `StepResult` per `StepPlan`, strictly in order, until `Shutdown` or the host's end.
-It decides nothing: which pages, slots and tokens is the host's business.
+Runs as `python -m engine.rank --fd N`, started by `engine.rank_link`; reads `RankSettings`, answers `RankProgress`
+while loading and `RankReady`, then one `StepResult` per `StepPlan`, strictly in order, until `Shutdown` or the end of
+the host. It decides nothing: which pages, slots and tokens is the host's business.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ SCORED_ROWS = 32
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A worker's compute process; started by its host, not by hand.")
+    parser = argparse.ArgumentParser(
+        description="A worker's compute process; started by its host, not by hand."
+    )
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the host")
     connection = join_host(parser.parse_args().fd)
     settings = read_frame(connection)
@@ -76,7 +78,9 @@ def main() -> int:
 class Rank:
     """Everything between two frames. Tests drive it without a process."""
 
-    def __init__(self, model: Model, *, num_pages: int, num_slots: int, sampler: Sampler, ready: RankReady) -> None:
+    def __init__(
+        self, model: Model, *, num_pages: int, num_slots: int, sampler: Sampler, ready: RankReady
+    ) -> None:
         self.ready = ready
         self._runner = Runner(model, num_pages=num_pages, num_slots=num_slots)
         self._sampler = sampler
@@ -124,7 +128,9 @@ class Rank:
             if segment.pages:
                 self._runner.extend(segment.slot, segment.pages)
             tokens = slot.tokens[segment.start : end]
-            work.append(Work(slot=segment.slot, start=segment.start, tokens=tokens, all_logits=slot.wants_scores))
+            work.append(
+                Work(slot=segment.slot, start=segment.start, tokens=tokens, all_logits=slot.wants_scores)
+            )
         streams, rows = self._runner.streams(work)
         scores = [
             part
@@ -236,7 +242,9 @@ def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) 
     # A model of window-only layers has no paged state: pages cost nothing then.
     fitting = budget // layout.page_bytes if layout.page_bytes else useful
     if fitting == 0:
-        raise RorqualError(f"--kv-bytes {budget} holds no page: a page of {PAGE_TOKENS} tokens takes {layout.page_bytes}")
+        raise RorqualError(
+            f"--kv-bytes {budget} holds no page: a page of {PAGE_TOKENS} tokens takes {layout.page_bytes}"
+        )
     return min(fitting, useful)
 
 

@@ -112,7 +112,8 @@ class StateLayout:
 def build_layout(config: ModelConfig, numerics: Numerics) -> StateLayout:
     """The state of `config`: 256-token pages, rings with room for DRAFTS_MAX drafts."""
     by_kind = {
-        kind: tuple(layer for layer, item in enumerate(config.layers) if item.kind is kind) for kind in LayerKind
+        kind: tuple(layer for layer, item in enumerate(config.layers) if item.kind is kind)
+        for kind in LayerKind
     }
     window_rows = config.sliding_window + PAGE_TOKENS + DRAFTS_MAX
     kv, index = _kv_form(numerics), _index_form(numerics)

@@ -23,7 +23,9 @@ class CheckpointError(RorqualError):
 class InvalidRequest(RorqualError):
     """The client's request is wrong. `field` is the field as the client wrote it, `status` an HTTP 4xx code."""
 
-    def __init__(self, message: str, *, field: str | None = None, status: int = 400, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, field: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.field = field
         self.status = status

@@ -100,7 +100,9 @@ class ModelConfig:
 
     def fingerprint(self) -> str:
         """16 hex digits that change when any architectural value changes."""
-        text = json.dumps(asdict(self), sort_keys=True, default=lambda value: getattr(value, "value", str(value)))
+        text = json.dumps(
+            asdict(self), sort_keys=True, default=lambda value: getattr(value, "value", str(value))
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def without_mtp(self) -> ModelConfig:
@@ -214,7 +216,9 @@ def _parse(fields: _Fields, dialect: Dialect) -> ModelConfig:
     num_layers = fields.integer("num_hidden_layers")
     head_dim = fields.integer("head_dim", 512)
     rope_theta, compress_rope_theta, yarn = _parse_rope(fields, dialect)
-    num_mtp_blocks = fields.integer("num_nextn_predict_layers", 0 if dialect is Dialect.TRANSFORMERS else 1, least=0)
+    num_mtp_blocks = fields.integer(
+        "num_nextn_predict_layers", 0 if dialect is Dialect.TRANSFORMERS else 1, least=0
+    )
     expert_dtype, quantised = _parse_storage(fields, dialect)
     eos = fields.value("eos_token_id", 1)
     return ModelConfig(
@@ -356,13 +360,22 @@ def _parse_yarn(fields: _Fields) -> YarnConfig | None:
 
 def _parse_storage(fields: _Fields, dialect: Dialect) -> tuple[str, bool]:
     quantisation = fields.raw.get("quantization_config")
-    quantised = isinstance(quantisation, dict) or (dialect is Dialect.INFERENCE and fields.value("dtype", "fp8") == "fp8")
+    quantised = isinstance(quantisation, dict) or (
+        dialect is Dialect.INFERENCE and fields.value("dtype", "fp8") == "fp8"
+    )
     if not quantised:
         return "float", False
     nested = cast("dict[str, Any]", quantisation) if isinstance(quantisation, dict) else {}
-    for key, wanted in (("quant_method", "fp8"), ("fmt", "e4m3"), ("scale_fmt", "ue8m0"), ("weight_block_size", [128, 128])):
+    for key, wanted in (
+        ("quant_method", "fp8"),
+        ("fmt", "e4m3"),
+        ("scale_fmt", "ue8m0"),
+        ("weight_block_size", [128, 128]),
+    ):
         if nested.get(key, wanted) != wanted:
-            raise ConfigError(f"key 'quantization_config.{key}' is {nested[key]!r}; only {wanted!r} is supported")
+            raise ConfigError(
+                f"key 'quantization_config.{key}' is {nested[key]!r}; only {wanted!r} is supported"
+            )
     # The first Flash release lacks the field and stores fp4 experts.
     expert_dtype = fields.value("expert_dtype", nested.get("expert_dtype", "fp4"))
     if expert_dtype not in ("fp4", "fp8"):
@@ -380,9 +393,13 @@ def _check(config: ModelConfig) -> None:
             raise ConfigError(f"key {name!r} ({value}) must be a multiple of {divisor}")
     for name, width in (("head_dim", config.head_dim), ("index_head_dim", config.index_head_dim)):
         if width < config.rope_head_dim:
-            raise ConfigError(f"key {name!r} ({width}) must be at least qk_rope_head_dim ({config.rope_head_dim})")
+            raise ConfigError(
+                f"key {name!r} ({width}) must be at least qk_rope_head_dim ({config.rope_head_dim})"
+            )
     if config.num_experts_per_token > config.num_experts:
-        raise ConfigError(f"key 'num_experts_per_tok' ({config.num_experts_per_token}) exceeds {config.num_experts} experts")
+        raise ConfigError(
+            f"key 'num_experts_per_tok' ({config.num_experts_per_token}) exceeds {config.num_experts} experts"
+        )
     for layer, item in enumerate(config.layers):
         if item.kind is not LayerKind.WINDOW and (item.ratio < 2 or PAGE_TOKENS % item.ratio):
             raise ConfigError(f"layer {layer}: compression ratio {item.ratio} must divide {PAGE_TOKENS}")

@@ -38,18 +38,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         for field, low, high in _RANGES:
             value: float = getattr(self, field)
             if not (math.isfinite(value) and low <= value <= high):
-                raise InvalidRequest(f"{field} must be between {low:g} and {high:g}, got {value}", field=field)
+                raise InvalidRequest(
+                    f"{field} must be between {low:g} and {high:g}, got {value}", field=field
+                )
         if self.repetition_penalty <= 0:
             raise InvalidRequest("repetition_penalty must be above 0", field="repetition_penalty")
         for token, bias in self.logit_bias:
             if not 0 <= token < vocab_size:
-                raise InvalidRequest(f"logit_bias names token {token}; the vocabulary has {vocab_size}", field="logit_bias")
+                raise InvalidRequest(
+                    f"logit_bias names token {token}; the vocabulary has {vocab_size}", field="logit_bias"
+                )
             if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise InvalidRequest(f"logit_bias of token {token} must be between -100 and 100", field="logit_bias")
+                raise InvalidRequest(
+                    f"logit_bias of token {token} must be between -100 and 100", field="logit_bias"
+                )
         for field in ("logprobs", "prompt_logprobs"):
             count: int | None = getattr(self, field)
             if count is not None and not 0 <= count <= LOGPROBS_MAX:
-                raise InvalidRequest(f"{field} must be between 0 and {LOGPROBS_MAX}, got {count}", field=field)
+                raise InvalidRequest(
+                    f"{field} must be between 0 and {LOGPROBS_MAX}, got {count}", field=field
+                )
 
 
 _RANGES = (

@@ -38,7 +38,9 @@ def linear_torch(x: Tensor, weight_NK: Tensor, exact: bool) -> Tensor:
 def grouped_linear_torch(x_MK: Tensor, weights_GNK: Tensor, groups: Groups, exact: bool) -> Tensor:
     """`linear` of every group's rows with its own matrix: f32 [M, N]."""
     del exact
-    return torch.cat([library_linear(x_MK[first:last], weights_GNK[matrix]) for matrix, first, last in groups])
+    return torch.cat(
+        [library_linear(x_MK[first:last], weights_GNK[matrix]) for matrix, first, last in groups]
+    )
 
 
 @kernel("linear", name="numba", devices=("cpu",), priority=10)

@@ -52,9 +52,7 @@ def rms_norm_torch(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
 def rms_norm_numba(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
     normed = torch.empty(x.shape)
     width = x.shape[-1]
-    _rms_norm(
-        array(x.reshape(-1, width)), array(weight_d), np.float32(eps), normed.view(-1, width).numpy()
-    )
+    _rms_norm(array(x.reshape(-1, width)), array(weight_d), np.float32(eps), normed.view(-1, width).numpy())
     return normed
 
 

@@ -10,7 +10,16 @@ from torch import Tensor
 from engine.kernels import compress, matmul, mhc, paging, registry, rotary, route, select, swiglu
 from engine.kernels.matmul import Groups
 
-_MODULES = (compress, matmul, mhc, paging, rotary, route, select, swiglu)  # importing them registers their kernels
+_MODULES = (
+    compress,
+    matmul,
+    mhc,
+    paging,
+    rotary,
+    route,
+    select,
+    swiglu,
+)  # importing them registers their kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

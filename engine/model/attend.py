@@ -38,7 +38,10 @@ def _attend_fast(q_QHd: Tensor, sources: Sequence[Keys], sink_H: Tensor, scale: 
 
 
 def _attend_exact(q_QHd: Tensor, sources: Sequence[Keys], sink_H: Tensor, scale: float) -> Tensor:
-    scores = [_scores(q_QHd, source, scale) for source in sources]
+    # Scaled before the products: where the two kinds of product apply a factor, they round differently, unless it is
+    # a power of two.
+    scaled = q_QHd * scale
+    scores = [_scores(scaled, source, 1.0) for source in sources]
     largest = sink_H.view(1, -1, 1)
     for part in scores:
         largest = torch.maximum(largest, part.amax(-1, keepdim=True))

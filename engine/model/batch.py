@@ -65,5 +65,7 @@ def build_batch(
         row += piece.count
     tokens_T = torch.cat([pieces[index][2] for index in order])
     positions_T = torch.cat([torch.arange(piece.start, piece.end) for piece in (*decodes, *chunks)])
-    batch = RaggedBatch(tokens_T=tokens_T, positions_T=positions_T, decodes=tuple(decodes), chunks=tuple(chunks))
+    batch = RaggedBatch(
+        tokens_T=tokens_T, positions_T=positions_T, decodes=tuple(decodes), chunks=tuple(chunks)
+    )
     return batch, [piece for piece in placed if piece is not None]

@@ -97,7 +97,7 @@ class _Stream:
         return torch.cat((blocks[:-1], blocks[1:]), dim=1)
 
     def _split(self, windows_WPw: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Keys and scores [W, P, h]: of an overlapped window, a halves of the earlier and b halves of the later part."""
+        """Keys and scores [W, P, h]. Of an overlapped window: a halves of its earlier part, b halves of the later."""
         if not self.overlapped:
             return windows_WPw[..., :width].contiguous(), windows_WPw[..., width:].contiguous()
         early, late = windows_WPw[:, : self.ratio], windows_WPw[:, self.ratio :]

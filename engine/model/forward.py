@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.kernels.suite import Kernels
@@ -21,6 +20,7 @@ from engine.model.state import StateView
 from engine.model.weights import HyperWeights, LayerWeights, ModelWeights
 from kvstore.layout import Component, Numerics
 from rorqual.model_config import LayerConfig, ModelConfig
+
 
 class Model:
     """A model ready to run. `exact` makes a token's results independent of the batch, bit for bit."""
