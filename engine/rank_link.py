@@ -12,9 +12,11 @@ import contextlib
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
-from engine.frames import HEADER, decode_from_rank, encode_frame, payload_bytes
+from engine.frames import HEADER, FrameError, decode_from_rank, encode_frame, payload_bytes
 from engine.plan import FromRank, RankSettings, Shutdown, ToRank
 from rorqual.errors import RorqualError
 from rorqual.processes import describe_exit
@@ -32,46 +34,32 @@ class RankLost(RorqualError):
 class RankProcess:
     """A running rank. `stop` must be called at the end, whatever happened."""
 
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, frames: _Frames) -> None:
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._frames = frames
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def send(self, message: ToRank) -> None:
-        """Queue a message. Bounded by the caller: at most a few plans are ever unanswered. A rank that is
-        gone is noticed by `receive`.
-        """
-        self._writer.write(encode_frame(message))
+        """Queue a message. Bounded by the caller: at most a few plans are ever unanswered. A rank that is gone is
+        noticed by `receive`."""
+        self._frames.write(encode_frame(message))
 
     async def receive(self) -> FromRank:
         """The next message. Raises RankLost when there will be none, FrameError when it is not one."""
-        try:
-            header = await self._reader.readexactly(HEADER.size)
-            payload = await self._reader.readexactly(payload_bytes(header))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        payload = await self._frames.read()
+        if payload is None:
             status = await self._exit_status()
-            raise RankLost(f"the rank process {self.pid} ended: {describe_exit(status)}") from None
+            raise RankLost(f"the rank process {self.pid} ended: {describe_exit(status)}")
         return decode_from_rank(payload)
 
     async def stop(self, *, seconds_max: float) -> None:
-        """Ask it to finish, and kill it if it has not within the deadline. Never raises for a rank already
-        gone.
-        """
-        with contextlib.suppress(ConnectionError, RuntimeError):
-            self.send(Shutdown())
-        self._writer.close()
+        """Ask it to finish, and kill it if it has not within the deadline. Never raises for a rank already gone."""
+        self.send(Shutdown())
+        self._frames.close()
         await self._exit_status(seconds_max=seconds_max)
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
 
     async def _exit_status(self, *, seconds_max: float = EXIT_SECONDS_MAX) -> int:
         try:
@@ -89,6 +77,7 @@ async def start_rank(settings: RankSettings, *, command: Sequence[str] = RANK_CO
     Call it from the main thread: on Linux the rank dies with the thread that started it.
     """
     ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     try:
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -100,11 +89,77 @@ async def start_rank(settings: RankSettings, *, command: Sequence[str] = RANK_CO
                 # OpenMP sizes its pool when torch is imported, before the rank has read its settings.
                 env=os.environ | {"OMP_NUM_THREADS": str(settings.threads)},
             )
-        ours.setblocking(False)
-        reader, writer = await asyncio.open_connection(sock=ours)
     except OSError as error:
         ours.close()
         raise RankLost(f"the rank process cannot be started: {error}") from None
-    link = RankProcess(process, reader, writer)
+    frames = _Frames(last_words=ours.dup())
+    await asyncio.get_running_loop().create_connection(lambda: frames, sock=ours)
+    link = RankProcess(process, frames)
     link.send(settings)
     return link
+
+
+class _Frames(asyncio.Protocol):
+    """Cuts the rank's bytes into frames, to the very last.
+
+    A rank that fails says why and exits, often with a plan unread: the next write or read here then fails, and asyncio
+    (StreamReader too) would throw away what had come before that. So a second handle on the socket is kept, from which
+    the rank's last words are read when the connection is lost.
+    """
+
+    def __init__(self, *, last_words: socket.socket) -> None:
+        self._last_words = last_words
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._payloads: deque[bytes] = deque()  # bounded by the plans in flight
+        self._news = asyncio.Event()
+        self._error: FrameError | None = None
+        self._is_lost = False
+
+    def write(self, frame: bytes) -> None:
+        assert self._transport is not None
+        if not self._is_lost:
+            self._transport.write(frame)
+
+    async def read(self) -> bytes | None:
+        """The next payload, None when there will be none. Raises FrameError for what is no frame."""
+        while not self._payloads:
+            if self._error is not None:
+                raise self._error
+            if self._is_lost:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        return self._payloads.popleft()
+
+    def close(self) -> None:
+        """What has been written still goes out."""
+        assert self._transport is not None
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are none of asyncio's classes.
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        try:
+            self._cut()
+        except FrameError as error:
+            self._error = error
+        self._news.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        with self._last_words, contextlib.suppress(OSError):
+            while data := self._last_words.recv(65536):
+                self.data_received(data)
+        self._is_lost = True
+        self._news.set()
+
+    def _cut(self) -> None:
+        while len(self._buffer) >= HEADER.size:
+            end = HEADER.size + payload_bytes(bytes(self._buffer[: HEADER.size]))
+            if len(self._buffer) < end:
+                return
+            self._payloads.append(bytes(self._buffer[HEADER.size : end]))
+            del self._buffer[:end]

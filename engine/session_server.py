@@ -32,6 +32,8 @@ WRITE_SECONDS_MAX = 30.0
 """One report is a few kilobytes: a router that cannot take one for so long is gone or stuck."""
 
 ABORT_SECONDS_MAX = 2.0
+STOP_SECONDS_MAX = 1.0
+"""For calls to end by themselves once told to: gRPC writes a traceback for those that it has to cancel."""
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -50,6 +52,7 @@ class SessionServer:
     def __init__(self, *, write_seconds_max: float = WRITE_SECONDS_MAX) -> None:
         self._write_seconds_max = write_seconds_max
         self._host: Host | None = None
+        self._stopping = asyncio.Event()
         self._server = grpc.aio.server(options=_OPTIONS)
         self._health: Any = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         handler = grpc.stream_stream_rpc_method_handler(self._serve_session)
@@ -84,10 +87,9 @@ class SessionServer:
         await self._set_serving(False)
 
     async def stop(self) -> None:
-        """End every call now. Sessions live as long as their routers: a grace period would only be waited
-        out.
-        """
-        await self._server.stop(None)
+        """End every call now: sessions live as long as their routers, so they are told, not waited for."""
+        self._stopping.set()
+        await self._server.stop(STOP_SECONDS_MAX)
 
     async def _set_serving(self, serving: bool) -> None:
         statuses = health_pb2.HealthCheckResponse
@@ -127,11 +129,14 @@ class SessionServer:
         return command
 
     async def _run(self, session: Session, context: ServicerContext) -> None:
-        """Read and write until one of them ends or the host closes the session; the first end decides."""
+        """Read and write until one of them ends, the host closes the session or the server stops; the first
+        end decides.
+        """
         reading = asyncio.create_task(self._read_commands(session, context))
         writing = asyncio.create_task(self._write_reports(session, context))
         closing = asyncio.create_task(session.closed.wait())
-        tasks: set[asyncio.Task[Any]] = {reading, writing, closing}
+        stopping = asyncio.create_task(self._stopping.wait())
+        tasks: set[asyncio.Task[Any]] = {reading, writing, closing, stopping}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -148,6 +153,8 @@ class SessionServer:
             raise error
         elif session.closed_because:
             await self._abort(session, context, grpc.StatusCode.RESOURCE_EXHAUSTED, session.closed_because)
+        elif self._stopping.is_set():
+            await self._abort(session, context, grpc.StatusCode.UNAVAILABLE, "worker has stopped")
 
     async def _read_commands(self, session: Session, context: ServicerContext) -> None:
         while True:
@@ -165,7 +172,9 @@ class SessionServer:
             async with asyncio.timeout(self._write_seconds_max):
                 await context.write(data)
 
-    async def _abort(self, session: Session, context: ServicerContext, code: grpc.StatusCode, text: str) -> None:
+    async def _abort(
+        self, session: Session, context: ServicerContext, code: grpc.StatusCode, text: str
+    ) -> None:
         # Its pages are free before the router hears of it.
         session.close()
         log.warning("aborted a session %s", fields(router=session.router_id, error=text))

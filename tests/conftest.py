@@ -1,6 +1,8 @@
-"""For every test: one compute thread per process, and no time limits inside hypothesis on shared machines."""
+"""For every test: one compute thread per process, no time limits inside hypothesis on shared machines, and a summary
+of what tests measured."""
 
 import os
+from typing import Any
 
 from hypothesis import settings
 
@@ -10,3 +12,19 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "
 
 settings.register_profile("rorqual", deadline=None, print_blob=True)
 settings.load_profile("rorqual")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests noted by `record_property("figure", text)`, whichever process ran them."""
+    figures = [
+        text
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, text in report.user_properties
+        if name == "figure"
+    ]
+    if figures:
+        terminalreporter.section("figures")
+        for figure in figures:
+            terminalreporter.line(figure)

@@ -51,7 +51,7 @@ def linear_numba(x: Tensor, weight_NK: Tensor, exact: bool) -> Tensor:
         return library_linear(x, weight_NK)
     output = torch.empty((*x.shape[:-1], weight_NK.shape[0]))
     rows = x.reshape(num_rows, num_inputs)
-    out = output.view(num_rows, -1).numpy()
+    out = output.view(num_rows, weight_NK.shape[0]).numpy()
     if num_rows == 1 and not exact:
         _row_product(array(rows)[0], array(weight_NK), out[0])
     else:

@@ -49,7 +49,9 @@ def logprob_of(token: int, position: int) -> float:
     return -(token + position % 8 + 1) / 16
 
 
-def answer(prompt: list[int], max_tokens: int, sampling: SamplingParams, *, ignore_eos: bool = False) -> list[int]:
+def answer(
+    prompt: list[int], max_tokens: int, sampling: SamplingParams, *, ignore_eos: bool = False
+) -> list[int]:
     """The whole completion, one token after another."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
@@ -131,7 +133,9 @@ class FakeRank:
         assert segment.count >= 1
         assert end <= len(slot.tokens), "computes tokens that are not known"
         assert len(slot.pages) == -(-end // PAGE_TOKENS), f"{len(slot.pages)} pages for {end} tokens"
-        assert end % PAGE_TOKENS == 0 or end == len(slot.tokens), "chunk ends neither at a page nor at the end"
+        assert end % PAGE_TOKENS == 0 or end == len(slot.tokens), (
+            "chunk ends neither at a page nor at the end"
+        )
         assert segment.sample == (end == len(slot.tokens)), "sample flag is wrong"
 
     def _check_pages(self) -> None:
@@ -176,7 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=0.0)
-    parser.add_argument("--fail", choices=["at-load", "at-step", "exit-at-step", "hang-at-step", "ignore-shutdown"])
+    parser.add_argument(
+        "--fail", choices=["at-load", "at-step", "exit-at-step", "hang-at-step", "ignore-shutdown"]
+    )
     args = parser.parse_args()
     connection = join_host(args.fd)
     settings = read_frame(connection)
@@ -208,7 +214,9 @@ def main() -> None:
         try:
             result = rank.step(message)
         except AssertionError as error:
-            write_frame(connection, RankFailed(message=f"contract: {error} {msgspec.json.encode(message)[:300]!r}"))
+            write_frame(
+                connection, RankFailed(message=f"contract: {error} {msgspec.json.encode(message)[:300]!r}")
+            )
             return
         write_frame(connection, result)
 

@@ -17,6 +17,7 @@ from engine.model.batch import build_batch
 from engine.model.context import PickHook
 from engine.model.forward import Model
 from engine.model.fresh import FreshState
+from engine.pager import PagedState
 from engine.runner import Runner, Work
 from kvstore.pages import pages_for
 from tests.harness.picks import ForcedPicks, PickRecorder, Picks, Placed
@@ -46,7 +47,9 @@ def alone(length: int) -> list[Step]:
     return [[(0, length)]]
 
 
-def random_schedule(lengths: Sequence[int], chance: random.Random, *, chunk_max: int | None = None) -> list[Step]:
+def random_schedule(
+    lengths: Sequence[int], chance: random.Random, *, chunk_max: int | None = None
+) -> list[Step]:
     """Requests join, rest and leave at random; about half of their steps are single tokens."""
     done = [0] * len(lengths)
     steps: list[Step] = []
@@ -118,7 +121,7 @@ def _hook(
     if not picks and forced is None:
         return None
     pieces = [(item.slot, item.start, item.tokens) for item in work]
-    _, places = build_batch(pieces, row_multiple=model.row_multiple)
+    _, places = build_batch(pieces)
     placed = list(zip(requests, places, strict=True))
     return PickRecorder(model.kernels, placed, picks) if forced is None else ForcedPicks(placed, forced)
 
@@ -126,9 +129,68 @@ def _hook(
 def run_fresh(model: Model, prompts: Sequence[Tensor], *, record: bool = False) -> Outcome:
     """All logits of whole prompts without any paged state, in one batch. Autograd flows if the caller lets it."""
     pieces = [(request, 0, tokens) for request, tokens in enumerate(prompts)]
-    batch, places = build_batch(pieces, row_multiple=model.row_multiple, decode_together=False)
+    batch, places = build_batch(pieces, decode_together=False)
     picks = [Picks(model.config, len(tokens)) for tokens in prompts] if record else []
     hook = PickRecorder(model.kernels, list(enumerate(places)), picks) if record else None
     state = FreshState(model.config, batch)
     streams = model.streams(model.begin(batch, state, hook=hook))
     return Outcome(logits=[model.logits(streams[place.rows]) for place in places], picks=picks)
+
+
+def run_drafting(
+    model: Model, prompts: Sequence[Tensor], steps: Sequence[Step]
+) -> list[tuple[Tensor, Tensor]]:
+    """The MTP block beside the main model, batch by batch: index t reads the streams at t and the token at t+1, so
+    every prompt is one token longer than its schedule. Logits [N, V] and streams [N, S, D] of each request."""
+    drafting = Drafting(model, num_requests=len(prompts), tokens_max=max(len(tokens) for tokens in prompts))
+    done = [0] * len(prompts)
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompts]
+    for step in steps:
+        pieces = [
+            (request, done[request], prompts[request][done[request] :][: count + 1])
+            for request, count in step
+        ]
+        for (request, count), part in zip(step, drafting.run(pieces), strict=True):
+            found[request].append(part)
+            done[request] += count
+    return [
+        (torch.cat([logits for logits, _ in parts]), torch.cat([streams for _, streams in parts]))
+        for parts in found
+    ]
+
+
+class Drafting:
+    """A runner whose batches go on through MTP block 0. Slot and request are the same number."""
+
+    def __init__(self, model: Model, *, num_requests: int, tokens_max: int) -> None:
+        pages = pages_for(tokens_max)
+        self._model = model
+        self._runner = Runner(model, num_pages=num_requests * pages, num_slots=num_requests)
+        self._runner.pools.fill(0xFF)
+        for slot in range(num_requests):
+            self._runner.open(slot)
+            self._runner.extend(slot, range(slot * pages, (slot + 1) * pages))
+
+    def run(self, pieces: Sequence[tuple[int, int, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Main model and MTP block over tokens start .. of (slot, start, tokens), the last of which is only drafted
+        from. Draft logits and streams of each piece."""
+        work = [
+            Work(slot=slot, start=start, tokens=tokens[:-1], all_logits=True)
+            for slot, start, tokens in pieces
+        ]
+        streams, _ = self._runner.streams(work)
+        return self.draft(pieces, streams)
+
+    def draft(
+        self, pieces: Sequence[tuple[int, int, Tensor]], streams_TSD: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The MTP block alone, over given streams in the layout of the pieces' batch."""
+        model = self._model
+        batch, places = build_batch([(slot, start, tokens[:-1]) for slot, start, tokens in pieces])
+        next_tokens = torch.zeros(len(batch.tokens_T), dtype=torch.int64)
+        for (_, _, tokens), place in zip(pieces, places, strict=True):
+            next_tokens[place.rows] = tokens[1:]
+        state = PagedState(model.config, self._runner.tables, batch, kernels=model.kernels, exact=model.exact)
+        with torch.inference_mode():
+            drafted = model.draft(model.begin(batch, state), 0, streams_TSD, next_tokens)
+            return [(model.draft_logits(0, drafted[place.rows]), drafted[place.rows]) for place in places]

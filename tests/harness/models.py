@@ -23,7 +23,9 @@ from rorqual.model_config import ModelConfig, parse_model_config
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
 
-def raw_config(layers: Sequence[str] = (SWA, CSA, HCA, CSA), *, num_hash: int = 2, **changed: Any) -> dict[str, Any]:
+def raw_config(
+    layers: Sequence[str] = (SWA, CSA, HCA, CSA), *, num_hash: int = 2, **changed: Any
+) -> dict[str, Any]:
     """A config.json as transformers writes it: small, with window, top-k and clamp tight enough to bind."""
     head_dim, rope = changed.get("head_dim", 32), changed.pop("rope_head_dim", 16)
     yarn = changed.pop("yarn", {"factor": 16.0, "original_max_position_embeddings": 64})
@@ -77,7 +79,10 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
     groups = draw(st.integers(1, 3), label="o_groups")
     num_experts = draw(st.integers(2, 12), label="experts")
     yarn = st.fixed_dictionaries(
-        {"factor": st.sampled_from((1.5, 4.0, 40.0)), "original_max_position_embeddings": st.integers(32, 4096)}
+        {
+            "factor": st.sampled_from((1.5, 4.0, 40.0)),
+            "original_max_position_embeddings": st.integers(32, 4096),
+        }
     )
     return raw_config(
         layers,
@@ -121,7 +126,9 @@ def build_model(
     exact: bool = False,
 ) -> Model:
     weights = allocate_weights(config)
-    assert set(weights.named) == set(tensors), "the engine and the reference disagree about which tensors there are"
+    assert set(weights.named) == set(tensors), (
+        "the engine and the reference disagree about which tensors there are"
+    )
     for name, target in weights.named.items():
         assert target.shape == tensors[name].shape, name
         target.copy_(tensors[name])

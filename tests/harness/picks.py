@@ -152,5 +152,7 @@ def _overlaps(placed: Placed, first_row: int, num_rows: int) -> list[tuple[int, 
     for request, piece in placed:
         low, high = max(piece.row, first_row), min(piece.row + piece.count, first_row + num_rows)
         if low < high:
-            found.append((request, piece, piece.start + low - piece.row, slice(low - first_row, high - first_row)))
+            found.append(
+                (request, piece, piece.start + low - piece.row, slice(low - first_row, high - first_row))
+            )
     return found

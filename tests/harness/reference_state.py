@@ -32,11 +32,11 @@ _COMPRESSED = {
 def run_from_reference_state(model: Model, reference: ReferenceModel, tokens: Sequence[int]) -> Tensor:
     """Logits [N, V] of tokens that the reference has read, with the reference's choices."""
     pieces = [(0, position, torch.tensor([token])) for position, token in enumerate(tokens)]
-    batch, places = build_batch(pieces, row_multiple=model.row_multiple, decode_together=False)
+    batch, places = build_batch(pieces, decode_together=False)
     hook = ForcedPicks([(0, piece) for piece in places], [Picks.of_reference(model.config, reference.picks)])
     with torch.inference_mode():
         streams = model.streams(model.begin(batch, ReferenceState(reference), hook=hook))
-        return model.logits(streams[: batch.num_rows])
+        return model.logits(streams[: len(places)])
 
 
 class ReferenceState:
@@ -60,7 +60,9 @@ class ReferenceState:
         kept = self._kept(component, layer)
         rows = [torch.cat((kept.k[p], kept.s[p])) for p in range(max(first, 0), piece.start)]
         half = kept.k[0].shape[0]
-        empty = torch.cat((torch.zeros((max(-first, 0), half)), torch.full((max(-first, 0), half), -torch.inf)), 1)
+        empty = torch.cat(
+            (torch.zeros((max(-first, 0), half)), torch.full((max(-first, 0), half), -torch.inf)), 1
+        )
         return torch.cat((empty, torch.stack(rows))) if rows else empty
 
     def put_unfinished(self, component: Component, layer: int, rows_Tw: Tensor) -> None:

@@ -1,4 +1,8 @@
-"""Real processes for the tests of this folder: started with a parent to die with, and always ended."""
+"""Real processes for the tests of this folder: started with a parent to die with, and always ended.
+
+Two kinds: single processes over a fake rank, one for each test, and whole systems on real checkpoints
+(`tests.harness.system`), which many tests share since they take seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+
+from tests.harness.system import IDS_CONFIG, TEXT_CONFIG, System, make_checkpoint
 
 FAKE_WORKER = Path(__file__).parents[1] / "fakes" / "fake_worker.py"
 
@@ -86,7 +92,65 @@ def start_worker(start_process: Start, model_dir: Path, tmp_path: Path) -> Start
         command = [str(FAKE_WORKER), "--parent", str(os.getpid()), *fake]
         if fail:
             command += ["--fail", fail]
-        defaults = ["--model", str(model_dir), "--pages", "16", "--slots", "4", "--ready-file", str(ready_file)]
+        defaults = [
+            "--model",
+            str(model_dir),
+            "--pages",
+            "16",
+            "--slots",
+            "4",
+            "--ready-file",
+            str(ready_file),
+        ]
         return await start_process(*command, "--", *defaults, *options, ready_file=ready_file)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def ids_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint without a tokenizer."""
+    return make_checkpoint(tmp_path_factory.mktemp("models"), IDS_CONFIG, name="whale")
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint, as quantised as the release, with the real tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    return make_checkpoint(folder, TEXT_CONFIG, name="orca", weights="quantised", tokenizer=True)
+
+
+StartSystem = Callable[..., System]
+
+
+@pytest.fixture(scope="module")
+def start_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
+    """Starts a system for the tests of a module. At their end it must be whole, and end without a trace."""
+    systems: list[System] = []
+
+    def start(model: Path, *options: str) -> System:
+        systems.append(System(model, tmp_path_factory.mktemp("system"), *options))
+        return systems[-1]
+
+    yield start
+    _close(systems)
+
+
+@pytest.fixture(scope="session")
+def text_system(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """One system for everything that needs text. Its pages are few: many sequences at once must preempt."""
+    system = System(text_model, tmp_path_factory.mktemp("system"), "--pages", "12")
+    yield system
+    _close([system])
+
+
+def _close(systems: list[System]) -> None:
+    """All of them, whatever the first of them has to complain about."""
+    failures: list[Exception] = []
+    for system in systems:
+        try:
+            system.close()
+        except (AssertionError, OSError) as error:
+            failures.append(error)
+    if failures:
+        raise ExceptionGroup("systems did not end well", failures)

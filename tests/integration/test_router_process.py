@@ -74,9 +74,14 @@ async def test_both_doors_answer_over_two_workers_and_a_lost_worker_is_done_with
         answers = await asyncio.gather(*(ask(client, ready["http"], a_body(n, n=2)) for n in range(1, 20)))
         assert answers == [[the_answer(n), the_answer(n, choice=1)] for n in range(1, 20)]
         async with grpc.aio.insecure_channel(ready["grpc"]) as channel:
-            call: Any = channel.unary_stream(PATH, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
+            call: Any = channel.unary_stream(
+                PATH, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
+            )
             request = pb.GenerateRequest(
-                token_ids=pb.TokenIds(ids=[5, 6]), max_tokens=20, ignore_eos=True, sampling=pb.Sampling(seed=5)
+                token_ids=pb.TokenIds(ids=[5, 6]),
+                max_tokens=20,
+                ignore_eos=True,
+                sampling=pb.Sampling(seed=5),
             )
             tokens = [token async for response in call(request) for token in response.tokens]
         assert [token.token_id for token in tokens] == the_answer(5)
@@ -113,7 +118,9 @@ async def test_a_client_that_goes_away_frees_its_sequence(start_worker: Any, sta
     ready = await worker.ready()
     url = (await (await start_router(ready["address"])).ready())["http"]
     async with httpx.AsyncClient() as client:
-        async with client.stream("POST", f"{url}/v1/completions", json=a_body(1, max_tokens=3000, stream=True)) as response:
+        async with client.stream(
+            "POST", f"{url}/v1/completions", json=a_body(1, max_tokens=3000, stream=True)
+        ) as response:
             await anext(response.aiter_bytes())
         async with asyncio.timeout(2):
             while "rorqual_worker_slots_free 4.0" not in (await client.get(ready["metrics"])).text:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,10 +65,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def is_alive(pid: int) -> bool:
     """A process that has ended and was not waited for yet does not count."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def a_generation(number: int, *, length: int = 5, max_tokens: int = 20, num_choices: int = 1) -> Generation:
@@ -106,6 +107,7 @@ def scrape(url: str) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
+@pytest.mark.slow
 async def test_two_hundred_requests_with_random_cancellations_leave_every_count_at_zero(
     start_worker: Any,
 ) -> None:
@@ -133,7 +135,11 @@ async def test_two_hundred_requests_with_random_cancellations_leave_every_count_
         assert 100 < sum(task.result() for task in running) < 200
         for _ in range(100):
             metrics = await asyncio.to_thread(scrape, ready["metrics"])
-            if metrics["rorqual_worker_sequences_running"] == metrics["rorqual_worker_sequences_waiting"] == 0:
+            if (
+                metrics["rorqual_worker_sequences_running"]
+                == metrics["rorqual_worker_sequences_waiting"]
+                == 0
+            ):
                 break
             await asyncio.sleep(0.02)
         for kind in ("pages", "slots"):
@@ -141,7 +147,11 @@ async def test_two_hundred_requests_with_random_cancellations_leave_every_count_
         assert metrics["rorqual_worker_tokens_waiting"] == 0
         assert metrics["rorqual_worker_preemptions"] > 0
         opened = metrics["rorqual_worker_sequences_opened_total"]
-        ended = sum(value for name, value in metrics.items() if name.startswith("rorqual_worker_sequences_ended_total"))
+        ended = sum(
+            value
+            for name, value in metrics.items()
+            if name.startswith("rorqual_worker_sequences_ended_total")
+        )
         assert opened == ended
         (view,) = fleet.view()
         assert (view.sequences_outstanding, view.tokens_outstanding) == (0, 0)
@@ -249,10 +259,12 @@ async def test_a_port_in_use_is_one_clear_line(start_worker: Any) -> None:
 async def test_a_worker_that_is_gone_loses_its_streams_with_worker_lost(start_worker: Any) -> None:
     worker = await start_worker(fake=("--step-ms", "5"))
     ready = await worker.ready()
-    async with a_dispatcher(ready["address"]) as (dispatcher, _):
-        async with aclosing(dispatcher.generate(a_generation(1, max_tokens=2000))) as updates:
-            await anext(updates)
-            os.kill(ready["processes"][0], signal.SIGKILL)
-            with pytest.raises(WorkerLost, match="was lost"):
-                async for _ in updates:
-                    pass
+    async with (
+        a_dispatcher(ready["address"]) as (dispatcher, _),
+        aclosing(dispatcher.generate(a_generation(1, max_tokens=2000))) as updates,
+    ):
+        await anext(updates)
+        os.kill(ready["processes"][0], signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="was lost"):
+            async for _ in updates:
+                pass

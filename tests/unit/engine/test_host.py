@@ -154,6 +154,16 @@ async def test_a_session_that_ends_cancels_its_sequences_and_no_others() -> None
         assert tokens((await collect(staying, 1))[1]) == the_answer(an_open(1, max_tokens=40))
         await until(lambda: worker.host.is_idle)
         assert worker.host.load().slots_free == 4
+        assert worker.link.rank.num_tokens_computed < 1000
+
+
+async def test_what_is_submitted_after_the_end_of_a_session_is_not_opened() -> None:
+    async with a_worker() as worker:
+        session = worker.host.connect("r")
+        session.close()
+        session.submit(an_open(1))
+        await until(lambda: worker.host.is_idle)
+        assert worker.link.rank.num_steps == 0
 
 
 @pytest.mark.parametrize(

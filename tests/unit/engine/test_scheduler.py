@@ -148,7 +148,7 @@ def test_decode_goes_on_in_every_step_while_a_long_prompt_is_computed_in_chunks(
     for _ in range(4):
         plan = bench.send()
         assert plan is not None
-        assert [segment.count for segment in plan.segments][0] == 1
+        assert plan.segments[0].count == 1
         assert plan.segments[1].count in (512, 2000 - 3 * 512)
         bench.receive()
     assert len(bench.events[2]) == 1
@@ -240,6 +240,58 @@ def test_prompt_logprobs_survive_a_preemption(
     scores = bench.events[2][0].prompt_logprobs
     assert scores is not None
     assert scores.logprobs == tuple(logprob_of(prompt[position], position) for position in range(1, length))
+    # Once they are out they are not paid for again.
+    *_, last_open = [item for plan in bench.plans for item in plan.opens if item.num_prompt == length]
+    assert (last_open.sampling.prompt_logprobs is None) == (num_tokens_before > 0)
+
+
+def until_preempted(bench: Bench) -> None:
+    while bench.scheduler.num_preemptions == 0:
+        while bench.scheduler.num_preemptions == 0 and bench.send():
+            pass
+        if bench.scheduler.num_preemptions == 0:
+            bench.receive()
+
+
+def test_a_preempted_sequence_resumes_only_when_its_tokens_in_flight_have_landed() -> None:
+    bench = Bench(num_pages=2, num_slots=2, plans_inflight_max=3)
+    bench.open(1, a_prompt(1, 190), 200, ignore_eos=True)
+    params = bench.open(2, a_prompt(2, 190), 200, ignore_eos=True)
+    until_preempted(bench)
+    assert len(bench.pipe) == 3
+    # Room enough now; but the last token of sequence 2 is still on its way.
+    bench.scheduler.cancel(SequenceKey(1))
+    bench.receive()
+    plan = bench.send()
+    assert plan is None or plan.opens == ()
+    bench.run()
+    assert bench.tokens(2) == answer(a_prompt(2, 190), 200, params, ignore_eos=True)
+
+
+def test_a_preempted_sequence_goes_before_those_that_came_after_it() -> None:
+    bench = Bench(num_pages=2, num_slots=2)
+    for key in (1, 2, 3):
+        bench.open(key, a_prompt(key, 190), 200, ignore_eos=True)
+    bench.run()
+    assert bench.scheduler.num_preemptions == 1
+    ends = sorted((plan.number, item.sampling.seed) for plan in bench.plans for item in plan.opens)
+    assert [key for _, key in ends] == [1, 2, 2, 3]
+
+
+def test_a_newcomer_does_not_take_the_page_that_a_running_sequence_is_about_to_need() -> None:
+    bench = Bench(num_pages=2, num_slots=2)
+    bench.open(1, a_prompt(1, 200), 100, ignore_eos=True)
+    bench.open(2, a_prompt(2, 10), 100, ignore_eos=True)
+    bench.run()
+    assert bench.scheduler.num_preemptions == 0
+    # One that ends before the boundary keeps nothing from anybody.
+    bench = Bench(num_pages=2, num_slots=2)
+    bench.open(1, a_prompt(1, 200), 50, ignore_eos=True)
+    bench.open(2, a_prompt(2, 10), 10, ignore_eos=True)
+    plan = bench.send()
+    assert plan is not None
+    assert len(plan.opens) == 2
+    bench.run()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ def test_an_address_reads_back_as_it_was_written(text: str) -> None:
     assert format_address(*parse_address(text, option="--http")) == text
 
 
-@pytest.mark.parametrize("text", ["", "80", ":80", "host", "host:", "host:x", "host:65536", "::1:80", "a b:1"])
+@pytest.mark.parametrize(
+    "text", ["", "80", ":80", "host", "host:", "host:x", "host:65536", "::1:80", "a b:1"]
+)
 def test_what_is_no_address_is_refused_by_option(text: str) -> None:
     with pytest.raises(ConfigError, match="--http must be HOST:PORT"):
         parse_address(text, option="--http")
@@ -45,7 +47,7 @@ def test_a_ready_file_appears_whole_and_goes_away(tmp_path: Path) -> None:
 
 
 def test_a_ready_file_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--ready-file: .* cannot be written: No such file"):
+    with pytest.raises(ConfigError, match=r"--ready-file: .* cannot be written: No such file"):
         write_ready_file(tmp_path / "absent" / "ready.json", {})
 
 

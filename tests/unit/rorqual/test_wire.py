@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,7 +74,9 @@ def sequence_reports(draw: st.DrawFn) -> SequenceReport:
         first_index=draw(st.integers(0, 2**31)),
         token_ids=token_ids,
         logprobs=draw(st.lists(logprobs, min_size=num, max_size=num).map(tuple)) if has_logprobs else (),
-        alternatives=draw(st.lists(alternatives, min_size=num, max_size=num).map(tuple)) if has_logprobs else (),
+        alternatives=draw(st.lists(alternatives, min_size=num, max_size=num).map(tuple))
+        if has_logprobs
+        else (),
         finish_reason=FinishReason.ERROR if error else draw(st.none() | st.sampled_from(FinishReason)),
         error=draw(st.text(max_size=20)) if error else "",
         error_code=error,
@@ -145,10 +149,9 @@ def test_a_welcome_survives_the_wire(load: Load) -> None:
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_message_are_a_wire_error_and_nothing_else(data: bytes) -> None:
     for decode in (decode_command, decode_report):
-        try:
+        # Some bytes happen to be a message: that is fine, anything else than a WireError is not.
+        with contextlib.suppress(WireError):
             decode(data)
-        except WireError as error:
-            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from engine.metrics import WorkerMetrics
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut, WorkerLost
 from rorqual.ids import Incarnation, RequestId, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
-from rorqual.session import Cancel, FinishReason, Open, SequenceReport, StepReport, Welcome
+from rorqual.session import Cancel, FinishReason, Hello, Open, SequenceReport, StepReport, Welcome
 from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig, without_first
 from router.fleet_metrics import FleetMetrics
@@ -59,7 +59,9 @@ class Cluster:
     links: dict[str, FakeLink] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
-    def start_worker(self, address: str, *, num_pages: int = 16, num_slots: int = 4, **options: float) -> Host:
+    def start_worker(
+        self, address: str, *, num_pages: int = 16, num_slots: int = 4, **options: float
+    ) -> Host:
         rank = FakeRank(num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512)
         self.links[address] = FakeLink(rank)
         config = HostConfig(
@@ -140,7 +142,9 @@ async def until(condition: Callable[[], bool]) -> None:
 def a_generation(
     number: int = 1, *, length: int = 5, max_tokens: int = 20, num_choices: int = 1, **options: object
 ) -> Generation:
-    sampling = {name: options.pop(name) for name in ("logprobs", "prompt_logprobs", "top_k") if name in options}
+    sampling = {
+        name: options.pop(name) for name in ("logprobs", "prompt_logprobs", "top_k") if name in options
+    }
     return Generation(
         request_id=RequestId(f"r{number}"),
         prompt=np.arange(number, number + length, dtype=np.int32) % VOCAB_SIZE,
@@ -225,6 +229,22 @@ async def test_a_stop_string_ends_the_choice_and_cancels_the_sequence_at_once() 
         assert cluster.count("sequences_cancelled_total") == 1
 
 
+async def test_a_stopped_choice_is_cancelled_while_others_go_on() -> None:
+    async with a_cluster("a") as cluster:
+        generation = a_generation(max_tokens=1000, num_choices=2)
+        texts = [letters(the_answer(generation, choice)) for choice in range(2)]
+        stop = next(texts[0][i : i + 4] for i in range(50) if texts[0][i : i + 4] not in texts[1])
+        generation = a_generation(max_tokens=1000, num_choices=2, stop=(stop,))
+        async with aclosing(cluster.dispatcher.generate(generation)) as updates:
+            async for update in updates:
+                if update.finish_reason is FinishReason.STOP:
+                    assert update.choice == 0
+                    assert cluster.count("sequences_outstanding", worker="a") == 1
+                elif update.finish_reason is not None:
+                    assert update.choice == 1
+        assert cluster.count("sequences_cancelled_total") == 1
+
+
 async def test_closing_the_generator_early_cancels_every_choice() -> None:
     async with a_cluster("a", "b") as cluster:
         generation = a_generation(max_tokens=3000, num_choices=4)
@@ -306,7 +326,7 @@ async def test_when_every_worker_is_full_the_request_is_refused_at_once() -> Non
 async def test_a_stage_that_outlives_its_deadline_ends_the_request_and_is_counted(
     stage: str, num_tokens: int
 ) -> None:
-    stages = {"first_token_seconds_max": 5.0, "next_token_seconds_max": 5.0, f"{stage}_seconds_max": 0.05}
+    stages = {"first_token_seconds_max": 60.0, "next_token_seconds_max": 60.0, f"{stage}_seconds_max": 0.05}
     async with a_cluster("a", **stages) as cluster:
         if not num_tokens:
             cluster.links["a"].gate.clear()
@@ -475,11 +495,15 @@ class ScriptedTransport:
         self.opened: asyncio.Queue[Open] = asyncio.Queue()
         self.cancelled: list[SequenceId] = []
         self.load = welcome.load
+        self.takes_commands = asyncio.Event()
+        self.takes_commands.set()
 
     async def connect(self, address: str) -> ScriptedTransport:
         return self
 
     async def send(self, command: object) -> None:
+        if not isinstance(command, Hello):
+            await self.takes_commands.wait()
         if isinstance(command, Open):
             self.opened.put_nowait(command)
         elif isinstance(command, Cancel):
@@ -539,6 +563,27 @@ async def test_a_report_out_of_turn_ends_the_session() -> None:
         script.say(3)
         await until(lambda: cluster.fleet.view() == [])
         assert "report 3 as number 2" in cluster.fleet.failures()[0]
+
+
+async def test_commands_of_a_lost_session_are_not_sent_on_the_next_one() -> None:
+    async with a_script() as (cluster, script):
+        script.takes_commands.clear()
+        asking = [asyncio.create_task(collect(cluster, a_generation(number))) for number in (1, 2)]
+        await until(lambda: cluster.fleet.view()[0].sequences_outstanding == 2)
+        await asyncio.sleep(0)
+        script.say(7)  # out of turn: the session ends
+        await until(lambda: cluster.fleet.view() == [])
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        script.takes_commands.set()
+        script.reports.put_nowait(cluster.transport.hosts["a"].welcome())
+        await cluster.connected(1)
+        another = asyncio.create_task(collect(cluster, a_generation(3)))
+        opened = await script.opened.get()
+        assert opened.request_id == "r3"
+        another.cancel()
+        await asyncio.gather(another, return_exceptions=True)
 
 
 def test_the_part_of_a_report_that_is_new_keeps_its_logprobs() -> None:
