@@ -80,13 +80,10 @@ class Storm:
         seconds = draw.random() ** 2 * 3
         if kind == "grpc":
             call = self.call(a_message(draw, tokens_min=100), timeout=SECONDS_MAX)
-            with contextlib.suppress(asyncio.CancelledError):
-                async with asyncio.timeout(seconds) as deadline:
-                    with contextlib.suppress(TimeoutError):
-                        async for _ in call:
-                            pass
-                assert deadline
+            reading = asyncio.create_task(count_messages(call))
+            await asyncio.wait({reading}, timeout=seconds)
             call.cancel()
+            await asyncio.wait({reading})
             return
         body = a_body(kind, draw, tokens_min=100) | {"stream": draw.random() < 0.7}
         with contextlib.suppress(TimeoutError):
@@ -107,7 +104,13 @@ class Storm:
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         linger = struct.pack("ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        writer.transport.abort()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def count_messages(call: Any) -> int:
+    return len([message async for message in call])
 
 
 def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, Any]:
