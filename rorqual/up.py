@@ -72,6 +72,11 @@ class UpOptions:
     start_seconds_max: float = 3600.0
     stop_seconds_max: float = 15.0
 
+    @property
+    def drain_seconds(self) -> float:
+        """What a child may take to finish its requests: a little less than it is given before it is killed."""
+        return 0.8 * self.stop_seconds_max / 2
+
 
 Program = Callable[[str], Sequence[str]]
 """The command line that starts a child of a role ("worker", "router"), before its options."""
@@ -299,6 +304,7 @@ def worker_arguments(options: UpOptions, *, threads: int, ready_file: Path) -> l
         ("--slots", options.slots),
         ("--prefill-tokens", options.prefill_tokens),
         ("--log-level", options.log_level),
+        ("--drain-seconds", options.drain_seconds),
     ):
         if value is not None:
             arguments += [option, str(value)]
@@ -313,9 +319,13 @@ def router_arguments(options: UpOptions, *, addresses: Sequence[str], ready_file
     arguments += ["--grpc", format_address(options.host, options.grpc_port)]
     for address in addresses:
         arguments += ["--worker", address]
-    for option, value in (("--served-name", options.served_name), ("--log-level", options.log_level)):
+    for option, value in (
+        ("--served-name", options.served_name),
+        ("--log-level", options.log_level),
+        ("--drain-seconds", options.drain_seconds),
+    ):
         if value is not None:
-            arguments += [option, value]
+            arguments += [option, str(value)]
     for key in options.api_keys:
         arguments += ["--api-key", key]
     return arguments

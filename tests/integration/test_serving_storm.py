@@ -115,8 +115,8 @@ async def count_messages(call: Any) -> int:
 
 def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "max_tokens": tokens_min + draw.randrange(40),
-        "n": draw.choice((1, 1, 1, 2, 3)),
+        "max_tokens": tokens_min + draw.randrange(32),
+        "n": draw.choice((1, 1, 1, 1, 2)),
         "ignore_eos": True,
         "return_token_ids": True,
     }
@@ -127,7 +127,7 @@ def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, 
             {"temperature": 1.3, "top_k": 40, "min_p": 0.01, "frequency_penalty": 0.5},
         )
     )
-    words = "whale " * draw.choice((1, 3, 50, 270))
+    words = "whale " * draw.choice((1, 3, 50, 230))
     if kind == "chat":
         body["messages"] = [{"role": "user", "content": words}]
         if draw.random() < 0.3:
@@ -141,7 +141,7 @@ def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, 
 def a_message(draw: random.Random, *, tokens_min: int = 1) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=a_prompt(draw)),
-        max_tokens=tokens_min + draw.randrange(40),
+        max_tokens=tokens_min + draw.randrange(32),
         n=draw.choice((1, 1, 2)),
         ignore_eos=True,
         sampling=pb.Sampling(seed=draw.randrange(1000)),
@@ -149,7 +149,7 @@ def a_message(draw: random.Random, *, tokens_min: int = 1) -> pb.GenerateRequest
 
 
 def a_prompt(draw: random.Random) -> list[int]:
-    return [draw.randrange(TEXT_CONFIG["vocab_size"]) for _ in range(draw.choice((1, 5, 100, 250, 300)))]
+    return [draw.randrange(TEXT_CONFIG["vocab_size"]) for _ in range(draw.choice((1, 5, 220, 235, 300)))]
 
 
 def route_of(kind: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,6 +27,7 @@ torch.set_num_threads(1)
 OPERATIONS = [field.name for field in dataclasses.fields(Kernels) if field.name != "names"]
 HC_EPS = 1e-6
 
+examples = settings(max_examples=25)  # of each of about 50 tests
 few = st.integers(0, 9)  # rows, none included
 widths = st.sampled_from((1, 2, 3, 7, 8, 16, 33, 64, 70))
 
@@ -198,6 +199,7 @@ def test_every_operation_has_a_case_and_two_implementations() -> None:
 
 
 @implementations_of(*CASES)
+@examples
 @given(data=st.data())
 def test_floats_are_those_of_the_formula_and_arguments_stay_as_they_were(
     operation: str, function: Callable[..., Any], data: st.DataObject
@@ -224,6 +226,7 @@ def test_floats_are_those_of_the_formula_and_arguments_stay_as_they_were(
 
 
 @pytest.mark.parametrize("operation", [name for name, case in CASES.items() if case.rows])
+@examples
 @given(data=st.data())
 def test_a_chosen_kernels_row_is_the_same_bits_in_any_company(operation: str, data: st.DataObject) -> None:
     """What exact mode is built on. `linear` promises it only when asked."""
@@ -243,6 +246,7 @@ def test_a_chosen_kernels_row_is_the_same_bits_in_any_company(operation: str, da
         assert torch.equal(one, all_rows[chosen])
 
 
+@examples
 @given(data=st.data())
 def test_a_group_of_the_exact_grouped_product_is_the_same_bits_in_any_company(data: st.DataObject) -> None:
     kernels = choose_kernels()
@@ -255,6 +259,7 @@ def test_a_group_of_the_exact_grouped_product_is_the_same_bits_in_any_company(da
 
 
 @implementations_of("hc_split")
+@examples
 @given(seed=st.integers(0, 999))
 def test_mixing_matrices_are_doubly_stochastic(
     operation: str, function: Callable[..., Any], seed: int
@@ -295,6 +300,7 @@ scores = st.one_of(st.sampled_from((0.0, -0.0, 1.0, -1.0, -math.inf)), st.floats
 
 
 @implementations_of("top_rows")
+@examples
 @given(data=st.data())
 def test_top_rows_are_the_best_visible_ones_lowest_number_first_among_equals(
     operation: str, function: Callable[..., Any], data: st.DataObject
@@ -327,6 +333,7 @@ def test_top_rows_are_the_best_visible_ones_lowest_number_first_among_equals(
 
 
 @implementations_of("route_experts")
+@examples
 @given(data=st.data())
 def test_experts_are_the_best_by_gate_and_bias_lowest_number_first_among_equals(
     operation: str, function: Callable[..., Any], data: st.DataObject
@@ -385,6 +392,7 @@ def test_given_experts_are_kept_with_the_gates_as_weights(
 
 
 @implementations_of("group_pairs")
+@examples
 @given(data=st.data())
 def test_pairs_are_grouped_by_expert_and_within_an_expert_by_token(
     operation: str, function: Callable[..., Any], data: st.DataObject
@@ -402,6 +410,7 @@ def test_pairs_are_grouped_by_expert_and_within_an_expert_by_token(
 
 
 @implementations_of("locate_rows")
+@examples
 @given(data=st.data())
 def test_entries_are_located_by_page_table_and_missing_ones_are_hidden(
     operation: str, function: Callable[..., Any], data: st.DataObject
