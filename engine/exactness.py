@@ -1,12 +1,14 @@
 """The start-up self-test of exact mode: is this machine's arithmetic independent of the batch, with these weights?
 
-Exact mode rests on properties of the matrix library that no document promises (rows of a product do not depend on how
-many other rows there are, from four rows up). So they are measured on the very model that will serve, before it does.
+Exact mode rests partly on properties of the matrix library that no document promises: in attention and indexer
+products a row does not depend on how many other rows there are, from four rows up. So they are measured on the very
+weights that will serve, before they do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +18,11 @@ from engine.runner import Runner, Work
 from rorqual.errors import RorqualError
 from rorqual.model_config import PAGE_TOKENS
 
-PROBE_TOKENS = 150
-"""Long enough to cross a window of 128 and to finish a row of every compressor."""
+PROBE_TOKENS = 300
+"""Crosses a window and a page and finishes rows of every compressor."""
+
+PROBE_TOPK = 16
+"""The indexer has to choose within the probe, whatever the model's own top-k."""
 
 
 class NotExact(RorqualError):
@@ -26,33 +31,53 @@ class NotExact(RorqualError):
 
 def check_exactness(model: Model) -> None:
     """Raise NotExact unless one sequence's logits are the same bits whole, cut up, and among others."""
+    config = replace(model.config, index_topk=min(model.config.index_topk, PROBE_TOPK))
+    probe = Model(config, model.weights, numerics=model.numerics, kernels=model.kernels, exact=model.exact)
+    num_tokens = min(PROBE_TOKENS, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, PROBE_TOKENS), generator=generator)
-    whole = _probe(model, tokens, cuts=(PROBE_TOKENS,), together=False)
-    for cuts, together in (((3, 60, 1, 1, 70), False), ((125, 1, 1, 1), True)):
-        rest = PROBE_TOKENS - sum(cuts)
-        cut = _probe(model, tokens, cuts=(*cuts, rest), together=together)
+    tokens = torch.randint(config.vocab_size, (2, num_tokens), generator=generator)
+    whole = _run(probe, tokens, cuts=(num_tokens,), companion=())
+    for cuts, companion in (
+        ((3, 60, 1, 1, 70, 100), ()),
+        ((125, 1, 1, 1, 127, 1, 1), (7, 1, 1, 90, 1, 1, 1)),
+    ):
+        every_cut = _fill(cuts, num_tokens)
+        cut = _run(probe, tokens, cuts=every_cut, companion=companion)
         if not torch.equal(whole, cut):
             position = int((whole != cut).any(-1).nonzero()[0])
             raise NotExact(
                 f"exact mode is not possible here: logits of token {position} depend on how the prompt is cut "
-                f"(pieces of {', '.join(map(str, (*cuts, rest)))} tokens); run without --exact"
+                f"(pieces of {', '.join(map(str, every_cut))} tokens); run without --exact"
             )
 
 
-def _probe(model: Model, tokens_2N: Tensor, *, cuts: Sequence[int], together: bool) -> Tensor:
-    """Logits of every token of the first sequence; `together` runs the second one, out of step, in the same batches."""
+def _fill(cuts: Sequence[int], num_tokens: int) -> list[int]:
+    """The cuts that fit, then the rest in one."""
+    fitting: list[int] = []
+    for cut in cuts:
+        if sum(fitting) + cut < num_tokens:
+            fitting.append(cut)
+    return [*fitting, num_tokens - sum(fitting)]
+
+
+def _run(model: Model, tokens_2N: Tensor, *, cuts: Sequence[int], companion: Sequence[int]) -> Tensor:
+    """Logits of every token of the first sequence, cut as told; the second runs in the same batches, by its own cuts."""
     num_pages = -(-PROBE_TOKENS // PAGE_TOKENS)
     runner = Runner(model, num_pages=2 * num_pages, num_slots=2)
     for slot in range(2):
         runner.open(slot)
         runner.extend(slot, range(slot * num_pages, (slot + 1) * num_pages))
     logits: list[Tensor] = []
-    start = 0
+    starts = [0, 0]
     for index, count in enumerate(cuts):
-        work = [Work(slot=0, start=start, tokens=tokens_2N[0, start : start + count], all_logits=True)]
-        if together:
-            work.append(Work(slot=1, start=7 * index, tokens=tokens_2N[1, 7 * index : 7 * index + 7]))
+        counts = [count, companion[index] if index < len(companion) else 0]
+        work = [
+            Work(
+                slot=slot, start=starts[slot], tokens=tokens_2N[slot, starts[slot] :][:size], all_logits=True
+            )
+            for slot, size in enumerate(counts)
+            if size and starts[slot] + size <= tokens_2N.shape[1]
+        ]
         logits.append(runner.run(work)[0])
-        start += count
+        starts = [start + size for start, size in zip(starts, counts, strict=True)]
     return torch.cat(logits)

@@ -17,7 +17,7 @@ from engine import formats
 from engine.kernels.suite import Kernels
 from engine.model.attend import BLOCK_COLUMNS
 from engine.model.attention import exact_window_span, hidden_bias
-from engine.model.batch import Piece, RaggedBatch
+from engine.model.batch import DecodeGroup, Piece, RaggedBatch
 from engine.model.state import Keys
 from kvstore.layout import KV_SCALE_BLOCK, Component, RowForm
 from kvstore.pools import ComponentPool, Pools
@@ -72,7 +72,7 @@ class PagedState:
         self._exact = exact
         self._ratios = {item.kind: item.ratio for item in config.layers}
         self._rings: dict[int, _RingWrites] = {}
-        self._decode_rows: dict[int, _DecodeRows | None] = {}
+        self._located: dict[tuple[int, DecodeGroup], _Located | None] = {}
         self._new_rows: dict[int, Tensor] = {}
         self._finished: dict[Component, Tensor | None] = {}
         pieces = (*batch.decodes, *batch.chunks)
@@ -82,7 +82,7 @@ class PagedState:
 
     @cached_property
     def _decode_slots(self) -> Tensor:
-        return torch.tensor([piece.slot for piece in self._batch.decodes])
+        return torch.tensor([piece.slot for piece in self._batch.decodes], dtype=torch.int64)
 
     @cached_property
     def _decode_positions(self) -> Tensor:
@@ -96,12 +96,13 @@ class PagedState:
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
         self._put_ring(self._pools[component], layer, rows_Td)
 
-    def decode_window(self, component: Component, layer: int) -> Keys:
-        ids, bias = self._decode_window
-        return Keys(rows=_read(self._pools[component], layer, ids, self._config), bias=bias)
+    def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:
+        ids, bias = self._window_columns
+        rows = _read(self._pools[component], layer, ids[group.rows], self._config)
+        return Keys(rows=rows, bias=bias[group.rows])
 
     @cached_property
-    def _decode_window(self) -> tuple[Tensor, Tensor]:
+    def _window_columns(self) -> tuple[Tensor, Tensor]:
         """Ring row ids [B, K] and bias; a hidden column reads the decode's own row, which was just written."""
         size = self._config.sliding_window
         own = self._decode_positions.unsqueeze(-1)
@@ -156,49 +157,47 @@ class PagedState:
             )
         _write(self._pools[component], layer, self._new_rows[ratio], rows_Nw, self._config)
 
-    def chunk_rows(self, component: Component, layer: int, piece: Piece) -> Tensor:
-        ratio = self._ratio(component)
-        ids = self._row_ids(ratio, piece.slot, torch.arange(piece.end // ratio))
+    def chunk_rows(self, component: Component, layer: int, piece: Piece, entries: Tensor) -> Tensor:
+        ids = self._row_ids(self._ratio(component), piece.slot, entries)
         return _read(self._pools[component], layer, ids, self._config)
 
-    def decode_visible(self, component: Component) -> Tensor:
-        return (self._decode_positions + 1) // self._ratio(component)
+    def decode_visible(self, component: Component, group: DecodeGroup) -> Tensor:
+        return (self._decode_positions[group.rows] + 1) // self._ratio(component)
 
-    def decode_rows(self, component: Component, layer: int) -> Keys | None:
-        ratio = self._ratio(component)
-        if ratio not in self._decode_rows:
-            self._decode_rows[ratio] = self._all_decode_rows(component)
-        found = self._decode_rows[ratio]
-        if found is None:
-            return None
-        rows = _read(self._pools[component], layer, found.ids_BK, self._config)
-        return Keys(rows=found.clean(rows), bias=found.bias)
+    def decode_rows(self, component: Component, layer: int, group: DecodeGroup) -> Keys | None:
+        key = (self._ratio(component), group)
+        if key not in self._located:
+            self._located[key] = self._locate_all(component, group)
+        found = self._located[key]
+        return None if found is None else self._keys(component, layer, found)
 
-    def _all_decode_rows(self, component: Component) -> _DecodeRows | None:
-        visible = self.decode_visible(component)
+    def _locate_all(self, component: Component, group: DecodeGroup) -> _Located | None:
+        visible = self.decode_visible(component, group)
         num_columns = int(visible.max())
         if num_columns == 0:
             return None
         if self._exact:
             num_columns += -num_columns % BLOCK_COLUMNS
         columns = torch.arange(num_columns)
-        return self._locate(component, torch.where(columns < visible.unsqueeze(-1), columns, -1))
+        return self._locate(component, group, torch.where(columns < visible.unsqueeze(-1), columns, -1))
 
-    def decode_picks(self, component: Component, layer: int, picks_Bk: Tensor) -> Keys:
+    def decode_picks(self, component: Component, layer: int, group: DecodeGroup, picks_Bk: Tensor) -> Keys:
         if self._exact:
             padding = -picks_Bk.shape[1] % BLOCK_COLUMNS
             picks_Bk = torch.nn.functional.pad(picks_Bk, (0, padding), value=-1)
-        found = self._locate(component, picks_Bk)
-        rows = _read(self._pools[component], layer, found.ids_BK, self._config)
-        return Keys(rows=found.clean(rows), bias=found.bias)
+        return self._keys(component, layer, self._locate(component, group, picks_Bk))
 
-    def _locate(self, component: Component, entries_BK: Tensor) -> _DecodeRows:
+    def _locate(self, component: Component, group: DecodeGroup, entries_BK: Tensor) -> _Located:
         per_page = PAGE_TOKENS // self._ratio(component)
         ids, bias, any_empty = self._kernels.locate_rows(
-            self._tables.pages_SP, self._decode_slots, entries_BK, per_page
+            self._tables.pages_SP, self._decode_slots[group.rows], entries_BK, per_page
         )
         empty = (entries_BK < 0).all(-1) if any_empty else None
-        return _DecodeRows(ids_BK=ids, bias=bias, empty_B=empty)
+        return _Located(ids_BK=ids, bias=bias, empty_B=empty)
+
+    def _keys(self, component: Component, layer: int, found: _Located) -> Keys:
+        rows = _read(self._pools[component], layer, found.ids_BK, self._config)
+        return Keys(rows=found.clean(rows), bias=found.bias)
 
     def _ratio(self, component: Component) -> int:
         return self._ratios[LayerKind.HCA if component is Component.C128 else LayerKind.CSA]
@@ -219,10 +218,10 @@ class PagedState:
         _write(pool, layer, writes.ids, rows, self._config)
 
     def _ring_writes(self, ring: int) -> _RingWrites:
-        """A piece longer than the ring leaves only its last `ring` rows."""
-        rows: list[Tensor] = []
-        ids: list[Tensor] = []
-        for piece in self._all_pieces():
+        """A chunk longer than the ring leaves only its last `ring` rows."""
+        rows = [torch.arange(self._batch.num_decodes)]
+        ids = [self._decode_slots * ring + self._decode_positions % ring]
+        for piece in self._batch.chunks:
             kept = min(piece.count, ring)
             rows.append(torch.arange(piece.row + piece.count - kept, piece.row + piece.count))
             ids.append(piece.slot * ring + torch.arange(piece.end - kept, piece.end) % ring)
@@ -238,7 +237,9 @@ class _RingWrites:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _DecodeRows:
+class _Located:
+    """Rows of a pool that a group of decodes reads."""
+
     ids_BK: Tensor
     bias: Tensor
     empty_B: Tensor | None  # decodes without any visible entry, if there are such

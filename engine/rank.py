@@ -11,8 +11,10 @@ import argparse
 import gc
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +45,8 @@ from kvstore.layout import Numerics, build_layout
 from rorqual.errors import RorqualError
 from rorqual.model_config import PAGE_TOKENS, ModelConfig
 
+Made = TypeVar("Made")
+
 KV_BYTES_DEFAULT = 1 << 30
 SCORED_ROWS = 32
 """Prompt logprobs are computed this many tokens at a time: 32 x 129,280 f32 logits are 16 MiB."""
@@ -54,6 +58,14 @@ def main() -> int:
     )
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the host")
     connection = join_host(parser.parse_args().fd)
+    try:
+        return _serve(connection)
+    except ConnectionError:
+        return 0  # the host is gone while it was written to, and with it whoever would read more
+
+
+def _serve(connection: socket.socket) -> int:
+    """The exit status. Raises ConnectionError when the host goes away."""
     settings = read_frame(connection)
     if settings is None:
         return 0
@@ -62,9 +74,6 @@ def main() -> int:
         rank = _load(settings, connection)
     except RorqualError as error:
         write_frame(connection, RankFailed(message=str(error)))
-        return 1
-    except MemoryError:
-        write_frame(connection, RankFailed(message="out of memory while loading the model"))
         return 1
     write_frame(connection, rank.ready)
     # Weights and code live as long as the process: the collector need not walk them again.
@@ -205,18 +214,20 @@ def _load(settings: RankSettings, connection: socket.socket) -> Rank:
     # One thread in exact mode: with more, sums are cut by the number of threads.
     torch.set_num_threads(1 if settings.exact else settings.threads)
     checkpoint = open_checkpoint(Path(settings.model))
-    weights = allocate_weights(checkpoint.config)
+    config = checkpoint.config
+    # What is wrong with an option is told before weights are read for minutes.
+    implementations = registry.choose("cpu", settings.kernels)
+    num_pages = settings.num_pages or _num_pages(config, Numerics(settings.numerics), settings)
+    layout = build_layout(config, Numerics(settings.numerics))
+    weights = _allocated("the weights", lambda: allocate_weights(config))
     checkpoint.load_into(weights.named.__getitem__, _Progress(connection, stage="weights").report)
+    weights.check(config)
     model = load_model(settings, checkpoint, weights)
     _tell(connection, "warming up")
     _warm_up(model)
     if settings.exact:
         _tell(connection, "testing exactness")
         check_exactness(model)
-    config = checkpoint.config
-    num_pages = settings.num_pages or _num_pages(config, model.numerics, settings)
-    layout = build_layout(config, model.numerics)
-    implementations = registry.choose("cpu", settings.kernels)
     sampler = Sampler(vocab_size=config.vocab_size, device=torch.device("cpu"), kernels=implementations)
     sampler.warm_up()
     ready = RankReady(
@@ -230,8 +241,12 @@ def _load(settings: RankSettings, connection: socket.socket) -> Rank:
         weight_bytes=weights.num_bytes,
         state_bytes=layout.page_bytes * num_pages + layout.slot_bytes * settings.num_slots,
         has_mtp=checkpoint.has_mtp,
+        notices=checkpoint.notices,
     )
-    return Rank(model, num_pages=num_pages, num_slots=settings.num_slots, sampler=sampler, ready=ready)
+    return _allocated(
+        "the pools (fewer --pages or --slots need less)",
+        lambda: Rank(model, num_pages=num_pages, num_slots=settings.num_slots, sampler=sampler, ready=ready),
+    )
 
 
 def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) -> int:
@@ -248,14 +263,24 @@ def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) 
     return min(fitting, useful)
 
 
+def _allocated(what: str, make: Callable[[], Made]) -> Made:
+    """torch reports memory that is not to be had as a RuntimeError."""
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        raise RorqualError(f"no memory for {what}: {str(error).splitlines()[0]}") from None
+
+
 def _warm_up(model: Model) -> None:
-    """Compile every kernel before the first request: one chunk, then a decode beside a chunk."""
+    """Compile every kernel before the first request: one chunk, then a decode beside a chunk. With a small top-k, so
+    that the indexer has to choose too."""
+    config = replace(model.config, index_topk=1)
+    model = Model(config, model.weights, numerics=model.numerics, kernels=model.kernels, exact=model.exact)
     runner = Runner(model, num_pages=2, num_slots=2)
     for slot in range(2):
         runner.open(slot)
         runner.extend(slot, [slot])
-    # Past the first row of every compressor, and past index_topk where a page allows.
-    count = min(PAGE_TOKENS - 2, model.config.max_position_embeddings - 2)
+    count = max(min(PAGE_TOKENS - 2, model.config.max_position_embeddings - 2), 1)
     tokens = torch.arange(count + 1) % model.config.vocab_size
     runner.run([Work(slot=0, start=0, tokens=tokens[:count])])
     runner.run([Work(slot=0, start=count, tokens=tokens[:1]), Work(slot=1, start=0, tokens=tokens[:8])])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS, LayerKind, ModelConfig
 
 DRAFTS_MAX = 4
@@ -110,7 +111,12 @@ class StateLayout:
 
 
 def build_layout(config: ModelConfig, numerics: Numerics) -> StateLayout:
-    """The state of `config`: 256-token pages, rings with room for DRAFTS_MAX drafts."""
+    """The state of `config`: 256-token pages, rings with room for DRAFTS_MAX drafts.
+
+    Raises ConfigError if the widths do not fit the row forms of the numerics.
+    """
+    if numerics is Numerics.SERVED:
+        _check_served(config)
     by_kind = {
         kind: tuple(layer for layer, item in enumerate(config.layers) if item.kind is kind)
         for kind in LayerKind
@@ -143,6 +149,18 @@ def build_layout(config: ModelConfig, numerics: Numerics) -> StateLayout:
         found.append(_slot(Component.DRAFT_WINDOW, blocks, config.head_dim, kv, window_rows))
     rope = config.rope_head_dim
     return StateLayout(numerics=numerics, descriptors=tuple(_describe(item, rope) for item in found))
+
+
+def _check_served(config: ModelConfig) -> None:
+    num_codes = config.head_dim - config.rope_head_dim
+    if num_codes <= 0 or num_codes % 2:
+        raise ConfigError(
+            f"served numerics need head_dim - qk_rope_head_dim to be positive and even, not {num_codes}"
+        )
+    width = config.index_head_dim
+    has_index = any(item.kind is LayerKind.CSA for item in config.layers)
+    if has_index and width & (width - 1):
+        raise ConfigError(f"served numerics need index_head_dim to be a power of two, not {width}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,13 +23,12 @@ def index_scores_torch(dots_THn: Tensor, weights_TH: Tensor) -> Tensor:
 @kernel("top_rows", name="torch", devices=("cpu", "cuda"), priority=0)
 def top_rows_torch(scores_Tn: Tensor, visible_T: Tensor, k: int) -> Tensor:
     """The min(k, visible) rows with the largest score among rows 0..visible-1 of each query: i64 [T, k], ascending
-    row numbers, then -1. Equal scores: the lowest row number first. Scores must not be NaN."""
+    row numbers, then -1. Equal scores: the lowest row number first. A NaN score counts as -inf."""
     num_rows = scores_Tn.shape[1]
     columns = torch.arange(num_rows, device=scores_Tn.device)
     hidden = columns >= visible_T.unsqueeze(-1)
-    order = (
-        scores_Tn.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    )
+    scores = torch.where(hidden | scores_Tn.isnan(), -torch.inf, scores_Tn)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     # Hidden rows sort behind all others when they go out as num_rows; a visible score of -inf stays in front of them
     # because the sort is stable and hidden rows have higher numbers.
     rows = torch.where(order < visible_T.unsqueeze(-1), order, num_rows).sort(dim=-1).values
@@ -67,6 +66,7 @@ def _index_scores(dots, weights, scores):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _top_rows(scores, visible, k, rows):  # type: ignore[no-untyped-def]
+    ranked = np.empty(scores.shape[1], dtype=np.float32)
     scratch = np.empty(scores.shape[1], dtype=np.float32)
     for t in range(scores.shape[0]):
         num_visible = min(visible[t], scores.shape[1])
@@ -76,16 +76,19 @@ def _top_rows(scores, visible, k, rows):  # type: ignore[no-untyped-def]
                 rows[t, i] = i
             found = num_visible
         else:
+            # Comparisons with NaN are all false: quickselect would lose count, and `rows` be written past its end.
             for i in range(num_visible):
-                scratch[i] = scores[t, i]
+                score = scores[t, i]
+                ranked[i] = score if score == score else np.float32(-np.inf)
+                scratch[i] = ranked[i]
             threshold = _largest(scratch, num_visible, k)
             above = 0
             for i in range(num_visible):
-                if scores[t, i] > threshold:
+                if ranked[i] > threshold:
                     above += 1
             ties = k - above
             for i in range(num_visible):
-                score = scores[t, i]
+                score = ranked[i]
                 if score > threshold:
                     rows[t, found] = i
                     found += 1

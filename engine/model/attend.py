@@ -16,10 +16,22 @@ from engine.model.state import Keys
 BLOCK_COLUMNS = 128
 """Columns of a reduction block in exact mode. Every source is padded to a multiple of it."""
 
+HEADS_LEAST = 4
+"""Exact mode: a product of fewer rows, one query's heads, is computed by other CPU kernels with other rounding."""
+
 
 def attend(q_QHd: Tensor, sources: Sequence[Keys], sink_H: Tensor, scale: float, *, exact: bool) -> Tensor:
     """softmax over all sources' rows and the sink, weighted sum of the rows (keys are the values): f32 [Q, H, d]."""
-    return (_attend_exact if exact else _attend_fast)(q_QHd, sources, sink_H, scale)
+    if not exact:
+        return _attend_fast(q_QHd, sources, sink_H, scale)
+    num_heads = q_QHd.shape[1]
+    sink = torch.nn.functional.pad(sink_H, (0, max(HEADS_LEAST - num_heads, 0)))
+    return _attend_exact(with_heads(q_QHd), sources, sink, scale)[:, :num_heads]
+
+
+def with_heads(q_QHd: Tensor) -> Tensor:
+    """Exact mode: heads padded with zeros to HEADS_LEAST."""
+    return torch.nn.functional.pad(q_QHd, (0, 0, 0, max(HEADS_LEAST - q_QHd.shape[1], 0)))
 
 
 def _attend_fast(q_QHd: Tensor, sources: Sequence[Keys], sink_H: Tensor, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.model.attend import BLOCK_COLUMNS, attend
-from engine.model.batch import Piece
+from engine.model.batch import DecodeGroup, Piece
 from engine.model.compressor import compress
 from engine.model.context import Pass
 from engine.model.indexer import IndexQueries, chunk_picks, decode_picks, index_queries
@@ -50,8 +50,8 @@ def attention(
             queries = index_queries(run, wide[:, q_width:], head_weights, angles)
 
     outputs: list[Tensor] = []
-    if run.batch.decodes:
-        outputs.append(_attend_decodes(run, layer, item, weights, q_THd, queries, window))
+    for group in run.batch.groups:
+        outputs.append(_attend_decodes(run, layer, item, weights, q_THd, queries, window, group))
     for piece, past in zip(run.batch.chunks, pasts, strict=True):
         window_rows = torch.cat((past, kv_Td[piece.rows]))
         outputs += _attend_chunk(run, layer, item, weights, q_THd, queries, piece, window_rows)
@@ -79,20 +79,20 @@ def _attend_decodes(
     q_THd: Tensor,
     queries: IndexQueries | None,
     window: Component,
+    group: DecodeGroup,
 ) -> Tensor:
-    sources = [run.state.decode_window(window, layer)]
+    sources = [run.state.decode_window(window, layer, group)]
     if item.kind is LayerKind.HCA:
-        rows = run.state.decode_rows(Component.C128, layer)
+        rows = run.state.decode_rows(Component.C128, layer, group)
         sources += [] if rows is None else [rows]
     elif queries is not None:
-        picks = decode_picks(run, layer, queries)
+        picks = decode_picks(run, layer, queries, group)
         if picks is not None:
-            sources.append(run.state.decode_picks(Component.C4, layer, picks))
+            sources.append(run.state.decode_picks(Component.C4, layer, group, picks))
         else:
-            rows = run.state.decode_rows(Component.C4, layer)
+            rows = run.state.decode_rows(Component.C4, layer, group)
             sources += [] if rows is None else [rows]
-    q = q_THd[: run.batch.num_decodes]
-    return attend(q, sources, weights.sink_H, run.config.head_dim**-0.5, exact=run.exact)
+    return attend(q_THd[group.rows], sources, weights.sink_H, run.config.head_dim**-0.5, exact=run.exact)
 
 
 def _attend_chunk(
@@ -106,12 +106,13 @@ def _attend_chunk(
     window_rows: Tensor,
 ) -> list[Tensor]:
     """Outputs [q, H, d] of a chunk's query blocks, in order. `window_rows` begin `_num_past` before the chunk."""
-    component = Component.C4 if item.kind is LayerKind.CSA else Component.C128
     rows, picks = None, None
     if item.kind is not LayerKind.WINDOW and piece.end >= item.ratio:
-        rows = run.state.chunk_rows(component, layer, piece)
         if queries is not None:
             picks = chunk_picks(run, layer, item.ratio, queries, piece)
+        if picks is None:
+            component = Component.C4 if item.kind is LayerKind.CSA else Component.C128
+            rows = run.state.chunk_rows(component, layer, piece, torch.arange(piece.end // item.ratio))
     base = piece.start - _num_past(run, piece)
     outputs: list[Tensor] = []
     first = piece.start
@@ -119,9 +120,11 @@ def _attend_chunk(
         last = min(piece.end, (first // QUERY_BLOCK + 1) * QUERY_BLOCK)
         positions = torch.arange(first, last)
         sources = [_window_keys(run, window_rows, base, positions)]
-        if rows is not None and last >= item.ratio:
-            chosen = None if picks is None else picks[first - piece.start : last - piece.start]
-            sources += _row_keys(run, rows, chosen, (positions + 1) // item.ratio)
+        if picks is not None:
+            chosen = picks[first - piece.start : last - piece.start]
+            sources.append(_picked_keys(run, layer, piece, chosen))
+        elif rows is not None:
+            sources += _row_keys(run, rows, (positions + 1) // item.ratio)
         q = q_THd[piece.row + first - piece.start : piece.row + last - piece.start]
         outputs.append(attend(q, sources, weights.sink_H, run.config.head_dim**-0.5, exact=run.exact))
         first = last
@@ -160,13 +163,16 @@ def exact_window_span(position: int, sliding_window: int) -> tuple[int, int]:
     return start - before, start + QUERY_BLOCK
 
 
-def _row_keys(run: Pass, rows_nd: Tensor, picks_Qk: Tensor | None, visible_Q: Tensor) -> list[Keys]:
-    if picks_Qk is not None:
-        if run.exact:
-            padding = -picks_Qk.shape[1] % BLOCK_COLUMNS
-            picks_Qk = torch.nn.functional.pad(picks_Qk, (0, padding), value=-1)
-        hidden = picks_Qk < 0
-        return [Keys(rows=rows_nd[picks_Qk.clamp(min=0)], bias=hidden_bias(hidden))]
+def _picked_keys(run: Pass, layer: int, piece: Piece, picks_Qk: Tensor) -> Keys:
+    """Only the picked rows are read: at 1M tokens all rows of a layer would be half a gigabyte of f32."""
+    if run.exact:
+        padding = -picks_Qk.shape[1] % BLOCK_COLUMNS
+        picks_Qk = torch.nn.functional.pad(picks_Qk, (0, padding), value=-1)
+    rows = run.state.chunk_rows(Component.C4, layer, piece, picks_Qk.clamp(min=0))
+    return Keys(rows=rows, bias=hidden_bias(picks_Qk < 0))
+
+
+def _row_keys(run: Pass, rows_nd: Tensor, visible_Q: Tensor) -> list[Keys]:
     num_rows = int(visible_Q.max())
     if num_rows == 0:
         return []

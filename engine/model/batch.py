@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rorqual.model_config import PAGE_TOKENS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
@@ -30,14 +32,27 @@ class Piece:
         return slice(self.row, self.row + self.count)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decodes first .. last-1 of a batch, which are also its rows: of similar length, computed together."""
+
+    first: int
+    last: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaggedBatch:
-    """tokens_T, positions_T i64 [T]; the decodes' rows come first."""
+    """tokens_T, positions_T i64 [T]; the decodes' rows come first, shortest sequence first."""
 
     tokens_T: Tensor
     positions_T: Tensor
     decodes: tuple[Piece, ...]
     chunks: tuple[Piece, ...]
+    groups: tuple[DecodeGroup, ...]
 
     @property
     def num_decodes(self) -> int:
@@ -52,7 +67,12 @@ def build_batch(
     `decode_together` False treats single tokens as chunks too (states
     that keep no past, as in training).
     """
-    order = sorted(range(len(pieces)), key=lambda index: pieces[index][2].numel() > 1)
+
+    def layout(index: int) -> tuple[bool, int]:
+        _, start, tokens = pieces[index]
+        return (True, 0) if tokens.numel() > 1 else (False, start)
+
+    order = sorted(range(len(pieces)), key=layout)
     placed: list[Piece | None] = [None] * len(pieces)
     decodes: list[Piece] = []
     chunks: list[Piece] = []
@@ -66,6 +86,30 @@ def build_batch(
     tokens_T = torch.cat([pieces[index][2] for index in order])
     positions_T = torch.cat([torch.arange(piece.start, piece.end) for piece in (*decodes, *chunks)])
     batch = RaggedBatch(
-        tokens_T=tokens_T, positions_T=positions_T, decodes=tuple(decodes), chunks=tuple(chunks)
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        decodes=tuple(decodes),
+        chunks=tuple(chunks),
+        groups=tuple(_group(decodes)),
     )
     return batch, [piece for piece in placed if piece is not None]
+
+
+GROUP_TOKENS_MAX = 1 << 17
+"""Bound on a group's decodes times its longest length, to which all are padded: 32,768 index rows are read at once (16
+MiB of f32 on Flash), unless one sequence alone is longer."""
+
+
+def _group(decodes: Sequence[Piece]) -> list[DecodeGroup]:
+    """Cut the decodes, shortest first, where padding to the next one's length would cost too much."""
+    groups: list[DecodeGroup] = []
+    first = 0
+    for index, piece in enumerate(decodes):
+        too_many = (index - first + 1) * piece.end > GROUP_TOKENS_MAX
+        too_unequal = piece.end > 4 * (decodes[first].end + PAGE_TOKENS)
+        if index > first and (too_many or too_unequal):
+            groups.append(DecodeGroup(first, index))
+            first = index
+    if decodes:
+        groups.append(DecodeGroup(first, len(decodes)))
+    return groups

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.model.batch import Piece, RaggedBatch
+from engine.model.batch import DecodeGroup, Piece, RaggedBatch
 from engine.model.state import Keys
 from kvstore.layout import Component
 from rorqual.model_config import ModelConfig
@@ -48,22 +48,22 @@ class FreshState:
     def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
         self._rows[component, layer] = rows_Nw
 
-    def chunk_rows(self, component: Component, layer: int, piece: Piece) -> Tensor:
+    def chunk_rows(self, component: Component, layer: int, piece: Piece, entries: Tensor) -> Tensor:
         ratio = self._config.layers[layer].ratio
         first = sum(other.count // ratio for other in self._batch.chunks if other.row < piece.row)
-        return self._rows[component, layer][first : first + piece.count // ratio]
+        return self._rows[component, layer][first + entries]
 
-    def decode_window(self, component: Component, layer: int) -> Keys:
+    def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:
         raise AssertionError("a fresh state has no decodes")
 
     def decode_unfinished(self, component: Component, layer: int) -> Tensor | None:
         raise AssertionError("a fresh state has no decodes")
 
-    def decode_rows(self, component: Component, layer: int) -> Keys | None:
+    def decode_rows(self, component: Component, layer: int, group: DecodeGroup) -> Keys | None:
         raise AssertionError("a fresh state has no decodes")
 
-    def decode_picks(self, component: Component, layer: int, picks_Bk: Tensor) -> Keys:
+    def decode_picks(self, component: Component, layer: int, group: DecodeGroup, picks_Bk: Tensor) -> Keys:
         raise AssertionError("a fresh state has no decodes")
 
-    def decode_visible(self, component: Component) -> Tensor:
+    def decode_visible(self, component: Component, group: DecodeGroup) -> Tensor:
         raise AssertionError("a fresh state has no decodes")

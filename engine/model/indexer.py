@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.model.batch import Piece
+from engine.model.attend import with_heads
+from engine.model.batch import DecodeGroup, Piece
 from engine.model.context import Pass
 from kvstore.layout import Component
 
 DOT_VALUES_MAX = 1 << 22
-"""Queries are scored in groups whose head dots fit in this many f32 (16 MiB): near the caches, and bounded at 1M."""
+"""Queries are scored in groups whose head dots fit in this many f32 (16 MiB), near the caches. One query alone may need
+more: 64 MiB on Flash at 1M tokens, beside 128 MiB of index rows."""
 
 ROW_MULTIPLE = 16
 """Exact mode: products with fewer columns are computed by other CPU kernels with other rounding."""
@@ -37,18 +39,17 @@ def index_queries(run: Pass, wide_TX: Tensor, head_weights_TH: Tensor, angles: T
     return IndexQueries(q_THd=q, weights_TH=run.rounding.act(run.rounding.act(head_weights_TH) * scale))
 
 
-def decode_picks(run: Pass, layer: int, queries: IndexQueries) -> Tensor | None:
-    """Picks [B, k] of the decodes, or None when every one sees all its rows."""
-    visible = run.state.decode_visible(Component.C4_INDEX)
+def decode_picks(run: Pass, layer: int, queries: IndexQueries, group: DecodeGroup) -> Tensor | None:
+    """Picks [B, k] of a group of decodes, or None when every one sees all its rows."""
+    visible = run.state.decode_visible(Component.C4_INDEX, group)
     k = run.config.index_topk
     if run.hook is None and int(visible.max()) <= k:
         return None
-    rows = run.state.decode_rows(Component.C4_INDEX, layer)
+    rows = run.state.decode_rows(Component.C4_INDEX, layer, group)
     if rows is None:
         return None
-    count = run.batch.num_decodes
-    picks = _pick(run, queries.q_THd[:count], queries.weights_TH[:count], rows.rows, visible, k)
-    return _hooked(run, layer, 0, picks)
+    picks = _pick(run, queries.q_THd[group.rows], queries.weights_TH[group.rows], rows.rows, visible, k)
+    return _hooked(run, layer, group.first, picks)
 
 
 def chunk_picks(run: Pass, layer: int, ratio: int, queries: IndexQueries, piece: Piece) -> Tensor | None:
@@ -56,7 +57,7 @@ def chunk_picks(run: Pass, layer: int, ratio: int, queries: IndexQueries, piece:
     k = run.config.index_topk
     if run.hook is None and piece.end // ratio <= k:
         return None
-    rows = run.state.chunk_rows(Component.C4_INDEX, layer, piece)
+    rows = run.state.chunk_rows(Component.C4_INDEX, layer, piece, torch.arange(piece.end // ratio))
     if run.exact:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % ROW_MULTIPLE))
     visible = (torch.arange(piece.start, piece.end) + 1) // ratio
@@ -74,6 +75,9 @@ def chunk_picks(run: Pass, layer: int, ratio: int, queries: IndexQueries, piece:
 
 def _pick(run: Pass, q_QHd: Tensor, weights_QH: Tensor, rows: Tensor, visible_Q: Tensor, k: int) -> Tensor:
     """rows are shared [n, di] or per query [Q, n, di]; columns at and beyond `visible` are never picked."""
+    if run.exact:
+        q_QHd = with_heads(q_QHd)
+        weights_QH = torch.nn.functional.pad(weights_QH, (0, q_QHd.shape[1] - weights_QH.shape[1]))
     num_queries, num_heads, width = q_QHd.shape
     if rows.dim() == 3:
         dots = torch.bmm(q_QHd, rows.transpose(1, 2))

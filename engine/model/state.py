@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.model.batch import Piece
+from engine.model.batch import DecodeGroup, Piece
 from kvstore.layout import Component
 
 
@@ -33,8 +33,8 @@ class StateView(Protocol):
         """Keep the batch's raw KV rows."""
         ...
 
-    def decode_window(self, component: Component, layer: int) -> Keys:
-        """For each decode, the window that ends at its own position."""
+    def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:
+        """For each decode of the group, the window that ends at its own position."""
         ...
 
     def past_unfinished(self, component: Component, layer: int, piece: Piece, first: int) -> Tensor:
@@ -51,18 +51,18 @@ class StateView(Protocol):
         """Keep new compressed rows: those completed by decodes, then by each chunk, in batch order."""
         ...
 
-    def chunk_rows(self, component: Component, layer: int, piece: Piece) -> Tensor:
-        """All compressed rows [n, w] of the piece's sequence, those just put included."""
+    def chunk_rows(self, component: Component, layer: int, piece: Piece, entries: Tensor) -> Tensor:
+        """Compressed rows [*entries.shape, w] of the piece's sequence, those just put included; entries i64 >= 0."""
         ...
 
-    def decode_rows(self, component: Component, layer: int) -> Keys | None:
+    def decode_rows(self, component: Component, layer: int, group: DecodeGroup) -> Keys | None:
         """For each decode all its visible compressed rows, hidden ones masked; None if none sees any."""
         ...
 
-    def decode_picks(self, component: Component, layer: int, picks_Bk: Tensor) -> Keys:
+    def decode_picks(self, component: Component, layer: int, group: DecodeGroup, picks_Bk: Tensor) -> Keys:
         """For each decode the picked rows; -1 is no row."""
         ...
 
-    def decode_visible(self, component: Component) -> Tensor:
+    def decode_visible(self, component: Component, group: DecodeGroup) -> Tensor:
         """How many compressed rows each decode sees, i64 [B]."""
         ...

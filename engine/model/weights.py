@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rorqual.errors import CheckpointError
 from rorqual.model_config import LayerConfig, LayerKind, ModelConfig
 
 
@@ -90,9 +91,17 @@ class ModelWeights:
     mtp: tuple[MtpWeights, ...]
     named: dict[str, Tensor]  # official name -> view into the tensors above
 
+    bases: tuple[Tensor, ...]  # every tensor the forward pass reads, once: what training optimises
+
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.bases)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise CheckpointError for values that would be used as an index and are none: compiled loops do not look."""
+        for name, tensor in self.named.items():
+            if tensor.dtype == torch.int64 and not (tensor.min() >= 0 and tensor.max() < config.num_experts):
+                raise CheckpointError(f"{name} names experts beyond 0..{config.num_experts - 1}")
 
 
 def allocate_weights(config: ModelConfig, device: torch.device | None = None) -> ModelWeights:
@@ -105,7 +114,14 @@ def allocate_weights(config: ModelConfig, device: torch.device | None = None) ->
     layers = tuple(build.layer(f"layers.{index}.", item) for index, item in enumerate(config.layers))
     mtp = tuple(build.mtp(f"mtp.{index}.") for index in range(config.num_mtp_blocks))
     return ModelWeights(
-        embed=embed, head=head, norm=norm, hc_head=hc_head, layers=layers, mtp=mtp, named=build.named
+        embed=embed,
+        head=head,
+        norm=norm,
+        hc_head=hc_head,
+        layers=layers,
+        mtp=mtp,
+        named=build.named,
+        bases=tuple(build.bases),
     )
 
 
@@ -116,14 +132,19 @@ class _Builder:
         self.config = config
         self.device = device
         self.named: dict[str, Tensor] = {}
+        self.bases: list[Tensor] = []
+
+    def base(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        self.bases.append(torch.empty(shape, dtype=dtype, device=self.device))
+        return self.bases[-1]
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        self.named[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        self.named[name] = self.base(*shape, dtype=dtype)
         return self.named[name]
 
     def stack(self, width: int, *parts: tuple[str, int]) -> Tensor:
         """One [sum of rows, width] matrix; each part names its rows."""
-        stacked = torch.empty((sum(rows for _, rows in parts), width), device=self.device)
+        stacked = self.base(sum(rows for _, rows in parts), width)
         first = 0
         for name, rows in parts:
             self.named[name] = stacked[first : first + rows]
@@ -161,7 +182,8 @@ class _Builder:
         if item.kind is LayerKind.CSA:
             from_cq.append((f"{prefix}indexer.wq_b.weight", config.index_num_heads * config.index_head_dim))
         group_width = config.num_heads * config.head_dim // config.o_groups
-        wo_a = self.tensor(f"{prefix}wo_a.weight", config.o_groups * config.o_lora_rank, group_width)
+        wo_a = self.base(config.o_groups, config.o_lora_rank, group_width)
+        self.named[f"{prefix}wo_a.weight"] = wo_a.flatten(0, 1)
         return AttentionWeights(
             from_x=self.stack(
                 config.hidden_size,
@@ -171,7 +193,7 @@ class _Builder:
             q_norm=self.tensor(f"{prefix}q_norm.weight", config.q_lora_rank),
             kv_norm=self.tensor(f"{prefix}kv_norm.weight", config.head_dim),
             from_cq=self.stack(config.q_lora_rank, *from_cq),
-            wo_a_Gli=wo_a.view(config.o_groups, config.o_lora_rank, group_width),
+            wo_a_Gli=wo_a,
             wo_b=self.tensor(
                 f"{prefix}wo_b.weight", config.hidden_size, config.o_groups * config.o_lora_rank
             ),
@@ -191,7 +213,7 @@ class _Builder:
             parts += [(f"{index}wkv.weight", index_width), (f"{index}wgate.weight", index_width)]
             parts += [(f"{prefix}indexer.weights_proj.weight", config.index_num_heads)]
             apes += [(f"{index}ape", index_width)]
-        ape = torch.zeros((item.ratio, 2 * sum(columns for _, columns in apes)), device=self.device)
+        ape = self.base(item.ratio, 2 * sum(columns for _, columns in apes)).zero_()
         first = 0
         for name, columns in apes:
             self.named[name] = ape[:, first + columns : first + 2 * columns]
@@ -206,8 +228,8 @@ class _Builder:
     def moe(self, prefix: str, item: LayerConfig) -> MoeWeights:
         config = self.config
         num_experts, width, inner = config.num_experts, config.hidden_size, config.expert_hidden_size
-        w13 = torch.empty((num_experts + 1, 2 * inner, width), device=self.device)
-        w2 = torch.empty((num_experts + 1, width, inner), device=self.device)
+        w13 = self.base(num_experts + 1, 2 * inner, width)
+        w2 = self.base(num_experts + 1, width, inner)
         for expert in range(num_experts + 1):
             name = f"{prefix}experts.{expert}" if expert < num_experts else f"{prefix}shared_experts"
             self.named[f"{name}.w1.weight"] = w13[expert, :inner]
