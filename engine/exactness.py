@@ -61,7 +61,7 @@ def _fill(cuts: Sequence[int], num_tokens: int) -> list[int]:
 
 
 def _run(model: Model, tokens_2N: Tensor, *, cuts: Sequence[int], companion: Sequence[int]) -> Tensor:
-    """Logits of every token of the first sequence, cut as told; the second runs in the same batches, by its own cuts."""
+    """Logits of every token of the first sequence, cut as told; the second runs in the same batches."""
     num_pages = -(-PROBE_TOKENS // PAGE_TOKENS)
     runner = Runner(model, num_pages=2 * num_pages, num_slots=2)
     for slot in range(2):

@@ -18,7 +18,7 @@ from typing import Protocol
 from engine.metrics import WorkerMetrics
 from engine.plan import FromRank, RankFailed, RankReady, StepPlan, StepResult, ToRank
 from engine.rank_link import RankLost
-from engine.scheduler import Scheduler, SchedulerConfig, SequenceKey, TokenEvent, alternatives_of
+from engine.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS
@@ -32,6 +32,7 @@ from rorqual.session import (
     SequenceReport,
     StepReport,
     Welcome,
+    alternatives_of,
 )
 from rorqual.telemetry import fields
 
@@ -60,6 +61,8 @@ class HostConfig:
     sessions_max: int = 64
     session_sequences_max: int = 4096  # open at once on one session
     session_reports_max: int = 32768  # unread by the router; at the bound the session is closed as slow
+    session_values_max: int = 2 * 1024 * 1024  # of those reports, tokens and alternatives: 150 MB
+    message_values_max: int = 64 * 1024  # of one message, or one report: 0.6 MB, 50 ms to encode
     heartbeat_seconds: float = 1.0
     step_seconds_max: float = 600.0
 
@@ -299,8 +302,9 @@ class Host:
         )
 
     def _cancel_all(self, session: Session) -> None:
-        for key in list(session.keys.values()):
-            self._scheduler.cancel(key)
+        keys = list(session.keys.values())
+        self._scheduler.cancel_all(keys)
+        for key in keys:
             self._drop(key, "session_ended")
 
     def _fail_all(self, text: str) -> None:
@@ -309,8 +313,8 @@ class Host:
         """
         self._failure = text
         reports: dict[Session, list[SequenceReport]] = {}
+        self._scheduler.cancel_all(self._owners)
         for key, (session, sequence_id) in list(self._owners.items()):
-            self._scheduler.cancel(key)
             self._drop(key, "error")
             reports.setdefault(session, []).append(_error_report(sequence_id, ErrorCode.FAILED, text))
         for session, items in reports.items():
@@ -324,13 +328,17 @@ class Host:
         if not self._owners:
             self._idle.set()
 
-    def _report(self, events: Iterable[TokenEvent]) -> None:
+    def _report(self, events: Iterable[ScoresEvent | TokenEvent]) -> None:
         reports: dict[Session, list[SequenceReport]] = {}
         num_tokens = 0
         for event in events:
-            num_tokens += 1
             session, sequence_id = self._owners[event.key]
-            reports.setdefault(session, []).append(_token_report(sequence_id, event))
+            items = reports.setdefault(session, [])
+            if isinstance(event, ScoresEvent):
+                items.append(_scores_report(sequence_id, event))
+                continue
+            num_tokens += 1
+            items.append(_token_report(sequence_id, event))
             if event.finish_reason is not None:
                 self._drop(event.key, event.finish_reason.value)
         self.metrics.tokens_generated.inc(num_tokens)
@@ -341,9 +349,9 @@ class Host:
 class Session:
     """One router's stream, without the wire: commands go in, reports come out.
 
-    Reports wait here until the router takes them; those of several steps then leave together. A router that
-    lets `session_reports_max` of them pile up is slow: its session is closed and its sequences are
-    cancelled.
+    Reports wait here until the router takes them; those of several steps then leave together, in messages of
+    `message_values_max` at most. A router that lets `session_reports_max` of them pile up, or
+    `session_values_max` in them, is slow: its session is closed and its sequences are cancelled.
     """
 
     def __init__(self, host: Host, router_id: str) -> None:
@@ -352,7 +360,8 @@ class Session:
         self.flushed = asyncio.Event()  # everything pushed has been taken, and more was asked for
         self._host = host
         self._open_ids: set[SequenceId] = set()
-        self._outbox: list[SequenceReport] = []
+        self._outbox: deque[SequenceReport] = deque()
+        self._num_values = 0  # in the outbox
         self._news = asyncio.Event()
         self._number = 0
         self.closed_because = ""
@@ -383,11 +392,10 @@ class Session:
             except TimeoutError:
                 pass
         self._news.clear()
-        sequences, self._outbox = tuple(self._outbox), []
         self._number += 1
         return StepReport(
             number=self._number,
-            sequences=sequences,
+            sequences=self._take_reports(),
             load=self._host.load(),
             draining=self._host.draining,
         )
@@ -395,6 +403,7 @@ class Session:
     def close(self) -> None:
         """End the session and cancel everything opened on it. May be called twice."""
         self._outbox.clear()
+        self._num_values = 0
         self.flushed.set()
         self.closed.set()
         self._host.forget(self)
@@ -403,11 +412,18 @@ class Session:
         """From the host, once per step."""
         if self.closed.is_set():
             return
-        self._outbox.extend(reports)
-        if len(self._outbox) > self._host.config.session_reports_max:
-            self.closed_because = f"router left {len(self._outbox)} reports unread"
+        for report in reports:
+            self._outbox.append(report)
+            self._num_values += report.num_values
+        config = self._host.config
+        if len(self._outbox) > config.session_reports_max or self._num_values > config.session_values_max:
+            num_reports, num_values = len(self._outbox), self._num_values
+            self.closed_because = f"router left {num_reports} reports unread, with {num_values} values"
             self._host.metrics.sessions_slow.inc()
-            log.warning("closed a slow session %s", fields(router=self.router_id, reports=len(self._outbox)))
+            log.warning(
+                "closed a slow session %s",
+                fields(router=self.router_id, reports=num_reports, values=num_values),
+            )
             self.close()
             return
         self.flushed.clear()
@@ -420,6 +436,20 @@ class Session:
 
     def release(self, sequence_id: SequenceId) -> None:
         self._open_ids.discard(sequence_id)
+
+    def _take_reports(self) -> tuple[SequenceReport, ...]:
+        """The oldest reports, as many as one message may carry, and one at least. The rest leaves with the
+        next message, which does not wait."""
+        taken: list[SequenceReport] = []
+        num_values = 0
+        while self._outbox:
+            more = self._outbox[0].num_values
+            if taken and num_values + more > self._host.config.message_values_max:
+                break
+            num_values += more
+            taken.append(self._outbox.popleft())
+        self._num_values -= num_values
+        return tuple(taken)
 
 
 def scheduler_config(ready: RankReady, config: HostConfig) -> SchedulerConfig:
@@ -444,8 +474,11 @@ def _token_report(sequence_id: SequenceId, event: TokenEvent) -> SequenceReport:
         logprobs=(event.logprob,) if event.logprob is not None else (),
         alternatives=(alternatives_of(event.alternatives),) if event.logprob is not None else (),
         finish_reason=event.finish_reason,
-        prompt_logprobs=event.prompt_logprobs,
     )
+
+
+def _scores_report(sequence_id: SequenceId, event: ScoresEvent) -> SequenceReport:
+    return SequenceReport(sequence_id=sequence_id, first_index=0, prompt_logprobs=event.prompt_logprobs)
 
 
 def _error_report(sequence_id: SequenceId, code: ErrorCode, text: str) -> SequenceReport:

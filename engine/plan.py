@@ -110,6 +110,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     weight_bytes: int
     state_bytes: int
     has_mtp: bool
+    notices: tuple[str, ...] = ()  # one line each: what the files hold other than their config says
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -78,25 +78,43 @@ async def start_rank(settings: RankSettings, *, command: Sequence[str] = RANK_CO
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
+    process: asyncio.subprocess.Process | None = None
+    frames: _Frames | None = None
     try:
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                "--fd",
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                # OpenMP sizes its pool when torch is imported, before the rank has read its settings.
-                env=os.environ | {"OMP_NUM_THREADS": str(settings.threads)},
-            )
-    except OSError as error:
+            process = await _spawn(settings, command, theirs)
+        frames = _Frames(last_words=ours.dup())
+        await asyncio.get_running_loop().create_connection(lambda: frames, sock=ours)
+    except BaseException:
+        # A cancel too must leave neither a process nor a socket.
         ours.close()
-        raise RankLost(f"the rank process cannot be started: {error}") from None
-    frames = _Frames(last_words=ours.dup())
-    await asyncio.get_running_loop().create_connection(lambda: frames, sock=ours)
+        if frames is not None:
+            frames.abandon()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        raise
     link = RankProcess(process, frames)
     link.send(settings)
     return link
+
+
+async def _spawn(
+    settings: RankSettings, command: Sequence[str], theirs: socket.socket
+) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            "--fd",
+            str(theirs.fileno()),
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            # OpenMP sizes its pool when torch is imported, before the rank has read its settings.
+            env=os.environ | {"OMP_NUM_THREADS": str(settings.threads)},
+        )
+    except OSError as error:
+        raise RankLost(f"the rank process cannot be started: {error}") from None
 
 
 class _Frames(asyncio.Protocol):
@@ -137,16 +155,26 @@ class _Frames(asyncio.Protocol):
         assert self._transport is not None
         self._transport.close()
 
+    def abandon(self) -> None:
+        """Instead of `close`, where no connection was made."""
+        if self._transport is not None:
+            self._transport.abort()
+        else:
+            self._last_words.close()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are none of asyncio's classes.
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._error is not None:
+            return  # where the next frame would begin is unknown: nothing more is kept of a broken rank
         self._buffer += data
         try:
             self._cut()
         except FrameError as error:
             self._error = error
+            self._buffer.clear()
         self._news.set()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -14,13 +14,21 @@ dropped.
 Running sequences are always older than waiting ones: admission takes the head of the queue, and a preempted
 sequence, the youngest running one, returns to the head. The oldest one can thus always get the pages it
 needs.
+
+Prompts share the tokens of a step (`prefill_tokens_max`) so that a long one does not hold up the short ones
+behind it, and is not held up by them either: half of the budget, in whole pages, is kept for the oldest
+unfinished prompt; the rest goes to the others, the shortest remainder first; what they leave is the oldest
+one's again. With an odd number of pages the half is rounded up in every second step, so with a budget of one
+page the oldest and the others take turns. The oldest is thus done after twice its own time at most, however
+many come after it, and every prompt is the oldest one day. Each chunk ends at a page boundary or the
+prompt's end. Admission looks at slots and pages alone; the rank hears of a sequence with its first chunk.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -29,11 +37,19 @@ import numpy as np
 
 from engine.plan import PromptScores, Sampled, Segment, SlotOpen, StepPlan, StepResult
 from kvstore.pages import PageAllocator, SlotAllocator, pages_for
-from rorqual.errors import InvalidRequest, Overloaded
+from rorqual.errors import Overloaded
 from rorqual.ids import PageId, SlotId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
-from rorqual.session import Alternatives, FinishReason, Load, PromptLogprobs, TokenArray
+from rorqual.session import (
+    Alternatives,
+    FinishReason,
+    Load,
+    PromptLogprobs,
+    TokenArray,
+    alternatives_of,
+    check_sequence,
+)
 
 SequenceKey = NewType("SequenceKey", int)
 """A sequence on this worker, whatever session it came by. Keys of later sequences are larger."""
@@ -72,7 +88,14 @@ class TokenEvent:
     logprob: float | None
     alternatives: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
-    prompt_logprobs: PromptLogprobs | None  # with token 0, when asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoresEvent:
+    """A chunk of a prompt has been scored, where that was asked for. The last one comes before token 0."""
+
+    key: SequenceKey
+    prompt_logprobs: PromptLogprobs
 
 
 class Scheduler:
@@ -112,7 +135,13 @@ class Scheduler:
         """Queue a sequence. Raises InvalidRequest if it can never be served here, Overloaded if the queue is
         full."""
         assert key not in self._sequences, f"sequence {key} opened twice"
-        self._check_request(prompt, max_tokens, sampling)
+        check_sequence(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            vocab_size=self.config.vocab_size,
+            sequence_tokens_max=self.config.sequence_tokens_max,
+        )
         if len(self._waiting) >= self.config.sequences_waiting_max or (
             self._waiting and self._tokens_waiting + len(prompt) > self.config.tokens_waiting_max
         ):
@@ -129,12 +158,15 @@ class Scheduler:
     def cancel(self, key: SequenceKey) -> bool:
         """End a sequence now; its pages and slot are free for the next plan. False when it has ended
         already."""
-        sequence = self._sequences.get(key)
-        if sequence is None:
-            return False
-        self._end(sequence)
+        return self.cancel_all((key,)) == 1
+
+    def cancel_all(self, keys: Iterable[SequenceKey]) -> int:
+        """Cancel several at the price of one check. How many had not ended yet."""
+        found = [sequence for key in keys if (sequence := self._sequences.get(key)) is not None]
+        for sequence in found:
+            self._end(sequence)
         self._check()
-        return True
+        return len(found)
 
     def plan(self) -> StepPlan | None:
         """The next step to send; None when there is nothing to do or enough is in flight."""
@@ -142,8 +174,8 @@ class Scheduler:
             return None
         step = _Step(number=self._next_number)
         self._plan_decodes(step)
-        budget = self._plan_chunks(step, self.config.prefill_tokens_max)
-        self._admit(step, budget)
+        self._admit()
+        self._plan_chunks(step)
         if not step.segments and (not self._closes or self._inflight):
             # Closing slots alone is worth a step only when no other step will come to carry it.
             return None
@@ -165,8 +197,9 @@ class Scheduler:
         self._check()
         return plan
 
-    def apply(self, result: StepResult) -> list[TokenEvent]:
-        """Take in the oldest plan's result; what it did to each sequence that is still wanted."""
+    def apply(self, result: StepResult) -> list[ScoresEvent | TokenEvent]:
+        """Take in the oldest plan's result; what it did to each sequence that is still wanted, a sequence's
+        scores before its token."""
         assert self._inflight, f"result {result.number} answers no plan"
         step = self._inflight.popleft()
         assert step.number == result.number, f"result {result.number} came for plan {step.number}"
@@ -174,13 +207,12 @@ class Scheduler:
         assert sampled == step.sampling, f"slots sampled {sampled}, planned {step.sampling}"
         assert len(result.sampled) == len(step.sampling), "a slot was sampled twice"
         self._step_ms = result.step_ms
-        for scores in result.prompt_scores:
-            step.sequences[SlotId(scores.slot)].add_scores(scores)
         for sequence in step.sequences.values():
             sequence.num_inflight -= 1
-        events = [self._land(step.sequences[SlotId(item.slot)], item) for item in result.sampled]
+        scored = self._score(step, result.prompt_scores) if result.prompt_scores else ()
+        landed = [self._land(step.sequences[SlotId(item.slot)], item) for item in result.sampled]
         self._check()
-        return [event for event in events if event is not None]
+        return [*scored, *(event for event in landed if event is not None)]
 
     def load(self) -> Load:
         remaining = (sequence.num_remaining for sequence in self._running.values())
@@ -195,26 +227,6 @@ class Scheduler:
             step_ms=self._step_ms,
         )
 
-    def _check_request(self, prompt: TokenArray, max_tokens: int, sampling: SamplingParams) -> None:
-        if len(prompt) == 0:
-            raise InvalidRequest("prompt must have at least one token", field="prompt")
-        low, high = int(prompt.min()), int(prompt.max())
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise InvalidRequest(
-                f"prompt has token {wrong}; the vocabulary has {self.config.vocab_size}", field="prompt"
-            )
-        if max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", field="max_tokens")
-        if len(prompt) + max_tokens > self.config.sequence_tokens_max:
-            raise InvalidRequest(
-                f"prompt of {len(prompt)} and max_tokens of {max_tokens} tokens exceed"
-                f" the {self.config.sequence_tokens_max} tokens a sequence can have here",
-                field="prompt" if len(prompt) >= self.config.sequence_tokens_max else "max_tokens",
-                code="context_length_exceeded",
-            )
-        sampling.check(self.config.vocab_size)
-
     def _plan_decodes(self, step: _Step) -> None:
         """One token for every running sequence whose next token is the only one missing. Oldest first, so
         that a victim of preemption is never in the step yet."""
@@ -224,36 +236,34 @@ class Scheduler:
             if self._grow(sequence):
                 step.add(sequence, 1)
 
-    def _plan_chunks(self, step: _Step, budget: int) -> int:
-        """The next chunk of every running sequence that is still in its prompt, oldest first. What is left
-        over."""
-        for sequence in self._running.values():
-            if sequence.num_remaining <= 1 or sequence.slot in step.sequences:
-                continue
-            count = _chunk_tokens(sequence.num_remaining, budget)
-            if count:
-                step.add(sequence, count)
-                budget -= count
-        return budget
-
-    def _admit(self, step: _Step, budget: int) -> None:
-        """Start waiting sequences, first come first served, while slot, pages and budget last."""
+    def _admit(self) -> None:
+        """Start waiting sequences, first come first served, while slots and pages last."""
+        if not self._waiting:
+            return
         reserve = sum(1 for sequence in self._running.values() if sequence.is_near_page_end)
         while self._waiting:
             sequence = self._waiting[0]
             if sequence.num_inflight:
                 return  # preempted: tokens it will resume from are still on their way
-            count = _chunk_tokens(sequence.num_known, budget)
             num_pages = pages_for(sequence.num_known)
-            if not count or not self._slots.num_free or num_pages + reserve > self._pages.num_free:
+            if not self._slots.num_free or num_pages + reserve > self._pages.num_free:
                 return
             self._waiting.popleft()
             self._tokens_waiting -= sequence.num_known
             self._start(sequence, num_pages)
-            step.opens.append(sequence.slot_open())
-            step.add(sequence, count)
-            budget -= count
             reserve += sequence.is_near_page_end
+
+    def _plan_chunks(self, step: _Step) -> None:
+        """The next chunk of every running sequence that is still in its prompt, as far as the budget goes."""
+        unfinished = [sequence for sequence in self._running.values() if sequence.slot not in step.sequences]
+        counts = _chunk_counts(
+            [sequence.num_remaining for sequence in unfinished],
+            budget=self.config.prefill_tokens_max,
+            step_number=step.number,
+        )
+        for sequence, count in zip(unfinished, counts, strict=True):
+            if count:
+                step.add(sequence, count)
 
     def _start(self, sequence: _Sequence, num_pages: int) -> None:
         """All pages of the known tokens are taken now: taking them chunk by chunk would admit too many."""
@@ -292,14 +302,31 @@ class Scheduler:
         del self._running[sequence.key]
         self._pages.free(sequence.pages)
         self._slots.free(sequence.slot)
-        self._closes.append(sequence.slot)
+        if sequence.is_opened:
+            self._closes.append(sequence.slot)
         sequence.pages = []
         sequence.slot = None
+
+    def _score(self, step: _Step, items: Iterable[PromptScores]) -> list[ScoresEvent]:
+        """One event for each sequence whose scores are news: the rank sends them in small parts."""
+        parts: dict[int, list[PromptScores]] = {}
+        for item in items:
+            parts.setdefault(item.slot, []).append(item)
+        events: list[ScoresEvent] = []
+        for slot, own in parts.items():
+            sequence = step.sequences[SlotId(slot)]
+            if sequence.phase is _Phase.ENDED:
+                continue
+            found = sequence.take_scores(own)
+            if found is not None:
+                events.append(ScoresEvent(key=sequence.key, prompt_logprobs=found))
+        return events
 
     def _land(self, sequence: _Sequence, sampled: Sampled) -> TokenEvent | None:
         sequence.num_promised -= 1
         if sequence.phase is _Phase.ENDED:
             return None  # cancelled, or sampled beyond its end-of-sequence token
+        assert sequence.is_scored, f"a token came after {sequence.num_scored} of the prompt's scores"
         index = len(sequence.generated)
         sequence.generated.append(sampled.token_id)
         finish_reason = self._finish_reason(sequence, sampled.token_id)
@@ -312,7 +339,6 @@ class Scheduler:
             logprob=sampled.logprob,
             alternatives=sampled.alternatives,
             finish_reason=finish_reason,
-            prompt_logprobs=sequence.take_prompt_logprobs() if index == 0 else None,
         )
 
     def _finish_reason(self, sequence: _Sequence, token_id: int) -> FinishReason | None:
@@ -361,8 +387,9 @@ class _Sequence:
     num_computed: int = 0  # positions computed by the plans made so far, since it last started
     slot: SlotId | None = None
     pages: list[PageId] = field(default_factory=list[PageId])
+    is_opened: bool = False  # the rank knows that it has the slot
     num_pages_sent: int = 0
-    scores: list[PromptScores] = field(default_factory=list[PromptScores])
+    num_scored: int = 0  # prompt tokens whose scores have been passed on
 
     @property
     def num_known(self) -> int:
@@ -380,6 +407,10 @@ class _Sequence:
         return len(self.generated) + self.num_promised == self.max_tokens
 
     @property
+    def is_scored(self) -> bool:
+        return self.sampling.prompt_logprobs is None or self.num_scored == len(self.prompt) - 1
+
+    @property
     def is_near_page_end(self) -> bool:
         """It will ask for another page soon, unless it ends before."""
         num_last = min(self.num_known + RESERVE_TOKENS, len(self.prompt) + self.max_tokens - 1)
@@ -391,15 +422,17 @@ class _Sequence:
         self.phase = _Phase.RUNNING
         self.slot = slot
         self.pages = list(pages)
+        self.is_opened = False
         self.num_pages_sent = 0
         self.num_computed = 0
-        self.scores = []
 
     def slot_open(self) -> SlotOpen:
         assert self.slot is not None
+        assert not self.is_opened
+        self.is_opened = True
         tokens = np.concatenate((self.prompt, np.asarray(self.generated, dtype=np.int32)))
-        # Scores went out with the first token: a resumed sequence does not pay for them again.
-        prompt_logprobs = None if self.generated else self.sampling.prompt_logprobs
+        # A resumed sequence whose scores are all out does not pay for them again.
+        prompt_logprobs = None if self.is_scored else self.sampling.prompt_logprobs
         return SlotOpen(
             slot=self.slot,
             tokens=tokens.astype("<i4", copy=False).tobytes(),
@@ -410,6 +443,7 @@ class _Sequence:
     def next_segment(self, count: int) -> Segment:
         """The next `count` tokens, with the pages they need that the rank does not know yet."""
         assert self.slot is not None
+        assert self.is_opened
         assert count == 1 or self.num_computed % PAGE_TOKENS == 0
         end = self.num_computed + count
         num_pages = pages_for(end)
@@ -425,21 +459,21 @@ class _Sequence:
         self.num_promised += segment.sample
         return segment
 
-    def add_scores(self, scores: PromptScores) -> None:
-        self.scores.append(scores)
-
-    def take_prompt_logprobs(self) -> PromptLogprobs | None:
-        if self.sampling.prompt_logprobs is None:
-            return None
-        scores, self.scores = self.scores, []
+    def take_scores(self, parts: Iterable[PromptScores]) -> PromptLogprobs | None:
+        """What is new of them: a preempted prompt is scored again from its beginning, in other chunks."""
+        first = self.num_scored + 1
         logprobs: list[float] = []
         alternatives: list[Alternatives] = []
-        for part in scores:
-            assert part.first == len(logprobs) + 1, f"scores from {part.first} after {len(logprobs)}"
-            logprobs.extend(part.logprobs)
-            alternatives.extend(alternatives_of(pairs) for pairs in part.alternatives)
-        assert len(logprobs) == len(self.prompt) - 1, f"{len(logprobs)} scores of {len(self.prompt)} tokens"
-        return PromptLogprobs(logprobs=tuple(logprobs), alternatives=tuple(alternatives))
+        for part in parts:
+            num_old = self.num_scored + 1 - part.first
+            assert num_old >= 0, f"scores from {part.first} after {self.num_scored}"
+            if num_old < len(part.logprobs):
+                logprobs.extend(part.logprobs[num_old:])
+                alternatives.extend(alternatives_of(pairs) for pairs in part.alternatives[num_old:])
+                self.num_scored = part.first - 1 + len(part.logprobs)
+        if not logprobs:
+            return None
+        return PromptLogprobs(first=first, logprobs=tuple(logprobs), alternatives=tuple(alternatives))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -453,6 +487,8 @@ class _Step:
     sampling: set[SlotId] = field(default_factory=set[SlotId])
 
     def add(self, sequence: _Sequence, count: int) -> None:
+        if not sequence.is_opened:
+            self.opens.append(sequence.slot_open())
         segment = sequence.next_segment(count)
         slot = SlotId(segment.slot)
         assert slot not in self.sequences, f"slot {slot} has two segments in step {self.number}"
@@ -462,12 +498,22 @@ class _Step:
             self.sampling.add(slot)
 
 
+def _chunk_counts(remaining: Sequence[int], *, budget: int, step_number: int) -> list[int]:
+    """How much of each unfinished prompt the step computes, by what remains of them, oldest first. The rule
+    is in the module's docstring."""
+    if not remaining:
+        return []
+    counts = [0] * len(remaining)
+    half = (budget // PAGE_TOKENS + step_number % 2) // 2 * PAGE_TOKENS
+    kept = min(remaining[0], half)
+    budget -= kept
+    for index in sorted(range(1, len(remaining)), key=remaining.__getitem__):
+        counts[index] = _chunk_tokens(remaining[index], budget)
+        budget -= counts[index]
+    counts[0] = _chunk_tokens(remaining[0], budget + kept)
+    return counts
+
+
 def _chunk_tokens(num_remaining: int, budget: int) -> int:
     """The rest if it fits the budget, else as many whole pages as do."""
     return num_remaining if num_remaining <= budget else budget // PAGE_TOKENS * PAGE_TOKENS
-
-
-def alternatives_of(pairs: tuple[tuple[int, float], ...]) -> Alternatives:
-    return Alternatives(
-        token_ids=tuple(token_id for token_id, _ in pairs), logprobs=tuple(logprob for _, logprob in pairs)
-    )

@@ -15,13 +15,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from engine.host import Host, Session, SessionRefused
 from rorqual.errors import ConfigError
+from rorqual.grpc_health import HealthService
 from rorqual.service import format_address
-from rorqual.session import PROTOCOL, Hello
+from rorqual.session import PROTOCOL, Hello, StepReport, Welcome
 from rorqual.telemetry import fields
 from rorqual.wire import MESSAGE_BYTES_MAX, SERVICE, SESSION_METHOD, WireError, decode_command, encode_report
 
@@ -30,6 +29,10 @@ log = logging.getLogger(__name__)
 HELLO_SECONDS_MAX = 10.0
 WRITE_SECONDS_MAX = 30.0
 """One report is a few kilobytes: a router that cannot take one for so long is gone or stuck."""
+
+CALLS_MAX = 256
+"""Of every kind, health checks too; beyond it gRPC answers RESOURCE_EXHAUSTED. Sessions have their own bound
+in the host; this one holds for whoever connects and says nothing."""
 
 ABORT_SECONDS_MAX = 2.0
 STOP_SECONDS_MAX = 1.0
@@ -53,16 +56,13 @@ class SessionServer:
         self._write_seconds_max = write_seconds_max
         self._host: Host | None = None
         self._stopping = asyncio.Event()
-        self._server = grpc.aio.server(options=_OPTIONS)
-        self._health: Any = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
+        self._health = HealthService(SERVICE)
         handler = grpc.stream_stream_rpc_method_handler(self._serve_session)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {SESSION_METHOD: handler}),)
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        self._health.add_to(self._server)
 
     async def start(self, *, host: str, port: int) -> str:
         """Bind (0: any port), answer health with NOT_SERVING, return "host:port". Raises ConfigError."""
@@ -73,29 +73,23 @@ class SessionServer:
             raise ConfigError(
                 f"--listen: cannot listen on {wanted}: in use, or not an address of this machine"
             ) from None
-        await self._set_serving(False)
+        await self._health.set_serving(False)
         await self._server.start()
         return format_address(host, bound)
 
     async def attach(self, host: Host) -> None:
         """The rank is ready: take sessions and say SERVING."""
         self._host = host
-        await self._set_serving(True)
+        await self._health.set_serving(True)
 
     async def refuse_probes(self) -> None:
         """Draining: sessions go on, probes hear NOT_SERVING."""
-        await self._set_serving(False)
+        await self._health.set_serving(False)
 
     async def stop(self) -> None:
         """End every call now: sessions live as long as their routers, so they are told, not waited for."""
         self._stopping.set()
         await self._server.stop(STOP_SECONDS_MAX)
-
-    async def _set_serving(self, serving: bool) -> None:
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if serving else statuses.NOT_SERVING
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
 
     async def _serve_session(self, _requests: AsyncIterator[bytes], context: ServicerContext) -> None:
         """One session, from Hello to whatever ends it; gRPC cancels this when the router goes away."""
@@ -107,8 +101,7 @@ class SessionServer:
         except SessionRefused as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         try:
-            await context.write(encode_report(self._host.welcome()))
-            await self._run(session, context)
+            await self._run(session, context, welcome=self._host.welcome())
         finally:
             session.close()
 
@@ -128,12 +121,12 @@ class SessionServer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         return command
 
-    async def _run(self, session: Session, context: ServicerContext) -> None:
+    async def _run(self, session: Session, context: ServicerContext, *, welcome: Welcome) -> None:
         """Read and write until one of them ends, the host closes the session or the server stops; the first
         end decides.
         """
         reading = asyncio.create_task(self._read_commands(session, context))
-        writing = asyncio.create_task(self._write_reports(session, context))
+        writing = asyncio.create_task(self._write_reports(session, context, welcome))
         closing = asyncio.create_task(session.closed.wait())
         stopping = asyncio.create_task(self._stopping.wait())
         tasks: set[asyncio.Task[Any]] = {reading, writing, closing, stopping}
@@ -166,11 +159,13 @@ class SessionServer:
                 raise SessionRefused("Hello came twice")
             session.submit(command)
 
-    async def _write_reports(self, session: Session, context: ServicerContext) -> None:
+    async def _write_reports(self, session: Session, context: ServicerContext, welcome: Welcome) -> None:
+        report: Welcome | StepReport = welcome
         while True:
-            data = encode_report(await session.next_report())
+            data = encode_report(report)
             async with asyncio.timeout(self._write_seconds_max):
                 await context.write(data)
+            report = await session.next_report()
 
     async def _abort(
         self, session: Session, context: ServicerContext, code: grpc.StatusCode, text: str

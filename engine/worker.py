@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import re
@@ -20,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.host import Host, HostConfig
-from engine.metrics import MetricsEndpoint, WorkerMetrics
+from engine.metrics import WorkerMetrics
 from engine.plan import RankFailed, RankProgress, RankReady, RankSettings
 from engine.rank_link import RANK_COMMAND, RankLost, RankProcess, start_rank
 from engine.session_server import SessionServer
 from rorqual.errors import ConfigError
 from rorqual.ids import WorkerId, draw_incarnation
+from rorqual.metrics_endpoint import MetricsEndpoint
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.service import (
     StopSignals,
@@ -83,6 +85,8 @@ def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
             raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}")
     if args.prefill_tokens % PAGE_TOKENS:
         raise ConfigError(f"--prefill-tokens must be a multiple of {PAGE_TOKENS}, not {args.prefill_tokens}")
+    if args.exact and args.threads > 1:
+        raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
     if not 0 <= args.metrics_port <= 65535:
         raise ConfigError(f"--metrics-port must be between 0 and 65535, not {args.metrics_port}")
     options = WorkerOptions(
@@ -126,6 +130,9 @@ async def serve(options: WorkerOptions) -> None:
             return
         ready = loading.result()
         host = Host(link=rank, ready=ready, config=_host_config(options), metrics=metrics)
+        # Modules and stubs live as long as the process: the collector need not walk them again.
+        gc.collect()
+        gc.freeze()
         await server.attach(host)
         ready_content = {"address": address, "metrics": metrics_url, "processes": [os.getpid(), rank.pid]}
         write_ready_file(options.ready_file, ready_content)
@@ -180,24 +187,29 @@ async def _load(rank: RankProcess, options: WorkerOptions) -> RankReady:
                 progress = f"{message.done:.3g} of {message.total:.3g} {message.unit}"
                 log.info("loaded %s", fields(stage=message.stage, progress=progress))
             case RankReady():
-                log.info(
-                    "loaded the model %s",
-                    fields(
-                        pages=message.num_pages,
-                        slots=message.num_slots,
-                        weights_mb=message.weight_bytes // 1_000_000,
-                        state_mb=message.state_bytes // 1_000_000,
-                        mtp=message.has_mtp,
-                        fingerprint=message.model_fingerprint,
-                    ),
-                )
-                for operation, name in message.kernels:
-                    log.info("chose a kernel %s", fields(operation=operation, implementation=name))
+                _log_ready(message)
                 return message
             case RankFailed():
                 raise RankLost(message.message)
             case _:
                 raise RankLost(f"the rank sent {type(message).__name__} while loading")
+
+
+def _log_ready(ready: RankReady) -> None:
+    log.info(
+        "loaded the model %s",
+        fields(
+            pages=ready.num_pages,
+            slots=ready.num_slots,
+            weights_mb=ready.weight_bytes // 1_000_000,
+            state_mb=ready.state_bytes // 1_000_000,
+            mtp=ready.has_mtp,
+            fingerprint=ready.model_fingerprint,
+        ),
+    )
+    log.info("chose kernels %s", fields(**dict(ready.kernels)))
+    for notice in ready.notices:  # "no MTP weights: served without drafts"
+        log.info("noticed about the checkpoint: %s", notice)
 
 
 async def _serve_until_stopped(

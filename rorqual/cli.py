@@ -20,6 +20,10 @@ from rorqual import __version__
 from rorqual.errors import RorqualError
 from rorqual.processes import die_with_parent
 
+# gRPC's core writes notes of its own to standard error: for every peer that says goodbye, and beside errors that
+# reach us as exceptions. It reads this when it is first imported, and children inherit it.
+_QUIET = ("GRPC_VERBOSITY", "NONE")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
@@ -99,6 +103,7 @@ def _dispatch(arguments: list[str], commands: Sequence[Command]) -> int:
 
 
 def _run(command: Command, argv: list[str]) -> int:
+    os.environ.setdefault(*_QUIET)
     try:
         return _load(command)(argv)
     except KeyboardInterrupt:

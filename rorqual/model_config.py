@@ -164,20 +164,22 @@ _MISSING = object()
 
 
 class _Fields:
-    """Typed look-ups in a raw config that name the key, as that dialect spells it, when they fail."""
+    """Typed look-ups in a raw config that name the key, as that dialect spells it, when they fail. `within` is the
+    path of a nested object, as names begin with it."""
 
-    def __init__(self, raw: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    def __init__(self, raw: Mapping[str, Any], names: Mapping[str, str], within: str = "") -> None:
         self.raw = raw
         self.names = names
+        self.within = within
 
     def has(self, key: str) -> bool:
-        return self.raw.get(self.names.get(key, key)) is not None
+        return self._found(key) is not None
 
     def name(self, key: str) -> str:
-        return self.names.get(key, key)
+        return self.within + self.names.get(key, key)
 
     def value(self, key: str, default: Any = _MISSING) -> Any:
-        found = self.raw.get(self.name(key))
+        found = self._found(key)
         if found is not None:
             return found
         if default is _MISSING:
@@ -196,14 +198,26 @@ class _Fields:
         found = self.value(key, default)
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise ConfigError(f"key {self.name(key)!r} must be a number, not {found!r}")
-        if not found > 0:
-            raise ConfigError(f"key {self.name(key)!r} must be positive, not {found}")
+        if not 0 < found < 1e30:  # also refuses NaN, and integers that no float can hold
+            raise ConfigError(f"key {self.name(key)!r} must be positive and finite, not {found}")
         return float(found)
+
+    def nested(self, key: str) -> _Fields | None:
+        """The object at `key`, None if there is none."""
+        found = self._found(key)
+        if found is None:
+            return None
+        if not isinstance(found, dict):
+            raise ConfigError(f"key {self.name(key)!r} must be an object, not {found!r}")
+        return _Fields(cast("dict[str, Any]", found), {}, f"{self.name(key)}.")
 
     def expect(self, key: str, wanted: Any) -> None:
         found = self.value(key, wanted)
         if found != wanted:
             raise ConfigError(f"key {self.name(key)!r} is {found!r}; only {wanted!r} is supported")
+
+    def _found(self, key: str) -> Any:
+        return self.raw.get(self.names.get(key, key))
 
 
 def _parse(fields: _Fields, dialect: Dialect) -> ModelConfig:
@@ -220,7 +234,6 @@ def _parse(fields: _Fields, dialect: Dialect) -> ModelConfig:
         "num_nextn_predict_layers", 0 if dialect is Dialect.TRANSFORMERS else 1, least=0
     )
     expert_dtype, quantised = _parse_storage(fields, dialect)
-    eos = fields.value("eos_token_id", 1)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=fields.integer("hidden_size"),
@@ -253,7 +266,7 @@ def _parse(fields: _Fields, dialect: Dialect) -> ModelConfig:
         expert_dtype=expert_dtype,
         quantised=quantised,
         bos_token_id=fields.integer("bos_token_id", 0, least=0),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (fields.integer("eos_token_id", 1, least=0),),
+        eos_token_ids=_parse_eos(fields),
         dialect=dialect,
     )
 
@@ -262,6 +275,16 @@ def _parse_rope_head_dim(fields: _Fields, head_dim: int) -> int:
     if fields.has("qk_rope_head_dim"):
         return fields.integer("qk_rope_head_dim")
     return int(head_dim * fields.number("partial_rotary_factor", 64 / 512))
+
+
+def _parse_eos(fields: _Fields) -> tuple[int, ...]:
+    found = fields.value("eos_token_id", 1)
+    if not isinstance(found, list):
+        return (fields.integer("eos_token_id", 1, least=0),)
+    ids = cast("list[Any]", found)
+    if not ids or any(type(item) is not int or item < 0 for item in ids):
+        raise ConfigError(f"key 'eos_token_id' must be a token id or a list of them, not {ids!r}")
+    return tuple(ids)
 
 
 def _parse_layers(fields: _Fields, num_layers: int) -> tuple[LayerConfig, ...]:
@@ -284,19 +307,19 @@ _RATIO_KINDS = {0: LayerKind.WINDOW, 4: LayerKind.CSA, 128: LayerKind.HCA}
 def _parse_kinds(fields: _Fields, num_layers: int) -> list[tuple[LayerKind, int]]:
     if not fields.has("layer_types"):
         ratios = _list(fields, "compress_ratios", num_layers)
-        unknown = [ratio for ratio in ratios if ratio not in _RATIO_KINDS]
+        unknown = [ratio for ratio in ratios if type(ratio) is not int or ratio not in _RATIO_KINDS]
         if unknown:
             raise ConfigError(f"key 'compress_ratios' has {unknown[0]!r}; only 0, 4 and 128 are known")
         return [(_RATIO_KINDS[ratio], ratio) for ratio in ratios]
     types = _list(fields, "layer_types", num_layers)
-    unknown = [name for name in types if name not in _TRANSFORMERS_KINDS]
+    unknown = [name for name in types if not isinstance(name, str) or name not in _TRANSFORMERS_KINDS]
     if unknown:
         raise ConfigError(f"key 'layer_types' has {unknown[0]!r}; known are {', '.join(_TRANSFORMERS_KINDS)}")
-    rates = cast("dict[str, Any]", fields.value("compress_rates", {}))
+    rates = fields.nested("compress_rates") or _Fields({}, {})
     by_kind = {
         LayerKind.WINDOW: 0,
-        LayerKind.CSA: rates.get("compressed_sparse_attention", 4),
-        LayerKind.HCA: rates.get("heavily_compressed_attention", 128),
+        LayerKind.CSA: rates.integer("compressed_sparse_attention", 4),
+        LayerKind.HCA: rates.integer("heavily_compressed_attention", 128),
     }
     return [(_TRANSFORMERS_KINDS[name], by_kind[_TRANSFORMERS_KINDS[name]]) for name in types]
 
@@ -334,13 +357,15 @@ def _parse_rope(fields: _Fields, dialect: Dialect) -> tuple[float, float, YarnCo
                 beta_slow=fields.number("beta_slow", 1),
             )
         return fields.number("rope_theta"), fields.number("compress_rope_theta"), yarn
-    nested = fields.raw.get("rope_parameters")
-    if isinstance(nested, dict) and "compress" in nested:
-        main = _Fields(cast("dict[str, Any]", nested["main"]), {})
-        compress = _Fields(cast("dict[str, Any]", nested["compress"]), {})
+    nested = fields.nested("rope_parameters")
+    if nested is not None and nested.has("compress"):
+        main, compress = nested.nested("main"), nested.nested("compress")
+        if main is None or compress is None:
+            raise ConfigError(f"key {nested.name('main')!r} is missing")
+        main.expect("rope_type", "default")
         return main.number("rope_theta"), compress.number("rope_theta"), _parse_yarn(compress)
-    scaling = fields.raw.get("rope_scaling") or nested
-    yarn = _parse_yarn(_Fields(cast("dict[str, Any]", scaling), {})) if isinstance(scaling, dict) else None
+    scaling = fields.nested("rope_scaling") or nested
+    yarn = None if scaling is None else _parse_yarn(scaling)
     return fields.number("rope_theta", 10000.0), fields.number("compress_rope_theta", 160000.0), yarn
 
 
@@ -349,7 +374,8 @@ def _parse_yarn(fields: _Fields) -> YarnConfig | None:
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ConfigError(f"key 'rope_scaling' has type {kind!r}; known are default, yarn")
+        raise ConfigError(f"key '{fields.within[:-1]}' has type {kind!r}; known are default, yarn")
+    fields.expect("attention_factor", 1.0)
     return YarnConfig(
         factor=fields.number("factor"),
         original_max_position_embeddings=fields.integer("original_max_position_embeddings"),
@@ -359,25 +385,20 @@ def _parse_yarn(fields: _Fields) -> YarnConfig | None:
 
 
 def _parse_storage(fields: _Fields, dialect: Dialect) -> tuple[str, bool]:
-    quantisation = fields.raw.get("quantization_config")
-    quantised = isinstance(quantisation, dict) or (
-        dialect is Dialect.INFERENCE and fields.value("dtype", "fp8") == "fp8"
-    )
-    if not quantised:
-        return "float", False
-    nested = cast("dict[str, Any]", quantisation) if isinstance(quantisation, dict) else {}
+    quantisation = fields.nested("quantization_config")
+    if quantisation is None:
+        if dialect is not Dialect.INFERENCE or fields.value("dtype", "fp8") != "fp8":
+            return "float", False
+        quantisation = _Fields({}, {})
     for key, wanted in (
         ("quant_method", "fp8"),
         ("fmt", "e4m3"),
         ("scale_fmt", "ue8m0"),
         ("weight_block_size", [128, 128]),
     ):
-        if nested.get(key, wanted) != wanted:
-            raise ConfigError(
-                f"key 'quantization_config.{key}' is {nested[key]!r}; only {wanted!r} is supported"
-            )
+        quantisation.expect(key, wanted)
     # The first Flash release lacks the field and stores fp4 experts.
-    expert_dtype = fields.value("expert_dtype", nested.get("expert_dtype", "fp4"))
+    expert_dtype = fields.value("expert_dtype", quantisation.value("expert_dtype", "fp4"))
     if expert_dtype not in ("fp4", "fp8"):
         raise ConfigError(f"key 'expert_dtype' is {expert_dtype!r}; known are fp4, fp8")
     return cast("str", expert_dtype), True
@@ -391,11 +412,19 @@ def _check(config: ModelConfig) -> None:
     ):
         if value % divisor:
             raise ConfigError(f"key {name!r} ({value}) must be a multiple of {divisor}")
-    for name, width in (("head_dim", config.head_dim), ("index_head_dim", config.index_head_dim)):
-        if width < config.rope_head_dim:
-            raise ConfigError(
-                f"key {name!r} ({width}) must be at least qk_rope_head_dim ({config.rope_head_dim})"
-            )
+    if config.rope_head_dim < 2:
+        raise ConfigError(f"key 'partial_rotary_factor' leaves {config.rope_head_dim} channels to rotate")
+    if config.head_dim <= config.rope_head_dim:
+        raise ConfigError(
+            f"key 'head_dim' ({config.head_dim}) must be more than qk_rope_head_dim ({config.rope_head_dim})"
+        )
+    if config.index_head_dim < config.rope_head_dim:
+        raise ConfigError(
+            f"key 'index_head_dim' ({config.index_head_dim}) must be at least qk_rope_head_dim "
+            f"({config.rope_head_dim})"
+        )
+    if min(config.rope_theta, config.compress_rope_theta) <= 1:
+        raise ConfigError("keys 'rope_theta' and 'compress_rope_theta' must be more than 1")
     if config.num_experts_per_token > config.num_experts:
         raise ConfigError(
             f"key 'num_experts_per_tok' ({config.num_experts_per_token}) exceeds {config.num_experts} experts"

@@ -9,6 +9,12 @@ import msgspec
 from rorqual.errors import InvalidRequest
 
 LOGPROBS_MAX = 20
+PROMPT_SCORES_MAX = 256 * 1024
+"""Bound on the logprobs of one request's prompt: its tokens times (alternatives + 1), over all choices. They
+cross two processes and become JSON on the way, so what is not bounded here stalls everybody: a quarter of a
+million of them take about 2 MB on the wire and 18 MB as Python objects, and fill 12,000 tokens with 20
+alternatives each, or 130,000 with one."""
+
 SEED_BITS = 63
 
 
@@ -32,6 +38,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     choice: int = 0
+
+    def num_prompt_scores(self, num_tokens: int) -> int:
+        """Logprobs that are returned of a prompt of so many tokens."""
+        return 0 if self.prompt_logprobs is None else num_tokens * (self.prompt_logprobs + 1)
 
     def check(self, vocab_size: int) -> None:
         """Raise InvalidRequest naming the first field that is out of range."""

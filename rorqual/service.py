@@ -47,18 +47,26 @@ class StopSignals:
 
 
 async def until_first(*waits: asyncio.Task[Any] | Coroutine[Any, Any, Any]) -> None:
-    """Return when the first is done. Coroutines given here are then cancelled; tasks belong to the caller."""
+    """Return when the first is done. Coroutines given here are then cancelled; tasks belong to the caller.
+
+    A coroutine that failed, by itself or in its own cleaning up, raises here: nobody else could hear of it.
+    """
     own = [asyncio.create_task(wait) for wait in waits if not isinstance(wait, asyncio.Task)]
     tasks = [wait for wait in waits if isinstance(wait, asyncio.Task)]
     try:
         await asyncio.wait([*tasks, *own], return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in own:
-            await end_task(task)
+            task.cancel()
+        if own:
+            await asyncio.wait(own)
+        failures = [error for task in own if not task.cancelled() and (error := task.exception()) is not None]
+    if failures:
+        raise failures[0]
 
 
 async def end_task(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and see it end; what it raised was somebody else's to handle."""
+    """Cancel a task and see it end. What it raised is the caller's to handle, who looks at it before this."""
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rorqual.errors import InvalidRequest
 from rorqual.ids import Incarnation, SequenceId, WorkerId
-from rorqual.sampling import SamplingParams
+from rorqual.sampling import PROMPT_SCORES_MAX, SamplingParams
 
 PROTOCOL = 1
 
@@ -71,8 +72,9 @@ class Alternatives:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLogprobs:
-    """Of prompt tokens 1..N-1 (token 0 has none)."""
+    """Of the prompt's tokens from number `first` on. Token 0 follows nothing and has none."""
 
+    first: int = 1
     logprobs: tuple[float, ...]
     alternatives: tuple[Alternatives, ...]
 
@@ -80,7 +82,8 @@ class PromptLogprobs:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceReport:
     """What one step did to one sequence. `logprobs` and `alternatives` are as long as `token_ids`, or
-    empty."""
+    empty. The prompt's logprobs come in parts as it is computed, each token's once and in order, the last of
+    them before the first token."""
 
     sequence_id: SequenceId
     first_index: int
@@ -91,6 +94,18 @@ class SequenceReport:
     error: str = ""
     error_code: ErrorCode | None = None
     prompt_logprobs: PromptLogprobs | None = None
+
+    @property
+    def num_values(self) -> int:
+        """Tokens and alternatives it carries, the prompt's too: what bounds on unread reports count. One is
+        about 10 bytes on the wire and 70 as Python objects."""
+        count = len(self.token_ids)
+        if self.alternatives:
+            count += sum(len(item.token_ids) for item in self.alternatives)
+        if self.prompt_logprobs is not None:
+            count += len(self.prompt_logprobs.logprobs)
+            count += sum(len(item.token_ids) for item in self.prompt_logprobs.alternatives)
+        return count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,3 +140,51 @@ class StepReport:
     sequences: tuple[SequenceReport, ...]
     load: Load
     draining: bool
+
+
+def alternatives_of(pairs: tuple[tuple[int, float], ...]) -> Alternatives:
+    """From (token id, logprob) pairs, best first, as the rank sends them."""
+    if not pairs:
+        return _NO_ALTERNATIVES
+    return Alternatives(
+        token_ids=tuple(token_id for token_id, _ in pairs), logprobs=tuple(logprob for _, logprob in pairs)
+    )
+
+
+def check_sequence(
+    *,
+    prompt: TokenArray,
+    max_tokens: int,
+    sampling: SamplingParams,
+    vocab_size: int,
+    sequence_tokens_max: int,
+    num_choices: int = 1,
+) -> None:
+    """Refuse what could never be served, naming the field. The one place for these rules: the router asks
+    before it sends, the worker before it queues. Raises InvalidRequest."""
+    if len(prompt) == 0:
+        raise InvalidRequest("prompt must have at least one token", field="prompt")
+    low, high = int(prompt.min()), int(prompt.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InvalidRequest(f"prompt has token {wrong}; the vocabulary has {vocab_size}", field="prompt")
+    if max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", field="max_tokens")
+    if len(prompt) + max_tokens > sequence_tokens_max:
+        raise InvalidRequest(
+            f"prompt of {len(prompt)} and max_tokens of {max_tokens} tokens exceed"
+            f" the {sequence_tokens_max} tokens a sequence can have",
+            field="prompt" if len(prompt) >= sequence_tokens_max else "max_tokens",
+            code="context_length_exceeded",
+        )
+    sampling.check(vocab_size)
+    num_scores = num_choices * sampling.num_prompt_scores(len(prompt))
+    if num_scores > PROMPT_SCORES_MAX:
+        raise InvalidRequest(
+            f"logprobs of a prompt of {len(prompt)} tokens with {sampling.prompt_logprobs} alternatives each"
+            f" are {num_scores} values for {num_choices} choices; at most {PROMPT_SCORES_MAX} are returned",
+            field="logprobs",
+        )
+
+
+_NO_ALTERNATIVES = Alternatives(token_ids=(), logprobs=())

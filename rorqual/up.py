@@ -44,9 +44,6 @@ _THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
 )
 
-# gRPC's core writes notes of its own to standard error, such as one for every peer that says goodbye.
-_QUIET = {"GRPC_VERBOSITY": "ERROR"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpOptions:
@@ -106,6 +103,8 @@ def parse_options(argv: list[str]) -> UpOptions:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    if args.exact and (args.threads or 1) > 1:
+        raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
     return UpOptions(
         model=args.model,
         num_both=args.both,
@@ -214,8 +213,7 @@ class Supervisor:
         child = start_child(
             [*self._program(role), *arguments],
             name=name,
-            environment=_QUIET
-            | self._environment
+            environment=self._environment
             | {variable: str(threads) for variable in _THREAD_VARIABLES}
             | {"PYTHONUNBUFFERED": "1"},
             on_line=lambda text: self._console.prefixed(name, text, width=width, number=number),

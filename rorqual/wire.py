@@ -40,8 +40,9 @@ SESSION_METHOD = "Session"
 SESSION_PATH = f"/{SERVICE}/{SESSION_METHOD}"
 
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
-"""Bound on one message in either direction; a prompt of a million tokens is 4 MB, and the scores of such a
-prompt with 20 alternatives would not fit: they end that session with an error, not the process."""
+"""Bound on one message in either direction. Neither side comes near it, since gRPC ends the whole session over
+one message beyond: a prompt of a million tokens is 4 MB up, and a host cuts its reports into messages of
+under a megabyte, or one step of one sequence, at most `rorqual.sampling.PROMPT_SCORES_MAX` values."""
 
 _sampling_encoder = msgspec.msgpack.Encoder()
 _sampling_decoder = msgspec.msgpack.Decoder(SamplingParams)
@@ -172,12 +173,13 @@ def _sequence_to_pb(report: SequenceReport) -> pb.SequenceReport:
         first_index=report.first_index,
         token_ids=report.token_ids,
         logprobs=report.logprobs,
-        alternatives=_alternatives_to_pb(report.alternatives),
+        alternatives=_alternatives_to_pb(report.alternatives) if report.alternatives else None,
         finish_reason=report.finish_reason.value if report.finish_reason else "",
         error=report.error,
         error_code=report.error_code.value if report.error_code else "",
     )
     if report.prompt_logprobs is not None:
+        message.prompt_logprobs.first = report.prompt_logprobs.first
         message.prompt_logprobs.logprobs.extend(report.prompt_logprobs.logprobs)
         message.prompt_logprobs.alternatives.extend(_alternatives_to_pb(report.prompt_logprobs.alternatives))
         message.prompt_logprobs.SetInParent()
@@ -190,7 +192,7 @@ def _sequence_from_pb(message: pb.SequenceReport) -> SequenceReport:
         first_index=message.first_index,
         token_ids=tuple(message.token_ids),
         logprobs=tuple(message.logprobs),
-        alternatives=_alternatives_from_pb(message.alternatives),
+        alternatives=_alternatives_from_pb(message.alternatives) if message.alternatives else (),
         finish_reason=_finish_reason(message.finish_reason),
         error=message.error,
         error_code=_error_code(message.error_code),
@@ -234,9 +236,15 @@ def _alternatives_from_pb(items: Iterable[pb.Alternatives]) -> tuple[Alternative
 
 
 def _prompt_logprobs_from_pb(message: pb.SequenceReport) -> PromptLogprobs:
+    scores = message.prompt_logprobs
+    if len(scores.alternatives) != len(scores.logprobs):
+        raise WireError(
+            f"report has {len(scores.logprobs)} prompt logprobs and {len(scores.alternatives)} alternatives"
+        )
     return PromptLogprobs(
-        logprobs=tuple(message.prompt_logprobs.logprobs),
-        alternatives=_alternatives_from_pb(message.prompt_logprobs.alternatives),
+        first=scores.first,
+        logprobs=tuple(scores.logprobs),
+        alternatives=_alternatives_from_pb(scores.alternatives),
     )
 
 

@@ -3,8 +3,9 @@
 The gateways call `generate`. Each choice is a sequence, placed by the `Placement` policy and opened on a
 worker through the fleet; its numbered tokens come back as reports and leave as text. A stop string found
 here cancels the sequence on its worker at once. A worker that fails a sequence before its first token costs
-one retry elsewhere; after that the client has seen tokens, and the request fails. Closing the generator
-cancels everything it has open.
+one retry elsewhere, while the request's other choices go on; after that the client has seen tokens, and the
+request fails. A client that reads too slowly fails its own request. Closing the generator cancels
+everything it has open.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from typing import Protocol
 import msgspec
 
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut, WorkerLost
-from rorqual.session import Alternatives, ErrorCode, FinishReason, PromptLogprobs, SequenceReport, Welcome
+from rorqual.service import until_first
+from rorqual.session import (
+    Alternatives,
+    ErrorCode,
+    FinishReason,
+    PromptLogprobs,
+    SequenceReport,
+    Welcome,
+    check_sequence,
+)
 from rorqual.telemetry import fields
 from router.fleet import Fleet, Mailbox, RemoteSequence, SequenceRequest
 from router.fleet_metrics import FleetMetrics
@@ -48,6 +58,7 @@ class DispatchConfig:
     place_seconds_max: float = 10.0  # while no worker is connected
     first_token_seconds_max: float = 600.0  # queue and prompt; a retry does not extend it
     next_token_seconds_max: float = 120.0  # a preempted sequence is computed anew within this
+    values_unread_max: int = 32 * 1024  # tokens and alternatives a client may leave unread: 2 MB
 
 
 class Dispatcher:
@@ -82,7 +93,8 @@ class Dispatcher:
     async def generate(self, generation: Generation) -> AsyncGenerator[ChoiceUpdate, None]:
         """See `router.generation.Generator`."""
         check_generation(generation, self._fleet.welcomes())
-        mailbox = Mailbox()
+        num_scores = generation.num_choices * generation.sampling.num_prompt_scores(len(generation.prompt))
+        mailbox = Mailbox(values_max=self._config.values_unread_max + num_scores)
         start = asyncio.get_running_loop().time()
         choices = [
             _Choice(number=number, text=text, deadline=start + self._config.first_token_seconds_max)
@@ -90,23 +102,44 @@ class Dispatcher:
         ]
         assert len(choices) == generation.num_choices
         try:
-            for choice in choices:
-                await self._place(choice, generation, mailbox)
             while live := [choice for choice in choices if not choice.is_finished]:
+                for choice in live:
+                    if choice.sequence is None:
+                        self._place(choice, generation, mailbox)
                 await self._wait_for_news(live, mailbox)
                 for number, reports in _by_choice(mailbox.take()).items():
                     choice = choices[number]
                     if choice.is_finished:
                         continue  # it was stopped here after these had been delivered
-                    update = await self._advance(choice, reports, generation, mailbox)
+                    update = self._advance(choice, reports, generation)
                     if update is not None:
                         yield update
         finally:
             for choice in choices:
                 choice.cancel()
 
-    async def _place(self, choice: _Choice, generation: Generation, mailbox: Mailbox) -> None:
-        """Open the choice on a worker. Waits while none is connected, never while all are full."""
+    def _place(self, choice: _Choice, generation: Generation, mailbox: Mailbox) -> None:
+        """Open the choice on a worker, or leave it as it is while none is connected that has not failed it
+        yet. Raises Overloaded when waiting cannot help."""
+        workers = self._fleet.view()
+        able = candidates(workers, excluded=frozenset(choice.failed_sessions))
+        if not able:
+            if any(
+                not view.draining and view.session_number not in choice.failed_sessions for view in workers
+            ):
+                self._metrics.requests_overloaded.inc()
+                raise Overloaded("every worker is full; try again later")
+            if isinstance(choice.failure, Overloaded):
+                # The only workers there are have said that they are full.
+                self._metrics.requests_overloaded.inc()
+                raise choice.failure
+            if choice.place_deadline is None:
+                now = asyncio.get_running_loop().time()
+                choice.place_deadline = min(now + self._config.place_seconds_max, choice.deadline)
+            return
+        chosen = self._placement.choose(
+            able, Demand(prompt_tokens=len(generation.prompt), tokens_max=generation.max_tokens)
+        )
         request = SequenceRequest(
             request_id=generation.request_id,
             prompt=generation.prompt,
@@ -114,47 +147,43 @@ class Dispatcher:
             ignore_eos=generation.ignore_eos,
             sampling=msgspec.structs.replace(generation.sampling, choice=choice.number),
         )
-        demand = Demand(prompt_tokens=len(generation.prompt), tokens_max=generation.max_tokens)
-        loop = asyncio.get_running_loop()
-        deadline = min(loop.time() + self._config.place_seconds_max, choice.deadline)
-        while True:
-            workers = self._fleet.view()
-            able = candidates(workers, excluded=frozenset(choice.failed_sessions))
-            if able:
-                chosen = self._placement.choose(able, demand)
-                choice.sequence = self._fleet.open(
-                    chosen.address, request, mailbox=mailbox, tag=choice.number
-                )
-                log.debug(
-                    "placed a sequence %s",
-                    fields(request=generation.request_id, choice=choice.number, worker=chosen.address),
-                )
-                return
-            if any(not view.draining and view.session not in choice.failed_sessions for view in workers):
-                self._metrics.requests_overloaded.inc()
-                raise Overloaded("every worker is full; try again later")
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._fleet.wait_for_change()
-            except TimeoutError:
-                self._metrics.stages_overdue.labels("place").inc()
-                raise choice.failure or Overloaded("no worker is connected; try again later") from None
+        choice.sequence = self._fleet.open(chosen.address, request, mailbox=mailbox, tag=choice.number)
+        choice.place_deadline = None
+        log.debug(
+            "placed a sequence %s",
+            fields(request=generation.request_id, choice=choice.number, worker=chosen.address),
+        )
 
     async def _wait_for_news(self, live: Sequence[_Choice], mailbox: Mailbox) -> None:
-        overdue = min(live, key=lambda choice: choice.deadline)
-        try:
-            async with asyncio.timeout_at(overdue.deadline):
-                await mailbox.wait()
-        except TimeoutError:
-            stage = "next_token" if overdue.num_tokens else "first_token"
-            self._metrics.stages_overdue.labels(stage).inc()
-            what = f"token {overdue.num_tokens}" if overdue.num_tokens else "the first token"
-            raise StageTimedOut(f"{what} of choice {overdue.number} did not come in time") from None
+        """Until a report has come, or, while a choice has no worker, until there is another one to try."""
+        if not mailbox.has_news:
+            change = self._fleet.next_change
+            overdue = min(live, key=_next_deadline)
+            try:
+                async with asyncio.timeout_at(_next_deadline(overdue)):
+                    if any(choice.sequence is None for choice in live):
+                        await until_first(mailbox.wait(), change.wait())
+                    else:
+                        await mailbox.wait()
+            except TimeoutError:
+                raise self._overdue(overdue) from None
+        if mailbox.has_spilled:
+            raise StageTimedOut("the client reads too slowly: the answer was given up")
 
-    async def _advance(
-        self, choice: _Choice, reports: Sequence[SequenceReport], generation: Generation, mailbox: Mailbox
+    def _overdue(self, choice: _Choice) -> RorqualError:
+        """What it means that a choice's next deadline has passed."""
+        if choice.place_deadline is not None:
+            self._metrics.stages_overdue.labels("place").inc()
+            return choice.failure or Overloaded("no worker is connected; try again later")
+        self._metrics.stages_overdue.labels("next_token" if choice.num_tokens else "first_token").inc()
+        what = f"token {choice.num_tokens}" if choice.num_tokens else "the first token"
+        return StageTimedOut(f"{what} of choice {choice.number} did not come in time")
+
+    def _advance(
+        self, choice: _Choice, reports: Sequence[SequenceReport], generation: Generation
     ) -> ChoiceUpdate | None:
-        """Take a choice's reports in, as one update. Opens it anew when its worker failed it early enough."""
+        """Take a choice's reports in, as one update. One whose worker failed it early enough is left without
+        a sequence, to be placed anew."""
         update = choice.take(reports)
         if update is not None and update.tokens:
             now = asyncio.get_running_loop().time()
@@ -163,8 +192,6 @@ class Dispatcher:
         if failure is None or choice.is_finished:
             return update
         assert choice.sequence is not None
-        choice.failed_sessions.add(choice.sequence.session)
-        choice.sequence = None
         is_first = choice.num_tokens == 0 and choice.failure is None
         if not is_first or isinstance(failure, InvalidRequest):
             if isinstance(failure, WorkerLost):
@@ -174,34 +201,25 @@ class Dispatcher:
             "retried a sequence %s",
             fields(request=generation.request_id, choice=choice.number, error=failure),
         )
-        choice.failure = failure
         self._metrics.sequences_retried.inc()
-        await self._place(choice, generation, mailbox)
+        choice.start_over(failure)
         return None
 
 
 def check_generation(generation: Generation, welcomes: Sequence[Welcome]) -> None:
-    """What no worker could serve is refused before it is sent. Without a worker the length is checked
-    there."""
-    if len(generation.prompt) == 0:
-        raise InvalidRequest("prompt must have at least one token", field="prompt")
-    if generation.max_tokens < 1:
-        raise InvalidRequest(
-            f"max_tokens must be at least 1, got {generation.max_tokens}", field="max_tokens"
-        )
+    """What no worker could serve is refused before it is sent. Without a worker it is checked there."""
     if generation.num_choices < 1:
         raise InvalidRequest(f"n must be at least 1, got {generation.num_choices}", field="n")
     if not welcomes:
         return
-    tokens_max = min(welcome.sequence_tokens_max for welcome in welcomes)
-    if len(generation.prompt) + generation.max_tokens > tokens_max:
-        raise InvalidRequest(
-            f"prompt of {len(generation.prompt)} and max_tokens of {generation.max_tokens} tokens exceed the"
-            f" {tokens_max} tokens a sequence can have",
-            field="prompt" if len(generation.prompt) >= tokens_max else "max_tokens",
-            code="context_length_exceeded",
-        )
-    generation.sampling.check(welcomes[0].vocab_size)
+    check_sequence(
+        prompt=generation.prompt,
+        max_tokens=generation.max_tokens,
+        sampling=generation.sampling,
+        vocab_size=welcomes[0].vocab_size,
+        sequence_tokens_max=min(welcome.sequence_tokens_max for welcome in welcomes),
+        num_choices=generation.num_choices,
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -209,20 +227,31 @@ class _Choice:
     number: int
     text: ChoiceTextLike
     deadline: float  # of the next token, on the loop's clock
+    place_deadline: float | None = None  # while it waits for a worker to connect
     sequence: RemoteSequence | None = None
     num_tokens: int = 0
     is_finished: bool = False
     failure: RorqualError | None = None  # of the first attempt
     failed_sessions: set[int] = field(default_factory=set[int])
+    scores: list[PromptLogprobs] = field(default_factory=list[PromptLogprobs])  # until the first token
 
     def cancel(self) -> None:
         if self.sequence is not None:
             self.sequence.cancel()
 
+    def start_over(self, failure: RorqualError) -> None:
+        """Its worker has failed it: it needs another one."""
+        assert self.sequence is not None
+        self.failed_sessions.add(self.sequence.session_number)
+        self.failure = failure
+        self.sequence = None
+        self.scores.clear()
+
     def take(self, reports: Sequence[SequenceReport]) -> ChoiceUpdate | None:
         """The tokens of all reports and the text they make certain; cut at a stop string, which ends the
         choice."""
-        tokens = [token for report in reports for token in _tokens(report)]
+        tokens = _tokens(reports[0]) if len(reports) == 1 else [t for r in reports for t in _tokens(r)]
+        self.scores += [r.prompt_logprobs for r in reports if r.prompt_logprobs is not None]
         finish_reason = reports[-1].finish_reason
         ended = finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         delta = self.text.feed([token.token_id for token in tokens], finished=ended)
@@ -233,8 +262,7 @@ class _Choice:
         first_index = self.num_tokens
         self.num_tokens += len(tokens)
         self.is_finished = ended
-        prompt_logprobs = _prompt_logprobs(reports)
-        if not (tokens or ended or prompt_logprobs):
+        if not (tokens or ended):
             return None
         return ChoiceUpdate(
             choice=self.number,
@@ -243,8 +271,20 @@ class _Choice:
             text=delta.text,
             reasoning=delta.reasoning,
             finish_reason=finish_reason if ended else None,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=self._take_scores() if self.scores else None,
         )
+
+    def _take_scores(self) -> PromptLogprobs:
+        """All parts as one, with the first update."""
+        parts, self.scores = self.scores, []
+        return PromptLogprobs(
+            logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+            alternatives=tuple(item for part in parts for item in part.alternatives),
+        )
+
+
+def _next_deadline(choice: _Choice) -> float:
+    return choice.deadline if choice.place_deadline is None else choice.place_deadline
 
 
 def _by_choice(reports: Iterable[tuple[int, SequenceReport]]) -> dict[int, list[SequenceReport]]:
@@ -270,19 +310,14 @@ def _failure(report: SequenceReport) -> RorqualError | None:
 
 
 def _tokens(report: SequenceReport) -> list[TokenOut]:
-    logprobs: Sequence[float | None] = report.logprobs or [None] * len(report.token_ids)
-    pairs: Sequence[tuple[tuple[int, float], ...]] = [_pairs(item) for item in report.alternatives]
+    if not report.logprobs:
+        return [TokenOut(token_id=token_id, logprob=None) for token_id in report.token_ids]
+    alternatives = report.alternatives or [None] * len(report.token_ids)
     return [
-        TokenOut(token_id=token_id, logprob=logprob, alternatives=alternatives)
-        for token_id, logprob, alternatives in zip(
-            report.token_ids, logprobs, pairs or [()] * len(report.token_ids), strict=True
-        )
+        TokenOut(token_id=token_id, logprob=logprob, alternatives=_pairs(item))
+        for token_id, logprob, item in zip(report.token_ids, report.logprobs, alternatives, strict=True)
     ]
 
 
-def _pairs(item: Alternatives) -> tuple[tuple[int, float], ...]:
-    return tuple(zip(item.token_ids, item.logprobs, strict=True))
-
-
-def _prompt_logprobs(reports: Iterable[SequenceReport]) -> PromptLogprobs | None:
-    return next((report.prompt_logprobs for report in reports if report.prompt_logprobs is not None), None)
+def _pairs(item: Alternatives | None) -> tuple[tuple[int, float], ...]:
+    return () if item is None else tuple(zip(item.token_ids, item.logprobs, strict=True))

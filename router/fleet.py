@@ -71,6 +71,7 @@ class FleetConfig:
     write_seconds_max: float = 30.0
     backoff_seconds_min: float = 0.1
     backoff_seconds_max: float = 5.0
+    healthy_seconds_min: float = 5.0  # a session that ends earlier counts as one more failed attempt
     sequences_per_worker_max: int = 1024
     commands_queued_max: int = 4096  # opens are refused beyond it; cancels are bounded by what is open
 
@@ -89,16 +90,30 @@ class SequenceRequest:
 class Mailbox:
     """Reports for one request, of all its sequences, in order of arrival.
 
-    Bounded by what they may generate: a sequence sends at most max_tokens tokens, then nothing.
+    Holds `values_max` tokens and alternatives that nobody has taken. With more it spills: it empties itself,
+    keeps nothing from then on, and the fleet cancels each of its sequences.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, values_max: int) -> None:
+        self.has_spilled = False
+        self._values_max = values_max
+        self._num_values = 0
         self._reports: list[tuple[int, SequenceReport]] = []
         self._news = asyncio.Event()
 
+    @property
+    def has_news(self) -> bool:
+        return self._news.is_set()
+
     def put(self, tag: int, report: SequenceReport) -> None:
-        self._reports.append((tag, report))
         self._news.set()
+        if self.has_spilled:
+            return
+        self._num_values += report.num_values
+        self._reports.append((tag, report))
+        if self._num_values > self._values_max:
+            self.has_spilled = True
+            self._reports.clear()
 
     async def wait(self) -> None:
         await self._news.wait()
@@ -106,6 +121,7 @@ class Mailbox:
     def take(self) -> list[tuple[int, SequenceReport]]:
         """Everything since the last time, each with the tag of its sequence."""
         self._news.clear()
+        self._num_values = 0
         reports, self._reports = self._reports, []
         return reports
 
@@ -123,9 +139,11 @@ class RemoteSequence:
         mailbox: Mailbox,
         tag: int,
     ) -> None:
-        self.session = link.session
+        self.session_number = link.session_number
         self.sequence_id = sequence_id
         self.num_received = 0
+        self._num_scored = 0  # prompt tokens whose logprobs have come
+        self._num_scores_wanted = 0 if request.sampling.prompt_logprobs is None else len(request.prompt) - 1
         self._link = link
         self._mailbox = mailbox
         self._tag = tag
@@ -141,9 +159,27 @@ class RemoteSequence:
         """Tell the worker at once. No report comes after this; nothing happens when it has ended already."""
         self._link.cancel(self)
 
-    def deliver(self, report: SequenceReport) -> None:
+    def deliver(self, report: SequenceReport) -> bool:
+        """False when nobody wants to hear more: the mailbox has spilled."""
         self.num_received += len(report.token_ids)
+        if report.prompt_logprobs is not None:
+            self._num_scored += len(report.prompt_logprobs.logprobs)
         self._mailbox.put(self._tag, report)
+        return not self._mailbox.has_spilled
+
+    def left_out(self, report: SequenceReport) -> str:
+        """What should have come before this report and did not; empty when it follows on."""
+        if report.token_ids and report.first_index > self.num_received:
+            return f"tokens {self.num_received}..{report.first_index - 1}"
+        scores = report.prompt_logprobs
+        num_scored = self._num_scored
+        if scores is not None:
+            if scores.first != num_scored + 1:
+                return f"logprobs of the prompt between {num_scored + 1} and {scores.first}"
+            num_scored += len(scores.logprobs)
+        if report.token_ids and num_scored != self._num_scores_wanted:
+            return f"logprobs of the prompt, of which {num_scored} came for {self._num_scores_wanted}"
+        return ""
 
 
 class Fleet:
@@ -184,22 +220,32 @@ class Fleet:
 
     def failures(self) -> list[str]:
         """Why each worker that is not connected is not, as far as is known."""
-        return [link.failure for link in self._links.values() if link.welcome is None and link.failure]
+        return [
+            link.failure or f"{link.address}: no answer"
+            for link in self._links.values()
+            if link.welcome is None
+        ]
 
     def open(self, address: str, request: SequenceRequest, *, mailbox: Mailbox, tag: int) -> RemoteSequence:
         """Open a sequence on a connected worker. Raises Overloaded when its bounds are reached."""
         return self._links[address].open(request, mailbox=mailbox, tag=tag)
 
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set once a worker connects, leaves or changes its mind about draining. Take it in the same breath
+        as the look at the fleet that it is to follow."""
+        return self._changed
+
     async def wait_for_change(self) -> None:
-        """Return when a worker next connects, leaves or changes its mind about draining."""
-        await self._changed.wait()
+        """Return at the next change after this call."""
+        await self.next_change.wait()
 
     def announce_change(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
         self.metrics.workers_connected.set(len(self.welcomes()))
 
-    def next_session(self) -> int:
+    def next_session_number(self) -> int:
         self._num_sessions += 1
         return self._num_sessions
 
@@ -219,7 +265,7 @@ class WorkerLink:
     def __init__(self, fleet: Fleet, address: str) -> None:
         self.address = address
         self.welcome: Welcome | None = None
-        self.session = 0
+        self.session_number = 0  # over all workers; 0 before the first
         self.failure = ""  # of the last attempt
         self._fleet = fleet
         self._load: Load | None = None
@@ -227,6 +273,7 @@ class WorkerLink:
         self._sequences: dict[SequenceId, RemoteSequence] = {}
         self._next_id = 1
         self._num_reports = 0
+        self._welcomed_at = 0.0  # on the loop's clock
         self._commands: deque[Open | Cancel] = deque()
         self._have_commands = asyncio.Event()
         self._tokens_outstanding = 0
@@ -240,7 +287,7 @@ class WorkerLink:
         assert self._load is not None
         return WorkerView(
             address=self.address,
-            session=self.session,
+            session_number=self.session_number,
             draining=self._draining,
             sequences_outstanding=len(self._sequences),
             sequences_outstanding_max=self._fleet.config.sequences_per_worker_max,
@@ -250,16 +297,21 @@ class WorkerLink:
         )
 
     async def run(self) -> None:
-        """Keep a session up, for as long as the router runs."""
+        """Keep a session up, for as long as the router runs. One that welcomes us and is gone at once is as
+        bad as one that cannot be reached, and is left alone for as long."""
         num_failures = 0
+        loop = asyncio.get_running_loop()
         while True:
             try:
                 await self._run_session()
             except SessionLost as error:
                 self.failure = str(error)
-            num_failures = 1 if self.welcome is not None else num_failures + 1
+            was_connected = self.welcome is not None
+            if was_connected and loop.time() - self._welcomed_at >= self._fleet.config.healthy_seconds_min:
+                num_failures = 0
+            num_failures += 1
             self._sessions_lost.inc()
-            if num_failures == 1:
+            if was_connected or num_failures == 1:
                 log.warning("found a worker gone %s", fields(worker=self.address, error=self.failure))
             else:
                 log.debug("failed to connect %s", fields(worker=self.address, error=self.failure))
@@ -296,8 +348,8 @@ class WorkerLink:
         return sequence
 
     def cancel(self, sequence: RemoteSequence) -> None:
-        # The same number on a later session is another sequence.
-        if self._sequences.get(sequence.sequence_id) is sequence:
+        # Its numbers are never used again, on a later session neither: it is open, or it has ended.
+        if sequence.sequence_id in self._sequences:
             self._drop(sequence)
             self._fleet.metrics.sequences_cancelled.inc()
             self._send(Cancel(sequence_id=sequence.sequence_id))
@@ -338,7 +390,8 @@ class WorkerLink:
         if not isinstance(welcome, Welcome):
             raise SessionLost(f"{self.address} sent a report before its welcome")
         self._fleet.check_model(self.address, welcome)
-        self.session = self._fleet.next_session()
+        self.session_number = self._fleet.next_session_number()
+        self._welcomed_at = asyncio.get_running_loop().time()
         self.welcome, self._load, self._draining, self._num_reports = welcome, welcome.load, False, 0
         self._fleet.metrics.sessions_opened.labels(self.address).inc()
         log.info(
@@ -388,20 +441,23 @@ class WorkerLink:
                 self._deliver(sequence, item)
 
     def _deliver(self, sequence: RemoteSequence, report: SequenceReport) -> None:
-        num_duplicate = sequence.num_received - report.first_index
-        if num_duplicate < 0 and report.token_ids:
+        missing = sequence.left_out(report)
+        if missing:
             self.cancel(sequence)
-            text = f"{self.address} left out tokens {sequence.num_received}..{report.first_index - 1}"
-            sequence.deliver(_failure(sequence, text))
+            sequence.deliver(_failure(sequence, f"{self.address} left out {missing}"))
             return
+        num_duplicate = sequence.num_received - report.first_index
         if num_duplicate > 0 and report.token_ids:
             self._fleet.metrics.tokens_duplicate.inc(min(num_duplicate, len(report.token_ids)))
             report = without_first(report, num_duplicate)
         before = sequence.tokens_outstanding
-        sequence.deliver(report)
+        is_wanted = sequence.deliver(report)
         self._tokens_outstanding += sequence.tokens_outstanding - before
         if report.finish_reason is not None:
             self._drop(sequence)
+        elif not is_wanted:
+            self._fleet.metrics.sequences_unread.inc()
+            self.cancel(sequence)
 
     def _drop(self, sequence: RemoteSequence) -> None:
         del self._sequences[sequence.sequence_id]

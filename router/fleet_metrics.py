@@ -43,6 +43,11 @@ class FleetMetrics:
             "Sequences that ended because a worker failed.",
             registry=registry,
         )
+        self.sequences_unread = Counter(
+            "rorqual_router_sequences_unread",
+            "Sequences cancelled because the client read too slowly.",
+            registry=registry,
+        )
         self.tokens_duplicate = Counter(
             "rorqual_router_tokens_duplicate", "Tokens that came twice and were dropped.", registry=registry
         )

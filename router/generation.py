@@ -1,8 +1,8 @@
-"""What both gateways ask for and get back: one generation, as plain dataclasses.
+"""What both gateways ask for and get back, as plain dataclasses and two protocols.
 
-A gateway (HTTP or gRPC) parses its own protocol into a `Generation`, hands it to a `Generator` and writes the
-`ChoiceUpdate`s out in its own protocol. The production Generator is `router.dispatch.Dispatcher`; tests use a fake
-with a computable answer.
+A gateway (HTTP or gRPC) has its prompt encoded by a `PromptSource`, parses its own protocol into a `Generation`,
+hands it to a `Generator` and writes the `ChoiceUpdate`s out in its own protocol. In production these are
+`router.prompt.PromptEncoder` and `router.dispatch.Dispatcher`; tests use fakes with computable answers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from rorqual.errors import WorkerLost
 from rorqual.ids import RequestId
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason, PromptLogprobs, TokenArray
@@ -75,3 +76,51 @@ class Generator(Protocol):
         WorkerLost or StageTimedOut.
         """
         ...
+
+
+class PromptTokens(Protocol):
+    """An encoded prompt. `starts_in_reasoning`: what the model writes first is reasoning, up to </think>."""
+
+    @property
+    def ids(self) -> TokenArray: ...
+
+    @property
+    def starts_in_reasoning(self) -> bool: ...
+
+
+class PromptSource(Protocol):
+    """What encodes raises InvalidRequest naming the field, for a bad message ("messages[2].role") or for
+    want of a tokenizer, and Overloaded or StageTimedOut; it never blocks the event loop. A text that must
+    have more than `num_tokens_max` tokens may be refused before it is encoded."""
+
+    async def aencode_chat(
+        self,
+        messages: object,
+        *,
+        thinking: bool,
+        reasoning_effort: str | None,
+        num_tokens_max: int | None,
+    ) -> PromptTokens: ...
+
+    async def aencode_text(self, text: str, *, field: str, num_tokens_max: int | None) -> TokenArray: ...
+
+    def decode(self, ids: TokenArray) -> str:
+        """The text of token ids; empty without a tokenizer."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """How a token is shown among logprobs; "token_id:N" without a tokenizer."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """A token's bytes, perhaps part of a character; None without a tokenizer."""
+        ...
+
+
+def finish_name(reason: FinishReason | None) -> str | None:
+    """The name both APIs use. A choice that ended any other way is no answer: raises WorkerLost."""
+    if reason is None:
+        return None
+    if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        return reason.value
+    raise WorkerLost("the generation was ended by the worker")

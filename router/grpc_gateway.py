@@ -8,7 +8,6 @@ client that does not read is cut off at the write deadline.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 from contextlib import aclosing
@@ -19,22 +18,30 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from rorqual.api_keys import ApiKeys
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut, WorkerLost
 from rorqual.ids import draw_request_id
 from rorqual.sampling import SEED_BITS, SamplingParams
-from rorqual.session import FinishReason, TokenArray
-from router.admission import Admission, TooManyRequests
-from router.generation import ChoiceUpdate, Generation, Generator, ServedModel
-from router.metrics import GatewayMetrics, RequestMeter
-from router.prompt_source import PromptSource
-from router.prompts import check_model, check_num_choices, check_stops, token_array, token_budget
+from rorqual.session import TokenArray
+from rorqual.telemetry import fields
+from router.admission import Admission, Place, TooManyRequests
+from router.gateway_metrics import GatewayMetrics, RequestMeter
+from router.generation import ChoiceUpdate, Generation, Generator, PromptSource, ServedModel, finish_name
+from router.limits import (
+    COMPLETION_TOKENS_DEFAULT,
+    check_model,
+    check_num_choices,
+    check_num_logit_biases,
+    check_stops,
+    token_array,
+    token_budget,
+)
 from router.wire import SERVICE_NAME, CallContext, GenerateCall, Usage, add_generation_service
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ROUTE = "rorqual.v1.Generation/Generate"
-MAX_TOKENS_DEFAULT = 16
 HEALTH_SECONDS = 0.25
 
 
@@ -46,6 +53,9 @@ class GrpcSettings:
     message_bytes_max: int = 16 * 1024 * 1024
     calls_max: int = 4096  # of every kind, health checks too
     write_seconds_max: float = 30.0
+    # A client whose machine vanished without a word is noticed after both together, and its choices freed.
+    keepalive_seconds: float = 30.0
+    keepalive_reply_seconds_max: float = 10.0
     request_seconds_max: float = 6 * 3600.0
     drain_seconds_max: float = 30.0
 
@@ -67,7 +77,7 @@ class GrpcGateway:
         self._metrics = metrics
         self._admission = admission
         self._clock = clock
-        self._api_keys = tuple(key.encode() for key in settings.api_keys)
+        self._api_keys = ApiKeys(settings.api_keys)
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._health_task: asyncio.Task[None] | None = None
@@ -77,10 +87,7 @@ class GrpcGateway:
         settings = self._settings
         server = grpc.aio.server(
             maximum_concurrent_rpcs=settings.calls_max,
-            options=(
-                ("grpc.max_receive_message_length", settings.message_bytes_max),
-                ("grpc.so_reuseport", 0),  # or a second router would share the port in silence
-            ),
+            options=_channel_options(settings),
         )
         add_generation_service(server, self._generate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -100,6 +107,11 @@ class GrpcGateway:
         self._health_task = asyncio.create_task(self._watch_health())
         reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
         return f"{reachable}:{port}"
+
+    async def watch(self) -> None:
+        """Ends only by a fault of the task that reports health, and raises it."""
+        assert self._health_task is not None
+        await asyncio.shield(self._health_task)
 
     async def stop(self) -> None:
         if self._health_task is not None:
@@ -131,41 +143,48 @@ class GrpcGateway:
         meter = RequestMeter(self._metrics, route=ROUTE, clock=self._clock)
         status = grpc.StatusCode.CANCELLED
         try:
-            self._authorise(context)
-            with self._admission.enter():
+            if not self._api_keys.accept(context.metadata("authorization").encode()):
+                raise InvalidRequest("give an API key as metadata 'authorization: Bearer KEY'", status=401)
+            with self._admission.enter() as place:
                 async with asyncio.timeout(self._settings.request_seconds_max):
-                    await self._answer(call, context, meter)
+                    await self._answer(call, context, meter, place)
             status = grpc.StatusCode.OK
+            log.info("finished a request %s %s", meter.about(), meter.finished())
         except RorqualError as error:
-            status = _status(error)
-            context.fail(status, _details(error))
+            status = self._fail(context, meter, error)
         except TimeoutError:
-            status = grpc.StatusCode.DEADLINE_EXCEEDED
-            context.fail(status, f"the request outlived {self._settings.request_seconds_max:g} s")
+            late = StageTimedOut(f"the request outlived {self._settings.request_seconds_max:g} s")
+            status = self._fail(context, meter, late)
         except asyncio.CancelledError:
             meter.cancelled()
+            tokens = meter.num_completion_tokens
+            log.info("cancelled a request %s %s", meter.about(), fields(completion_tokens=tokens))
             raise
         except Exception:
             meter.failed()
-            logger.exception("failed route=%s", ROUTE)
+            log.exception("failed by a fault of the router %s", meter.about())
             status = grpc.StatusCode.INTERNAL
             context.fail(status, "the router failed to answer this request")
         finally:
             meter.end(status.name)
 
-    def _authorise(self, context: CallContext) -> None:
-        if not self._api_keys:
-            return
-        scheme, _, key = context.metadata("authorization").partition(" ")
-        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._api_keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise InvalidRequest("give an API key as metadata 'authorization: Bearer KEY'", status=401)
+    def _fail(self, context: CallContext, meter: RequestMeter, error: RorqualError) -> grpc.StatusCode:
+        status = _status(error)
+        context.fail(status, _details(error))
+        if not isinstance(error, InvalidRequest | TooManyRequests):
+            about = fields(status=status.name, error=error)
+            log.warning("failed a request %s %s", meter.about(), about)
+        return status
 
-    async def _answer(self, call: GenerateCall, context: CallContext, meter: RequestMeter) -> None:
+    async def _answer(
+        self, call: GenerateCall, context: CallContext, meter: RequestMeter, place: Place
+    ) -> None:
         model = self._generator.model()
         if model is None:
             raise Overloaded("no worker is connected yet; try again later")
         generation = await self._read(call, model)
+        meter.request_id = generation.request_id
+        place.grow(generation.num_choices)
         num_prompt_tokens = len(generation.prompt)
         meter.prompted(num_prompt_tokens)
         num_unfinished = generation.num_choices
@@ -179,13 +198,6 @@ class GrpcGateway:
                         num_prompt_tokens=num_prompt_tokens, num_completion_tokens=meter.num_completion_tokens
                     )
                 await self._write(context, update, generation, usage)
-        logger.info(
-            "finished request=%s prompt_tokens=%d completion_tokens=%d ms=%.1f",
-            generation.request_id,
-            num_prompt_tokens,
-            meter.num_completion_tokens,
-            1e3 * meter.seconds(),
-        )
 
     async def _write(
         self, context: CallContext, update: ChoiceUpdate, generation: Generation, usage: Usage | None
@@ -197,7 +209,7 @@ class GrpcGateway:
                     update,
                     request_id=generation.request_id,
                     seed=generation.sampling.seed,
-                    finish_reason=_finish_name(update.finish_reason),
+                    finish_reason=finish_name(update.finish_reason) or "",
                     usage=usage,
                 )
         except TimeoutError:
@@ -211,6 +223,7 @@ class GrpcGateway:
     async def _read(self, call: GenerateCall, model: ServedModel) -> Generation:
         """The call as a checked Generation. Raises InvalidRequest naming the message's field."""
         check_model(call.model, model)
+        check_num_logit_biases(len(call.logit_bias), field="sampling.logit_bias")
         sampling = SamplingParams(
             seed=secrets.randbits(SEED_BITS) if call.seed is None else call.seed,
             logit_bias=call.logit_bias,
@@ -222,7 +235,7 @@ class GrpcGateway:
         except InvalidRequest as error:
             raise InvalidRequest(str(error), field=f"sampling.{error.field}") from None
         num_choices = check_num_choices(1 if call.num_choices is None else call.num_choices)
-        wanted = MAX_TOKENS_DEFAULT if call.max_tokens is None else call.max_tokens
+        wanted = COMPLETION_TOKENS_DEFAULT if call.max_tokens is None else call.max_tokens
         if wanted == 0:
             raise InvalidRequest("max_tokens must be at least 1", field="max_tokens")
         stops = check_stops(call.stops)
@@ -244,16 +257,23 @@ class GrpcGateway:
             field = "token_ids.ids"
             return token_array(call.token_ids, vocab_size=model.vocab_size, field=field), field
         if call.text is not None:
-            return await self._prompts.aencode_text(call.text, field="text"), "text"
+            return await self._prompts.aencode_text(
+                call.text, field="text", num_tokens_max=model.sequence_tokens_max
+            ), "text"
         raise InvalidRequest("prompt is missing: set text or token_ids", field="prompt")
 
 
-def _finish_name(reason: FinishReason | None) -> str:
-    if reason is None:
-        return ""
-    if reason in (FinishReason.STOP, FinishReason.LENGTH):
-        return reason.value
-    raise WorkerLost("the generation was ended by the worker")
+def _channel_options(settings: GrpcSettings) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.max_receive_message_length", settings.message_bytes_max),
+        ("grpc.so_reuseport", 0),  # or a second router would share the port in silence
+        ("grpc.keepalive_time_ms", int(1e3 * settings.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", int(1e3 * settings.keepalive_reply_seconds_max)),
+        ("grpc.http2.max_pings_without_data", 0),  # a long prefill sends no data
+        # A client may probe us as often as we probe it; by default gRPC ends one that does within 5 minutes.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    )
 
 
 def _status(error: RorqualError) -> grpc.StatusCode:

@@ -19,7 +19,7 @@ class WorkerView:
     last report could not know yet."""
 
     address: str
-    session: int  # numbered by the router over all workers: a worker that came back has another one
+    session_number: int  # over all workers: a worker that came back has another one
     draining: bool
     sequences_outstanding: int
     sequences_outstanding_max: int
@@ -58,6 +58,6 @@ def candidates(workers: Sequence[WorkerView], *, excluded: frozenset[int]) -> li
         view
         for view in workers
         if not view.draining
-        and view.session not in excluded
+        and view.session_number not in excluded
         and view.sequences_outstanding < view.sequences_outstanding_max
     ]

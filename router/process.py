@@ -38,9 +38,9 @@ from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig
 from router.fleet_metrics import FleetMetrics
 from router.gateway.server import HttpGateway, HttpSettings
+from router.gateway_metrics import GatewayMetrics
 from router.generation import Generation
 from router.grpc_gateway import GrpcGateway, GrpcSettings
-from router.metrics import GatewayMetrics
 from router.placement import LeastOutstandingTokens
 from router.prompt import PromptEncoder
 from router.session_client import GrpcTransport
@@ -184,7 +184,7 @@ def _gateways(
     clock: Clock,
 ) -> tuple[HttpGateway, GrpcGateway]:
     metrics = GatewayMetrics(registry)
-    admission = Admission(num_requests_max=options.requests_max)
+    admission = Admission(num_choices_max=options.requests_max)
     http = HttpGateway(
         generator=dispatcher,
         prompts=prompts,
@@ -233,7 +233,7 @@ async def _until_connected(fleet: Fleet, options: RouterOptions) -> None:
 
 
 def _no_worker(fleet: Fleet, options: RouterOptions) -> RorqualError:
-    why = "; ".join(fleet.failures()) or ", ".join(options.workers)
+    why = "; ".join(fleet.failures())
     return RorqualError(f"no worker could be reached within {options.start_seconds_max:g} s: {why}")
 
 

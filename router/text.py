@@ -21,12 +21,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rorqual.errors import InvalidRequest
+from router.limits import check_stops
 from router.prompt.encoder import ASSISTANT, BOS, EOS, REMINDER, THINK_END, USER
 from router.prompt.tokenizer import Tokenizer
-
-STOP_STRINGS_MAX = 16
-STOP_CHARS_MAX = 4096  # of all stop strings of a request; the matcher takes about 250 bytes for each
 
 _HIDDEN = (BOS, EOS, USER, ASSISTANT, REMINDER)
 
@@ -48,7 +45,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        _check_stops(stops)
+        check_stops(stops)
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]
         self._match_chars = [0]  # length of the longest stop string that ends in this state
@@ -205,25 +202,8 @@ class _Cutter:
         return held
 
 
-def _check_stops(stops: Sequence[str]) -> None:
-    if len(stops) > STOP_STRINGS_MAX:
-        raise InvalidRequest(
-            f"stop may hold at most {STOP_STRINGS_MAX} strings, got {len(stops)}", field="stop"
-        )
-    if not all(stops):
-        raise InvalidRequest("stop must not hold an empty string", field="stop")
-    num_chars = sum(len(stop) for stop in stops)
-    if num_chars > STOP_CHARS_MAX:
-        raise InvalidRequest(
-            f"stop may hold at most {STOP_CHARS_MAX} characters, got {num_chars}", field="stop"
-        )
-
-
 def _hidden_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
-    if tokenizer is None:
-        return frozenset()
-    turns = (tokenizer.token_id(name) for name in _HIDDEN)
-    return tokenizer.special_ids | {token_id for token_id in turns if token_id is not None}
+    return frozenset() if tokenizer is None else tokenizer.special_ids_and(_HIDDEN)
 
 
 _REASONING_END = StopStrings((THINK_END,))

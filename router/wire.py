@@ -12,8 +12,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from rorqual.v1 import generate_pb2, generate_pb2_grpc
+from rorqual.v1 import generate_pb2
 from router.generation import ChoiceUpdate
 
 SERVICE_NAME = generate_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
@@ -69,15 +70,23 @@ Generate = Callable[[GenerateCall, CallContext], Awaitable[None]]
 
 
 def add_generation_service(server: grpc.aio.Server, generate: Generate) -> None:
-    generate_pb2_grpc.add_GenerationServicer_to_server(_Servicer(generate), server)
+    """Decodes requests itself: gRPC would answer UNKNOWN, with the name of a Python class, to what is none."""
 
+    async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        call_context = CallContext(context)
+        try:
+            request = generate_pb2.GenerateRequest.FromString(data)
+        except DecodeError:
+            call_context.fail(grpc.StatusCode.INVALID_ARGUMENT, "the message is no GenerateRequest")
+            return
+        await generate(_call(request), call_context)
 
-class _Servicer(generate_pb2_grpc.GenerationServicer):
-    def __init__(self, generate: Generate) -> None:
-        self._generate = generate
-
-    async def Generate(self, request: generate_pb2.GenerateRequest, context: Any) -> None:
-        await self._generate(_call(request), CallContext(context))
+    handler = grpc.unary_stream_rpc_method_handler(
+        answer, response_serializer=generate_pb2.GenerateResponse.SerializeToString
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(SERVICE_NAME, {"Generate": handler}),)
+    )
 
 
 def _call(request: generate_pb2.GenerateRequest) -> GenerateCall:

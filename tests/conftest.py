@@ -17,7 +17,7 @@ settings.load_profile("rorqual")
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what tests noted by `record_property("figure", text)`, whichever process ran them."""
     figures = [
-        text
+        f"{text} {report.nodeid.partition('[')[1]}{report.nodeid.partition('[')[2]}".rstrip()
         for reports in terminalreporter.stats.values()
         for report in reports
         if getattr(report, "when", None) == "call"

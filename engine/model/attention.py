@@ -49,9 +49,10 @@ def attention(
         if item.kind is LayerKind.CSA:
             queries = index_queries(run, wide[:, q_width:], head_weights, angles)
 
-    outputs: list[Tensor] = []
-    for group in run.batch.groups:
-        outputs.append(_attend_decodes(run, layer, item, weights, q_THd, queries, window, group))
+    outputs = [
+        _attend_decodes(run, layer, item, weights, q_THd, queries, window, group)
+        for group in run.batch.groups
+    ]
     for piece, past in zip(run.batch.chunks, pasts, strict=True):
         window_rows = torch.cat((past, kv_Td[piece.rows]))
         outputs += _attend_chunk(run, layer, item, weights, q_THd, queries, piece, window_rows)

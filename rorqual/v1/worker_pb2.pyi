@@ -123,12 +123,14 @@ class Alternatives(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
-    __slots__ = ("logprobs", "alternatives")
+    __slots__ = ("logprobs", "alternatives", "first")
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     alternatives: _containers.RepeatedCompositeFieldContainer[Alternatives]
-    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ...) -> None: ...
+    first: int
+    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., first: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("sequences_running", "sequences_waiting", "tokens_waiting", "pages_free", "pages_total", "slots_free", "slots_total", "step_ms")

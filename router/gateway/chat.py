@@ -11,9 +11,8 @@ from typing import Any
 
 from router.gateway.logprobs import chat_logprobs
 from router.gateway.requests import AnswerStyle, ChatJob
-from router.gateway.writers import EventTemplate, finish_name, to_json, usage
-from router.generation import ChoiceUpdate, Generation
-from router.prompt_source import PromptSource
+from router.gateway.writers import EventTemplate, to_json, usage
+from router.generation import ChoiceUpdate, Generation, PromptSource, finish_name
 
 
 @dataclass(slots=True, kw_only=True)

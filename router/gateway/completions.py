@@ -13,9 +13,8 @@ from typing import Any
 from rorqual.session import FinishReason
 from router.gateway.logprobs import CompletionLogprobs
 from router.gateway.requests import AnswerStyle, CompletionJob
-from router.gateway.writers import EventTemplate, finish_name, to_json, usage
-from router.generation import ChoiceUpdate, Generation, TokenOut
-from router.prompt_source import PromptSource
+from router.gateway.writers import EventTemplate, to_json, usage
+from router.generation import ChoiceUpdate, Generation, PromptSource, TokenOut, finish_name
 
 _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 

@@ -9,7 +9,7 @@ import msgspec
 
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut, WorkerLost
 from router.admission import TooManyRequests
-from router.gateway.http1 import Headers
+from router.gateway.http1 import Headers, Refusal
 
 RETRY_AFTER: Headers = ((b"retry-after", b"1"),)
 
@@ -38,6 +38,15 @@ def answer_to(error: RorqualError) -> ErrorAnswer:
     if isinstance(error, WorkerLost):
         return ErrorAnswer(status=502, body=error_body(str(error), kind="server_error", code="worker_lost"))
     return ErrorAnswer(status=500, body=error_body(str(error), kind="server_error"))
+
+
+def error_of(refusal: Refusal) -> RorqualError:
+    """What the HTTP server or a look at the head refused, as the failure that it is."""
+    if refusal.status >= 500:
+        return Overloaded(refusal.message)
+    if refusal.status == 429:
+        return TooManyRequests(refusal.message)
+    return InvalidRequest(refusal.message, status=refusal.status, code=refusal.code)
 
 
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> bytes:

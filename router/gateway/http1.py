@@ -1,8 +1,8 @@
 """An HTTP/1.1 server on asyncio and llhttp: sockets in, whole requests and a reply writer out.
 
-Owns listening, connections, request framing, every bound and deadline of a socket, and stopping gracefully.
-Called by `router.gateway.server`, which gives it one handler; it knows nothing of routes, JSON or models, and
-never waits for a client without a deadline.
+Owns listening, connections, request framing, every bound and deadline of a socket, the bytes of all bodies,
+and stopping gracefully. Called by `router.gateway.server`, which gives it a look at each head and one handler;
+it knows nothing of routes, JSON or models, and never waits for a client without a deadline.
 
 It exists because of what `bench/http_servers.py` measured. A token stream needs one socket write for all
 events that became ready in one turn of the loop, its handler cancelled the moment the client goes, and a
@@ -39,8 +39,13 @@ PROGRESS_BYTES = 8 * KIB
 """A client must take this much within `write_seconds_max`, or everything there is: a drip is no reading."""
 
 PIPELINED_BYTES_MAX = 64 * KIB
+PIPELINED_REQUESTS_MAX = 64
+"""What one read brings is parsed at once; more requests than this are refused."""
+
 LINGER_SECONDS = 2.0
 CANCEL_SECONDS = 5.0
+LAST_WORDS_SECONDS = 0.5
+"""When stopping: for what was written to leave, before connections are aborted."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -48,6 +53,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLimits:
     body_bytes_max: int = 16 * 1024 * KIB
+    body_bytes_inflight_max: int = 512 * 1024 * KIB  # of all connections, until handlers take their bodies
     head_bytes_max: int = 64 * KIB
     connections_max: int = 4096
     read_seconds_max: float = 60.0  # from a request's first byte to its last
@@ -57,37 +63,62 @@ class HttpLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a request was not read to its end. It must be answered; the connection closes afterwards."""
+    """Why a request is not served. It must be answered all the same."""
 
     status: int
     message: str
+    code: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class HttpRequest:
+    """`unread`: it was refused before its end, and the connection closes after the answer."""
+
     method: str
     path: str
     headers: dict[bytes, bytes]  # names in lower case; of a repeated header the last one
-    body: bytes
+    body: bytes = b""
     keep_alive: bool
     chunks_allowed: bool  # HTTP/1.1: the reply may be chunked
     refusal: Refusal | None = None
+    unread: bool = False
+    give_back: Callable[[int], None] = lambda num_bytes: None
+
+    def take_body(self) -> bytes:
+        """The body, to be had once. From then on its bytes are the handler's to bound, not the server's."""
+        body, self.body = self.body, b""
+        self.give_back(len(body))
+        return body
 
 
 Handler = Callable[[HttpRequest, "HttpReply"], Awaitable[None]]
-"""Answers one request by exactly one `send`, or `start`, `write`..., `finish`. It is cancelled when the
-client goes, and raises nothing but CancelledError."""
+"""Answers one request by exactly one `send`, or `start`, `write`..., `finish`. It is cancelled when the client
+goes (`reply.client_is_gone`) or the server stops, and raises nothing but CancelledError."""
+
+OnHead = Callable[[HttpRequest], Refusal | None]
+"""Looks at a request whose body has not been read. What it refuses goes to the handler without a body."""
 
 CutOff = Callable[[str], None]
-"""Told why a client was cut off: "write_deadline", "read_deadline" or "connections"."""
+"""Told why a client was cut off: "write_deadline", "read_deadline", "connections", "body_bytes" or
+"pipelined_requests"."""
 
 
 class HttpServer:
-    def __init__(self, handler: Handler, *, limits: HttpLimits, clock: Clock, cut_off: CutOff) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        limits: HttpLimits,
+        clock: Clock,
+        cut_off: CutOff,
+        on_head: OnHead = lambda request: None,
+    ) -> None:
         self.handler = handler
+        self.on_head = on_head
         self.limits = limits
         self.cut_off = cut_off
         self.stopping = False
+        self.body_bytes_inflight = 0
         self.connections: set[_Connection] = set()
         self.conversations: set[asyncio.Task[None]] = set()
         self._clock = clock
@@ -102,7 +133,8 @@ class HttpServer:
         return int(self._listener.sockets[0].getsockname()[1])
 
     async def stop(self, *, drain_seconds: float) -> None:
-        """Take no more, let running replies finish for `drain_seconds`, then cancel them."""
+        """Take no more, let running replies finish for `drain_seconds`, then cancel their handlers, which
+        may still say why."""
         self.stopping = True
         if self._listener is not None:
             self._listener.close()
@@ -114,6 +146,8 @@ class HttpServer:
             conversation.cancel()
         if self.conversations:
             await asyncio.wait(self.conversations, timeout=CANCEL_SECONDS)
+        if self.connections:
+            await asyncio.wait([each.closed for each in self.connections], timeout=LAST_WORDS_SECONDS)
         for connection in tuple(self.connections):
             connection.abort()
         # One turn, so that transports report their end before the loop may be closed.
@@ -144,6 +178,10 @@ class HttpReply:
     @property
     def started(self) -> bool:
         return self.status != 0
+
+    @property
+    def client_is_gone(self) -> bool:
+        return self._connection.is_closing
 
     @property
     def keep_alive(self) -> bool:
@@ -222,6 +260,8 @@ class _Connection(asyncio.Protocol):
         self.server = server
         self.resumed: asyncio.Future[None] | None = None  # set while the client is behind
         self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._body_bytes = 0  # of what `server.body_bytes_inflight` counts
         self._transport: asyncio.Transport | None = None
         self._conversation: asyncio.Task[None] | None = None
         self._parser = httptools.HttpRequestParser(self)
@@ -240,9 +280,8 @@ class _Connection(asyncio.Protocol):
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport = cast(
-            "asyncio.Transport", transport
-        )  # uvloop's class is not derived from it
+        # uvloop's class is not derived from it.
+        self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         _keep_probing(transport.get_extra_info("socket"))
         self.server.connections.add(self)
@@ -256,6 +295,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.connections.discard(self)
+        self.closed.set_result(None)
+        self._give_back(self._body_bytes)
+        self._body = bytearray()
         _cancel_timer(self._read_timer)
         _cancel_timer(self._write_timer)
         if self._conversation is not None:
@@ -292,6 +334,10 @@ class _Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.write(data)
 
+    @property
+    def is_closing(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
+
     def close_if_idle(self) -> None:
         if not self._answering and not self._arrived and self._conversation is not None:
             self._conversation.cancel()
@@ -307,10 +353,13 @@ class _Connection(asyncio.Protocol):
             while True:
                 request = await self._next_request()
                 reply = HttpReply(self, request)
-                await self.server.handler(request, reply)
-                assert reply.finished, "the handler left a reply unfinished"
-                self._answering = False
-                if request.refusal is not None:
+                try:
+                    await self.server.handler(request, reply)
+                    assert reply.finished, "the handler left a reply unfinished"
+                finally:
+                    request.take_body()
+                    self._answering = not reply.finished
+                if request.unread:
                     await self._linger()
                 if not reply.keep_alive:
                     break
@@ -350,6 +399,7 @@ class _Connection(asyncio.Protocol):
     # --- parsing
 
     def _begin_message(self) -> None:
+        self._head: HttpRequest | None = None
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._body = bytearray()
@@ -406,58 +456,86 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._head_complete = True
-        limit = self.server.limits.body_bytes_max
+        if self._discarding:
+            return
+        head = self._head = self._read_head()
+        if head is None:
+            self._refuse(400, "the request's target is not a path")
+            return
+        head.refusal = self.server.on_head(head)
         length = self._headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
+        limit = self.server.limits.body_bytes_max
+        if head.refusal is not None:
+            if length != b"0" or b"transfer-encoding" in self._headers:
+                self._turn_away(head)  # a body is not worth reading, nor keeping
+        elif length.isdigit() and int(length) > limit:
             self._refuse(413, f"the body has {int(length)} bytes; at most {limit} are taken")
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _read_head(self) -> HttpRequest | None:
+        try:
+            path = unquote((httptools.parse_url(self._url).path or b"/").decode("ascii"))
+        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+            return None
+        version = self._parser.get_http_version()
+        return HttpRequest(
+            method=self._parser.get_method().decode("ascii"),
+            path=path,
+            headers=self._headers,
+            keep_alive=version == "1.1"
+            and self._parser.should_keep_alive()
+            and not self._parser.should_upgrade(),
+            chunks_allowed=version == "1.1",
+            give_back=self._give_back,
+        )
 
     def on_body(self, body: bytes) -> None:
         if self._discarding:
             return
         self._body_grew = True
         self._body += body
-        if len(self._body) > self.server.limits.body_bytes_max:
-            self._refuse(413, f"the body is over {self.server.limits.body_bytes_max} bytes")
+        self._body_bytes += len(body)
+        self.server.body_bytes_inflight += len(body)
+        limits = self.server.limits
+        if len(self._body) > limits.body_bytes_max:
+            self._refuse(413, f"the body is over {limits.body_bytes_max} bytes")
+        elif self.server.body_bytes_inflight > limits.body_bytes_inflight_max:
+            self.server.cut_off("body_bytes")
+            self._refuse(503, "too many bytes of requests are being received; try again later")
 
     def on_message_complete(self) -> None:
-        if self._discarding:
+        head = self._head
+        if self._discarding or head is None:
             return
-        try:
-            path = unquote((httptools.parse_url(self._url).path or b"/").decode("ascii"))
-        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
-            self._refuse(400, "the request's target is not a path")
+        if len(self._arrived) >= PIPELINED_REQUESTS_MAX:
+            self.server.cut_off("pipelined_requests")
+            self._refuse(429, f"more than {PIPELINED_REQUESTS_MAX} requests were sent without waiting")
             return
-        version = self._parser.get_http_version()
-        self._arrive(
-            HttpRequest(
-                method=self._parser.get_method().decode("ascii"),
-                path=path,
-                headers=self._headers,
-                body=bytes(self._body),
-                keep_alive=version == "1.1"
-                and self._parser.should_keep_alive()
-                and not self._parser.should_upgrade(),
-                chunks_allowed=version == "1.1",
-            )
-        )
-        self._body = bytearray()
+        head.body, self._body = bytes(self._body), bytearray()
+        self._head = None
+        self._arrive(head)
 
     def _refuse(self, status: int, message: str) -> None:
-        self._discarding = True
+        """End reading with a request that the handler is to answer like this."""
+        head = self._head
+        if head is None:
+            head = HttpRequest(method="GET", path="", headers={}, keep_alive=False, chunks_allowed=True)
+        head.refusal = Refusal(status=status, message=message)
+        self._turn_away(head)
+
+    def _turn_away(self, head: HttpRequest) -> None:
+        self._discarding, self._head = True, None
+        self._give_back(len(self._body))
         self._body = bytearray()
-        self._arrive(
-            HttpRequest(
-                method="GET",
-                path="",
-                headers={},
-                body=b"",
-                keep_alive=False,
-                chunks_allowed=True,
-                refusal=Refusal(status=status, message=message),
-            )
-        )
+        head.keep_alive, head.unread = False, True
+        self._arrive(head)
+
+    def _give_back(self, num_bytes: int) -> None:
+        # A connection that was lost has given everything back already.
+        num_bytes = min(num_bytes, self._body_bytes)
+        self._body_bytes -= num_bytes
+        self.server.body_bytes_inflight -= num_bytes
 
     def _arrive(self, request: HttpRequest) -> None:
         self._arrived.append(request)

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rorqual.session import PromptLogprobs, TokenArray
-from router.generation import TokenOut
-from router.prompt_source import PromptSource
+from router.generation import PromptSource, TokenOut
 
 LOGPROB_MIN = -9999.0
 """JSON has no infinity; a token that cannot be sampled has this logprob, as in OpenAI's API."""

@@ -17,6 +17,7 @@ from rorqual.errors import InvalidRequest
 from rorqual.ids import RequestId, draw_request_id
 from rorqual.sampling import LOGPROBS_MAX, SamplingParams
 from rorqual.session import TokenArray
+from router.gateway.roles import thinking_of, with_known_roles
 from router.gateway.schema import (
     ChatBody,
     CompletionBody,
@@ -25,13 +26,18 @@ from router.gateway.schema import (
     check_unserved,
     decode_body,
 )
-from router.generation import Generation, ServedModel
-from router.prompt_source import PromptSource, PromptTokens
-from router.prompts import check_model, check_num_choices, check_stops, token_array, token_budget
+from router.generation import Generation, PromptSource, PromptTokens, ServedModel
+from router.limits import (
+    COMPLETION_TOKENS_DEFAULT,
+    check_model,
+    check_num_choices,
+    check_num_logit_biases,
+    check_stops,
+    token_array,
+    token_budget,
+)
 
 NUM_REQUEST_CHOICES_MAX = 128
-COMPLETION_TOKENS_DEFAULT = 16
-LOGIT_BIASES_MAX = 1024
 
 SeedSource = Callable[[], int]
 """Draws a seed for a request that brought none."""
@@ -61,6 +67,10 @@ class ChatJob:
     style: AnswerStyle
     generation: Generation
 
+    @property
+    def num_choices(self) -> int:
+        return self.style.num_choices
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionJob:
@@ -69,6 +79,10 @@ class CompletionJob:
     generations: tuple[Generation, ...]  # one per prompt
     num_logprobs: int  # alternatives shown per token
     prompt_only: bool  # max_tokens 0: the one token that is generated is not shown
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.style.num_choices
 
 
 async def read_chat(
@@ -82,7 +96,7 @@ async def read_chat(
                 f"top_logprobs must be between 0 and {LOGPROBS_MAX}, got {body.top_logprobs}",
                 field="top_logprobs",
             )
-        if not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", field="top_logprobs")
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _sampling(body, num_logprobs=num_logprobs, draw_seed=draw_seed)
@@ -91,7 +105,7 @@ async def read_chat(
     request_id = draw_request_id("chatcmpl")
     style = _style(body, request_id=request_id, model=model, logprobs=bool(body.logprobs))
     stops = _stops(body)
-    prompt = await encode_messages(body, prompts=prompts)
+    prompt = await encode_messages(body, prompts=prompts, num_tokens_max=model.sequence_tokens_max)
     generation = Generation(
         request_id=request_id,
         prompt=prompt.ids,
@@ -163,26 +177,23 @@ async def read_tokenize(
     if len(given) != 1:
         raise InvalidRequest("tokenize needs one of text, prompt or messages", field="text")
     if body.messages is not None:
-        return (await encode_messages(body, prompts=prompts)).ids
-    return await prompts.aencode_text(
-        body.text if body.text is not None else body.prompt or "", field=given[0]
-    )
+        return (await encode_messages(body, prompts=prompts, num_tokens_max=None)).ids
+    text = body.text if body.text is not None else body.prompt or ""
+    return await prompts.aencode_text(text, field=given[0], num_tokens_max=None)
 
 
-async def encode_messages(body: ChatBody | TokenizeBody, *, prompts: PromptSource) -> PromptTokens:
-    """An effort asks for thinking unless `thinking` says otherwise; OpenAI's "none" asks for no thinking."""
+async def encode_messages(
+    body: ChatBody | TokenizeBody, *, prompts: PromptSource, num_tokens_max: int | None
+) -> PromptTokens:
     if body.messages is None:
         raise InvalidRequest("messages is missing", field="messages")
-    template = body.chat_template_kwargs
-    effort = body.reasoning_effort
-    if template is not None and template.reasoning_effort is not None:
-        effort = template.reasoning_effort
-    if effort == "none":
-        effort = None
-    thinking = effort is not None
-    if template is not None and template.thinking is not None:
-        thinking = template.thinking
-    return await prompts.aencode_chat(body.messages, thinking=thinking, reasoning_effort=effort)
+    thinking, effort = thinking_of(body)
+    return await prompts.aencode_chat(
+        with_known_roles(body.messages, thinking=thinking),
+        thinking=thinking,
+        reasoning_effort=effort,
+        num_tokens_max=num_tokens_max,
+    )
 
 
 # --- parts of a request
@@ -236,10 +247,7 @@ _SAMPLING_FIELDS = (
 
 
 def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    if len(given) > LOGIT_BIASES_MAX:
-        raise InvalidRequest(
-            f"logit_bias names {len(given)} tokens; at most {LOGIT_BIASES_MAX} are taken", field="logit_bias"
-        )
+    check_num_logit_biases(len(given), field="logit_bias")
     biases: dict[int, float] = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
@@ -284,7 +292,7 @@ async def _encode_prompts(
     for index, prompt in enumerate(given):
         field = "prompt" if len(given) == 1 else f"prompt[{index}]"
         if isinstance(prompt, str):
-            ids = await prompts.aencode_text(prompt, field=field)
+            ids = await prompts.aencode_text(prompt, field=field, num_tokens_max=model.sequence_tokens_max)
             text = prompt if body.echo else None
         else:
             ids = token_array(prompt, vocab_size=model.vocab_size, field=field)

@@ -1,15 +1,18 @@
 """What request bodies may say: msgspec Structs that decode and type-check JSON in one pass.
 
-Called by `router.gateway.requests`. Fields that OpenAI clients send and that change nothing (`user`,
-`metadata`, `store`, ...) are unknown here and so ignored; fields that would change the answer and are not
-served are listed in `Unserved` and refused by name, since ignoring them would be a wrong answer that looks
-right.
+Called by `router.gateway.server` and `router.gateway.requests`. Fields that OpenAI clients send and that
+change nothing (`user`, `metadata`, `store`, ...) are unknown here and so ignored; fields that would change the
+answer and are not served are listed in `Unserved` and refused by name, since ignoring them would be a wrong
+answer that looks right.
 """
 
 from __future__ import annotations
 
+import gc
 import re
-from typing import Annotated, Any, TypeVar
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -19,6 +22,10 @@ Value = TypeVar("Value")
 
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """JSON has no largest integer; ours must fit the arithmetic behind them before any range is checked."""
+
+CONTAINERS_MAX = 65_536
+"""Objects and lists in one body. Each becomes an object that Python's collector walks; a long chat has some
+thousands, and an agent's tools some more."""
 
 
 class Unserved(msgspec.Struct):
@@ -51,6 +58,20 @@ class Unserved(msgspec.Struct):
     continue_final_message: Any = None
     add_generation_prompt: Any = None
     chat_template: Any = None
+    enable_thinking: Any = None
+    reasoning: Any = None
+    thinking_token_budget: Any = None
+    include_reasoning: Any = None
+    separate_reasoning: Any = None
+    verbosity: Any = None
+    prompt_logprobs: Any = None
+    skip_special_tokens: Any = None
+    add_special_tokens: Any = None
+    typical_p: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    json_schema: Any = None
+    logits_processors: Any = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -85,12 +106,20 @@ class TemplateArguments(msgspec.Struct, forbid_unknown_fields=True):
     reasoning_effort: str | None = None
 
 
+class Thinking(msgspec.Struct, forbid_unknown_fields=True):
+    """As in DeepSeek's own API."""
+
+    type: Literal["enabled", "disabled"]
+
+
 class ChatBody(GenerationBody):
     messages: list[dict[str, Any]] | None = None
     logprobs: bool | None = None
     top_logprobs: Int64 | None = None
     reasoning_effort: str | None = None
+    thinking: Thinking | None = None
     chat_template_kwargs: TemplateArguments | None = None
+    echo: Any = None  # served for completions only
 
 
 class CompletionBody(GenerationBody):
@@ -105,13 +134,17 @@ class TokenizeBody(msgspec.Struct):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    thinking: Thinking | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
 
 def decode_body(decoder: msgspec.json.Decoder[Value], body: bytes) -> Value:
     """The body as its type. Raises InvalidRequest that says where the JSON or a type is wrong."""
+    if _has_more_containers(body, CONTAINERS_MAX):
+        raise InvalidRequest(f"the body has over {CONTAINERS_MAX} objects and lists")
     try:
-        return decoder.decode(body)
+        with _collector_paused():
+            return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _wrong_type(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -120,22 +153,25 @@ def decode_body(decoder: msgspec.json.Decoder[Value], body: bytes) -> Value:
         raise InvalidRequest("the body is nested too deeply") from None
 
 
-def check_unserved(body: Unserved) -> None:
-    for name in Unserved.__struct_fields__:
+def check_unserved(body: GenerationBody) -> None:
+    names = Unserved.__struct_fields__
+    for name in (*names, "echo") if isinstance(body, ChatBody) else names:
         value = getattr(body, name)
-        if value is not None and not _asks_for_nothing(name, value):
-            raise InvalidRequest(f"{name} is not supported", field=name, code="unsupported_parameter")
+        if value is None or _asks_for_nothing(name, value):
+            continue
+        if name == "best_of" and type(value) is int and value == (1 if body.n is None else body.n):
+            continue  # the best of as many as are asked for: all of them
+        raise InvalidRequest(f"{name} is not supported", field=name, code="unsupported_parameter")
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),  # without tools, which are refused, there is nothing to choose
     "function_call": ("none",),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "suffix": ("",),
-    "best_of": (1,),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
     "bad_words": ([],),
@@ -145,6 +181,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
+    "enable_thinking": (False,),
+    "reasoning": ({}, {"effort": None}),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "verbosity": ("medium",),
+    "skip_special_tokens": (True,),
+    "add_special_tokens": (False,),
+    "typical_p": (1,),
+    "logits_processors": ([],),
+    "echo": (False,),
 }
 
 
@@ -156,6 +202,29 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
         and (type(value) is type(neutral) or (type(value) in numbers and type(neutral) in numbers))
         for neutral in _NEUTRAL.get(name, ())
     )
+
+
+def _has_more_containers(body: bytes, limit: int) -> bool:
+    """Without building anything. Braces in strings are text, as any program in a prompt has."""
+    if body.count(b"{") + body.count(b"[") <= limit:
+        return False
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if unescaped.count(b'"') > 16 * limit:
+        return True
+    outside = b"".join(unescaped.split(b'"')[::2])
+    return outside.count(b"{") + outside.count(b"[") > limit
+
+
+@contextmanager
+def _collector_paused() -> Generator[None]:
+    """Decoding makes no garbage, but looking for some among all that is made takes longer than making it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 _PATH = re.compile(r" - at `\$\.?(.*?)`$", re.DOTALL)

@@ -8,7 +8,6 @@ logged.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
@@ -19,23 +18,32 @@ from typing import Any
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from rorqual.api_keys import ApiKeys
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut
+from rorqual.ids import RequestId
 from rorqual.sampling import SEED_BITS
+from rorqual.telemetry import fields
 from router.admission import Admission
 from router.gateway.chat import ChatWriter
 from router.gateway.completions import CompletionWriter
-from router.gateway.errors import RETRY_AFTER, answer_to, error_body
-from router.gateway.http1 import Headers, HttpLimits, HttpReply, HttpRequest, HttpServer
+from router.gateway.errors import RETRY_AFTER, answer_to, error_body, error_of
+from router.gateway.http1 import Headers, HttpLimits, HttpReply, HttpRequest, HttpServer, Refusal
 from router.gateway.merge import updates_of
-from router.gateway.requests import SeedSource, read_chat, read_completion, read_tokenize
+from router.gateway.requests import (
+    ChatJob,
+    CompletionJob,
+    SeedSource,
+    read_chat,
+    read_completion,
+    read_tokenize,
+)
 from router.gateway.schema import ChatBody, CompletionBody, TokenizeBody, decode_body
 from router.gateway.writers import DONE, AnswerWriter, to_json
-from router.generation import Generator, ServedModel
-from router.metrics import GatewayMetrics, RequestMeter
-from router.prompt_source import PromptSource
+from router.gateway_metrics import GatewayMetrics, RequestMeter
+from router.generation import Generator, PromptSource, ServedModel
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -53,13 +61,14 @@ class HttpSettings:
     limits: HttpLimits = field(default_factory=HttpLimits)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Exchange:
-    """One request and everything needed to answer it."""
+    """One request, everything needed to answer it, and what is told of it afterwards."""
 
     request: HttpRequest
     reply: HttpReply
     meter: RequestMeter
+    status: str = "cancelled"  # of a stream that fails, its failure's
 
 
 _Answer = Callable[[_Exchange], Awaitable[None]]
@@ -91,13 +100,15 @@ class HttpGateway:
         self._admission = admission
         self._clock = clock
         self._draw_seed = draw_seed
-        self._api_keys = tuple(key.encode() for key in settings.api_keys)
+        self._api_keys = ApiKeys(settings.api_keys)
         self._server = HttpServer(
             self._handle,
+            on_head=self._look_at_head,
             limits=settings.limits,
             clock=clock,
             cut_off=lambda reason: metrics.cut_off.labels(reason).inc(),
         )
+        metrics.body_bytes_inflight.set_function(lambda: self._server.body_bytes_inflight)
         self._routes = {
             "/v1/chat/completions": _Route(method="POST", answer=self._chat),
             "/v1/completions": _Route(method="POST", answer=self._completions),
@@ -117,7 +128,8 @@ class HttpGateway:
         return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
     async def stop(self) -> None:
-        """Take no more requests, let running ones finish for `drain_seconds_max`, cancel what is left."""
+        """Take no more requests, let running ones finish for `drain_seconds_max`, cancel what is left and
+        tell its clients."""
         await self._server.stop(drain_seconds=self._settings.drain_seconds_max)
 
     # --- one request
@@ -127,21 +139,31 @@ class HttpGateway:
         meter = RequestMeter(self._metrics, route=name, clock=self._clock)
         exchange = _Exchange(request=request, reply=reply, meter=meter)
         try:
-            self._admit(request, route)
+            if request.refusal is not None:
+                raise error_of(request.refusal)
             assert route is not None
             await self._answer(route, exchange)
+            exchange.status = str(reply.status)
         except RorqualError as error:
             self._fail(exchange, error)
         except asyncio.CancelledError:
-            meter.cancelled()
-            logger.info("cancelled route=%s completion_tokens=%d", name, meter.num_completion_tokens)
+            self._cancelled(exchange)
             raise
         except Exception:
             meter.failed()
-            logger.exception("failed route=%s", name)
+            log.exception("failed by a fault of the router %s", exchange.meter.about())
             self._fail(exchange, RorqualError("the router failed to answer this request"))
         finally:
-            meter.end(str(reply.status or "cancelled"))
+            meter.end(exchange.status)
+
+    def _cancelled(self, exchange: _Exchange) -> None:
+        """By a client that went away, or at the end of the router's own time to finish requests."""
+        if exchange.reply.client_is_gone:
+            exchange.meter.cancelled()
+            tokens = exchange.meter.num_completion_tokens
+            log.info("cancelled a request %s %s", exchange.meter.about(), fields(completion_tokens=tokens))
+        else:
+            self._fail(exchange, Overloaded("the router is stopping; try again later"))
 
     async def _answer(self, route: _Route, exchange: _Exchange) -> None:
         deadline = asyncio.timeout(self._settings.request_seconds_max)
@@ -161,40 +183,37 @@ class HttpGateway:
             return "/v1/models/{id}", self._model_route
         return "unknown", None
 
-    def _admit(self, request: HttpRequest, route: _Route | None) -> None:
-        if request.refusal is not None:
-            raise InvalidRequest(request.refusal.message, status=request.refusal.status)
-        if self._api_keys and not (route is not None and route.open) and not self._authorised(request):
-            raise InvalidRequest(
-                "give an API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
-            )
+    def _look_at_head(self, request: HttpRequest) -> Refusal | None:
+        """What is refused without a look at the body, and without keeping it."""
+        route = self._find(request.path)[1]
+        is_open = route is not None and route.open
+        if not is_open and not self._api_keys.accept(request.headers.get(b"authorization", b"")):
+            message = "give an API key as 'Authorization: Bearer KEY'"
+            return Refusal(status=401, message=message, code="invalid_api_key")
+        path = request.path[:200]
         if route is None:
-            raise InvalidRequest(f"there is no {request.path[:200]}", status=404, code="unknown_url")
+            return Refusal(status=404, message=f"there is no {path}", code="unknown_url")
         if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
-            raise InvalidRequest(
-                f"{request.path[:200]} takes {route.method}, not {request.method}",
-                status=405,
-                code="method_not_allowed",
-            )
+            message = f"{path} takes {route.method}, not {request.method}"
+            return Refusal(status=405, message=message, code="method_not_allowed")
         if request.headers.get(b"content-encoding", b"identity") != b"identity":
-            raise InvalidRequest("a body with a content-encoding is not supported", status=415)
-
-    def _authorised(self, request: HttpRequest) -> bool:
-        scheme, _, key = request.headers.get(b"authorization", b"").partition(b" ")
-        # Every key is compared, in constant time, so that the time taken tells nothing.
-        matches = [hmac.compare_digest(key.strip(), known) for known in self._api_keys]
-        return scheme.lower() == b"bearer" and any(matches)
+            return Refusal(status=415, message="a body with a content-encoding is not supported")
+        return None
 
     def _fail(self, exchange: _Exchange, error: RorqualError) -> None:
         answer = answer_to(error)
+        exchange.status = str(answer.status)
         reply = exchange.reply
+        if reply.started or answer.status >= 500:
+            about = fields(status=answer.status, streamed=reply.started, error=error)
+            log.warning("failed a request %s %s", exchange.meter.about(), about)
         if reply.finished:
             return
         if reply.started:
             reply.write(b"data: %b\n\n" % answer.body)
             reply.finish()
             return
-        headers = answer.headers
+        headers = (*answer.headers, *_id_header(exchange.meter.request_id))
         if answer.status == 401:
             headers = (*headers, (b"www-authenticate", b"Bearer"))
         if answer.status == 405:
@@ -205,43 +224,45 @@ class HttpGateway:
     # --- generating
 
     async def _chat(self, exchange: _Exchange) -> None:
-        with self._admission.enter():
-            body = decode_body(_CHAT_DECODER, exchange.request.body)
-            job = await read_chat(body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed)
-            await self._generate(
-                exchange, ChatWriter(job, names=self._prompts, created=int(self._clock.wall()))
-            )
+        with self._admission.enter() as place:
+            job = await self._read_chat(exchange)
+            place.grow(job.num_choices)
+            writer = ChatWriter(job, names=self._prompts, created=int(self._clock.wall()))
+            await self._generate(exchange, writer)
 
     async def _completions(self, exchange: _Exchange) -> None:
-        with self._admission.enter():
-            body = decode_body(_COMPLETION_DECODER, exchange.request.body)
-            job = await read_completion(
-                body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed
-            )
-            await self._generate(
-                exchange, CompletionWriter(job, names=self._prompts, created=int(self._clock.wall()))
-            )
+        with self._admission.enter() as place:
+            job = await self._read_completion(exchange)
+            place.grow(job.num_choices)
+            writer = CompletionWriter(job, names=self._prompts, created=int(self._clock.wall()))
+            await self._generate(exchange, writer)
+
+    # Bodies end with these two: what is generated for hours must not hold on to megabytes of JSON.
+
+    async def _read_chat(self, exchange: _Exchange) -> ChatJob:
+        body = decode_body(_CHAT_DECODER, exchange.request.take_body())
+        return await read_chat(body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed)
+
+    async def _read_completion(self, exchange: _Exchange) -> CompletionJob:
+        body = decode_body(_COMPLETION_DECODER, exchange.request.take_body())
+        return await read_completion(
+            body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed
+        )
 
     async def _generate(self, exchange: _Exchange, writer: AnswerWriter) -> None:
         """Drive the generations into the answer. Cancelled with its client, it closes them before it ends."""
         meter = exchange.meter
-        num_prompt_tokens = sum(len(generation.prompt) for generation in writer.generations)
-        meter.prompted(num_prompt_tokens)
+        meter.request_id = writer.style.request_id
+        meter.prompted(sum(len(generation.prompt) for generation in writer.generations))
         if writer.style.stream:
             await self._stream(exchange, writer)
         else:
             await self._collect(exchange, writer)
-        logger.info(
-            "finished request=%s prompt_tokens=%d completion_tokens=%d ms=%.1f",
-            writer.style.request_id,
-            num_prompt_tokens,
-            meter.num_completion_tokens,
-            1e3 * meter.seconds(),
-        )
+        log.info("finished a request %s %s", meter.about(), meter.finished())
 
     async def _stream(self, exchange: _Exchange, writer: AnswerWriter) -> None:
         meter, reply = exchange.meter, exchange.reply
-        headers = (*STREAM_HEADERS, (b"x-request-id", writer.style.request_id.encode()))
+        headers = (*STREAM_HEADERS, *_id_header(exchange.meter.request_id))
         num_choices = writer.style.num_choices
         async with aclosing(updates_of(self._generator, writer.generations)) as updates:
             async for prompt, update in updates:
@@ -264,8 +285,7 @@ class HttpGateway:
                 meter.saw(update, choice=prompt * num_choices + update.choice)
                 writer.add(prompt, update)
         body = writer.body(meter.num_prompt_tokens, meter.num_completion_tokens)
-        headers = ((b"x-request-id", writer.style.request_id.encode()),)
-        exchange.reply.send(200, body, content_type=JSON, headers=headers)
+        exchange.reply.send(200, body, content_type=JSON, headers=_id_header(exchange.meter.request_id))
 
     def _model(self) -> ServedModel:
         model = self._generator.model()
@@ -290,7 +310,7 @@ class HttpGateway:
         exchange.reply.send(200, to_json(_model_card(model)), content_type=JSON)
 
     async def _tokenize(self, exchange: _Exchange) -> None:
-        body = decode_body(_TOKENIZE_DECODER, exchange.request.body)
+        body = decode_body(_TOKENIZE_DECODER, exchange.request.take_body())
         model = self._generator.model()
         ids = await read_tokenize(body, model=model, prompts=self._prompts)
         answer = {
@@ -320,6 +340,10 @@ class HttpGateway:
 _CHAT_DECODER = msgspec.json.Decoder(ChatBody)
 _COMPLETION_DECODER = msgspec.json.Decoder(CompletionBody)
 _TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeBody)
+
+
+def _id_header(request_id: RequestId | None) -> Headers:
+    return () if request_id is None else ((b"x-request-id", request_id.encode()),)
 
 
 def _model_card(model: ServedModel) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 
 import msgspec
 
-from rorqual.errors import WorkerLost
-from rorqual.session import FinishReason
 from router.gateway.requests import AnswerStyle
 from router.generation import ChoiceUpdate, Generation
 
@@ -50,15 +48,6 @@ def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
         "total_tokens": num_prompt_tokens + num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-
-
-def finish_name(reason: FinishReason | None) -> str | None:
-    """OpenAI's name. A choice that ended any other way is no answer: raises WorkerLost."""
-    if reason is None:
-        return None
-    if reason in (FinishReason.STOP, FinishReason.LENGTH):
-        return reason.value
-    raise WorkerLost("the generation was ended by the worker")
 
 
 class EventTemplate:

@@ -109,8 +109,10 @@ class PromptEncoder:
         drop_thinking: bool = True,
         tools: object = None,
         response_format: object = None,
+        num_tokens_max: int | None = None,
     ) -> PromptTokens:
-        """As encode_chat, on a thread if it is long. Also raises Overloaded and StageTimedOut."""
+        """As encode_chat, on a thread if it is long. Also raises Overloaded and StageTimedOut, and
+        InvalidRequest for what must have more than `num_tokens_max` tokens."""
         tokenizer = self._need_tokenizer("messages")
         options = EncodeOptions(
             thinking=thinking, reasoning_effort=reasoning_effort, drop_thinking=drop_thinking
@@ -121,15 +123,19 @@ class PromptEncoder:
             )
         else:
             prompt = self._render(messages, options, tools, response_format)
-        return _prompt_tokens(prompt, await self._aencode(tokenizer, prompt.text, "messages"))
+        ids = await self._aencode(tokenizer, prompt.text, "messages", num_tokens_max)
+        return _prompt_tokens(prompt, ids)
 
     def encode_text(self, text: str, *, field: str = "prompt") -> TokenArray:
         """Encode text as it stands: no template, no BOS."""
         return self._need_tokenizer(field).encode(text, field=field)
 
-    async def aencode_text(self, text: str, *, field: str = "prompt") -> TokenArray:
-        """As encode_text, on a thread if it is long. Also raises Overloaded and StageTimedOut."""
-        return await self._aencode(self._need_tokenizer(field), text, field)
+    async def aencode_text(
+        self, text: str, *, field: str = "prompt", num_tokens_max: int | None = None
+    ) -> TokenArray:
+        """As encode_text, on a thread if it is long. Also raises Overloaded and StageTimedOut, and
+        InvalidRequest for what must have more than `num_tokens_max` tokens."""
+        return await self._aencode(self._need_tokenizer(field), text, field, num_tokens_max)
 
     def decode(self, ids: TokenArray) -> str:
         """All of the text, control tokens too; empty without a tokenizer."""
@@ -150,7 +156,11 @@ class PromptEncoder:
         )
 
     def close(self) -> None:
+        """Blocks while a thread encodes: on a loop use `aclose`."""
         self._pool.close()
+
+    async def aclose(self) -> None:
+        await self._pool.aclose()
 
     def _render(
         self, messages: object, options: EncodeOptions, tools: object, response_format: object
@@ -162,7 +172,18 @@ class PromptEncoder:
         )
         return encode_messages(attached, texts=self._texts, options=options)
 
-    async def _aencode(self, tokenizer: Tokenizer, text: str, field: str) -> TokenArray:
+    async def _aencode(
+        self, tokenizer: Tokenizer, text: str, field: str, num_tokens_max: int | None
+    ) -> TokenArray:
+        num_tokens_min = tokenizer.num_tokens_min(text)
+        if num_tokens_max is not None and num_tokens_min > num_tokens_max:
+            # Seconds of a thread are not spent on a text that its length alone rules out.
+            raise InvalidRequest(
+                f"{field} has {num_tokens_min} tokens at the very least; prompt and completion together may"
+                f" have {num_tokens_max}",
+                field=field,
+                code="context_length_exceeded",
+            )
         # Cutting is a scan at about 1 GB/s; only then is it known how much is new.
         segments = tokenizer.segments(text)
         num_chars = tokenizer.num_unknown_chars(segments)

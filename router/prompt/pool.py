@@ -24,7 +24,7 @@ class PoolConfig:
     jobs_max: int = 256
     # 64 Mi characters are a minute's work of one thread (about 1.2 M characters a second).
     chars_max: int = 64 << 20
-    timeout_s: float = 60.0
+    seconds_max: float = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +44,15 @@ class EncodePool:
         self._num_refused = 0
 
     async def run(self, work: Callable[[], Result], *, num_chars: int) -> Result:
-        """Do `work` on a thread. Raises Overloaded if the queue is full, StageTimedOut after `timeout_s`."""
+        """Do `work` on a thread. Raises Overloaded if the queue is full, StageTimedOut after `seconds_max`."""
         self._enter(num_chars)
         future = self._submit(work, num_chars)
         try:
-            async with asyncio.timeout(self._config.timeout_s):
+            async with asyncio.timeout(self._config.seconds_max):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
             raise StageTimedOut(
-                f"encoding the prompt took longer than {self._config.timeout_s:g} s"
+                f"encoding the prompt took longer than {self._config.seconds_max:g} s"
             ) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -67,8 +67,14 @@ class EncodePool:
             )
 
     def close(self) -> None:
-        """Give up what has not begun and wait for what has (at most one prompt a thread)."""
+        """Give up what has not begun and wait for what has (at most one prompt a thread). Blocks: on a loop
+        use `aclose`."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def aclose(self) -> None:
+        """As close; the loop goes on meanwhile. A thread cannot be interrupted, so this has no deadline but
+        the length of a prompt."""
+        await asyncio.to_thread(self.close)
 
     def _enter(self, num_chars: int) -> None:
         with self._lock:

@@ -69,6 +69,9 @@ class Tokenizer:
         alternatives = "|".join(re.escape(name) for name in sorted(self._boundaries, key=len, reverse=True))
         self._cut = re.compile(f"({alternatives})") if alternatives else None
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special_ids_and: dict[tuple[str, ...], frozenset[int]] = {}
+        self._token_bytes_max = max(map(len, self._bytes), default=0)
+        self._keeps_text = library.normalizer is None or not _changes_text(library.normalizer)
 
     @classmethod
     def load(
@@ -95,6 +98,21 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of the token that is written like this in tokenizer.json."""
         return self._library.token_to_id(text)
+
+    def special_ids_and(self, names: tuple[str, ...]) -> frozenset[int]:
+        """The ids of the special tokens and of those written like `names`: made once, over a thousand ids."""
+        found = self._special_ids_and.get(names)
+        if found is None:
+            ids = (self.token_id(name) for name in names)
+            found = self.special_ids.union(token_id for token_id in ids if token_id is not None)
+            self._special_ids_and[names] = found
+        return found
+
+    def num_tokens_min(self, text: str) -> int:
+        """No encoding of `text` has fewer tokens: none of them stands for more than the longest one's bytes."""
+        if not self._keeps_text or not self._token_bytes_max:
+            return 0
+        return -(-len(text) // self._token_bytes_max)
 
     def segments(self, text: str) -> list[str]:
         """Cut at control tokens; every second segment is one."""

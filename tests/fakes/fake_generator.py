@@ -194,7 +194,12 @@ class FakePrompts:
         self.fail_with: RorqualError | None = None
 
     async def aencode_chat(
-        self, messages: object, *, thinking: bool, reasoning_effort: str | None
+        self,
+        messages: object,
+        *,
+        thinking: bool,
+        reasoning_effort: str | None,
+        num_tokens_max: int | None,
     ) -> FakePromptTokens:
         parse_messages(messages)
         if self.fail_with is not None:
@@ -205,7 +210,7 @@ class FakePrompts:
         text = "".join(str(message.get("content") or "") for message in messages)
         return FakePromptTokens(ids=_bytes(text or " "), starts_in_reasoning=thinking)
 
-    async def aencode_text(self, text: str, *, field: str) -> np.ndarray:
+    async def aencode_text(self, text: str, *, field: str, num_tokens_max: int | None) -> np.ndarray:
         return _bytes(text)
 
     def decode(self, ids: np.ndarray) -> str:

@@ -120,13 +120,16 @@ class PickRecorder:
 
 
 class ForcedPicks:
-    """A PickHook that makes one batch choose as `wanted` says."""
+    """A PickHook that makes one batch choose as `wanted` says, and tells `own` what it would have chosen itself."""
 
-    def __init__(self, placed: Placed, wanted: Sequence[Picks]) -> None:
+    def __init__(self, placed: Placed, wanted: Sequence[Picks], own: PickRecorder | None = None) -> None:
         self._placed = placed
         self._wanted = wanted
+        self._own = own
 
     def rows(self, layer: int, first_row: int, picks_Qk: Tensor) -> Tensor:
+        if self._own is not None:
+            self._own.rows(layer, first_row, picks_Qk)
         forced = torch.full_like(picks_Qk, -1)
         for request, _, start, rows in _overlaps(self._placed, first_row, picks_Qk.shape[0]):
             for offset, row in enumerate(range(rows.start, rows.stop)):
@@ -137,7 +140,8 @@ class ForcedPicks:
     def experts(
         self, layer: int, logits_TE: Tensor, bias_E: Tensor | None, picks_TK: Tensor | None
     ) -> Tensor | None:
-        del bias_E, picks_TK
+        if self._own is not None:
+            self._own.experts(layer, logits_TE, bias_E, picks_TK)
         width = self._wanted[0].config.num_experts_per_token
         forced = torch.arange(width).repeat(logits_TE.shape[0], 1)  # rows of padding: any experts do
         for request, piece in self._placed:

@@ -16,7 +16,7 @@ from engine.model.batch import Piece, build_batch
 from engine.model.forward import Model
 from engine.model.state import Keys
 from kvstore.layout import Component
-from tests.harness.picks import ForcedPicks, Picks
+from tests.harness.picks import ForcedPicks, PickRecorder, Picks
 from tests.reference.deepseek_v4 import CompressorState, ReferenceModel
 
 _COMPRESSED = {
@@ -29,14 +29,20 @@ _COMPRESSED = {
 }
 
 
-def run_from_reference_state(model: Model, reference: ReferenceModel, tokens: Sequence[int]) -> Tensor:
-    """Logits [N, V] of tokens that the reference has read, with the reference's choices."""
+def run_from_reference_state(
+    model: Model, reference: ReferenceModel, tokens: Sequence[int]
+) -> tuple[Tensor, Picks]:
+    """Logits [N, V] of tokens that the reference has read, with the reference's choices; and the engine's own, each
+    made where all before it were the reference's."""
     pieces = [(0, position, torch.tensor([token])) for position, token in enumerate(tokens)]
     batch, places = build_batch(pieces, decode_together=False)
-    hook = ForcedPicks([(0, piece) for piece in places], [Picks.of_reference(model.config, reference.picks)])
+    placed = [(0, piece) for piece in places]
+    own = Picks(model.config, len(tokens))
+    recorder = PickRecorder(model.kernels, placed, [own])
+    hook = ForcedPicks(placed, [Picks.of_reference(model.config, reference.picks)], recorder)
     with torch.inference_mode():
         streams = model.streams(model.begin(batch, ReferenceState(reference), hook=hook))
-        return model.logits(streams[: len(places)])
+        return model.logits(streams[: len(places)]), own
 
 
 class ReferenceState:

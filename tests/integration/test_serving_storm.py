@@ -22,6 +22,7 @@ from tests.harness.system import SECONDS_MAX, TEXT_CONFIG, System
 pytestmark = pytest.mark.slow
 
 NUM_REQUESTS = 200
+NUM_GROWING = 10
 GENERATE = "/rorqual.v1.Generation/Generate"
 
 
@@ -38,8 +39,10 @@ class Storm:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for number in range(NUM_REQUESTS):
+            for number in range(NUM_REQUESTS - NUM_GROWING):
                 tasks.create_task(self._one(random.Random(number)))
+            for number in range(NUM_GROWING):
+                tasks.create_task(self._grow(random.Random(number)))
 
     async def _one(self, draw: random.Random) -> None:
         await asyncio.sleep(draw.random() * 1.5)
@@ -49,17 +52,25 @@ class Storm:
         await ask(kind, draw)
         self.outcomes[f"{fate} {kind}"] += 1
 
+    async def _grow(self, draw: random.Random) -> None:
+        """One page at its start and another one later: as many as there are pages want them together."""
+        body = a_body("ids", draw) | {"prompt": a_prompt(draw, length=180), "max_tokens": 100, "n": 1}
+        await self._finish_http("ids", body, stream=True)
+        self.outcomes["finish growing"] += 1
+
     async def _finish(self, kind: str, draw: random.Random) -> None:
-        body = a_body(kind, draw)
         if kind == "grpc":
-            return await self._finish_grpc(a_message(draw))
+            await self._finish_grpc(a_message(draw))
+        else:
+            await self._finish_http(kind, a_body(kind, draw), stream=draw.random() < 0.5)
+
+    async def _finish_http(self, kind: str, body: dict[str, Any], *, stream: bool) -> None:
         wanted = body["max_tokens"] * body["n"]
-        body["stream"] = draw.random() < 0.5
-        if body["stream"]:
-            body["stream_options"] = {"include_usage": True}
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         response = await self.http.post(route_of(kind), json=body)
         assert response.status_code == 200, response.text
-        answers = events_of(response.text) if body["stream"] else [response.json()]
+        answers = events_of(response.text) if stream else [response.json()]
         assert answers[-1]["usage"]["completion_tokens"] == wanted
         tokens: Counter[int] = Counter()
         reasons: Counter[str | None] = Counter()
@@ -115,7 +126,7 @@ async def count_messages(call: Any) -> int:
 
 def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "max_tokens": tokens_min + draw.randrange(32),
+        "max_tokens": tokens_min + draw.choice((*range(24), 90)),
         "n": draw.choice((1, 1, 1, 1, 2)),
         "ignore_eos": True,
         "return_token_ids": True,
@@ -127,7 +138,7 @@ def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, 
             {"temperature": 1.3, "top_k": 40, "min_p": 0.01, "frequency_penalty": 0.5},
         )
     )
-    words = "whale " * draw.choice((1, 3, 50, 230))
+    words = "whale " * draw.choice((1, 3, 50, 175))
     if kind == "chat":
         body["messages"] = [{"role": "user", "content": words}]
         if draw.random() < 0.3:
@@ -141,15 +152,16 @@ def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, 
 def a_message(draw: random.Random, *, tokens_min: int = 1) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=a_prompt(draw)),
-        max_tokens=tokens_min + draw.randrange(32),
+        max_tokens=tokens_min + draw.choice((*range(24), 90)),
         n=draw.choice((1, 1, 2)),
         ignore_eos=True,
         sampling=pb.Sampling(seed=draw.randrange(1000)),
     )
 
 
-def a_prompt(draw: random.Random) -> list[int]:
-    return [draw.randrange(TEXT_CONFIG["vocab_size"]) for _ in range(draw.choice((1, 5, 220, 235, 300)))]
+def a_prompt(draw: random.Random, *, length: int | None = None) -> list[int]:
+    length = length or draw.choice((1, 5, 100, 180, 300))
+    return [draw.randrange(TEXT_CONFIG["vocab_size"]) for _ in range(length)]
 
 
 def route_of(kind: str) -> str:

@@ -8,8 +8,7 @@ choice, where the oracle's own margin must be tiny. Measured: errors of 1e-6, an
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -34,7 +33,17 @@ TALLY = Tally()
 
 KERNELS = {"torch": reference_kernels, "chosen": choose_kernels}
 variants = pytest.mark.parametrize(
-    "model", [(kernels, exact) for kernels in KERNELS for exact in (False, True)], indirect=True, ids=str
+    "model",
+    [
+        pytest.param(
+            (kernels, exact),
+            id=f"{kernels}-{'exact' if exact else 'fast'}",
+            marks=[pytest.mark.slow] if kernels == "torch" else [],
+        )
+        for kernels in KERNELS
+        for exact in (False, True)
+    ],
+    indirect=True,
 )
 
 
@@ -66,9 +75,9 @@ def judge() -> Judge:
 
 
 @pytest.fixture(scope="module")
-def model(judge: Judge, request: pytest.FixtureRequest) -> Iterator[Model]:
+def model(judge: Judge, request: pytest.FixtureRequest) -> Model:
     kernels, exact = request.param
-    yield build_model(judge.config, judge.tensors, kernels=KERNELS[kernels](), exact=exact)
+    return build_model(judge.config, judge.tensors, kernels=KERNELS[kernels](), exact=exact)
 
 
 @variants
@@ -204,6 +213,24 @@ def test_drawn_architectures_differ_in_what_matters() -> None:
 
     collect()
     assert kinds == set(LayerKind)
+
+
+def test_another_choice_ends_the_comparison_where_it_was_near_and_is_an_error_elsewhere(judge: Judge) -> None:
+    model = build_model(judge.config, judge.tensors)
+    outcome = run_paged(model, judge.prompts[:1], alone(NUM_TOKENS), record=True)
+    logits, picks, run = outcome.logits[0], outcome.picks[0], judge.runs[0]
+    picks.rows[3][200, :2] ^= True
+    picks.experts[2][207, 0] = -1
+    logits[200:] += 100
+    with pytest.raises(AssertionError, match=r"position=200, layer=3, kind='rows'"):
+        Tally().judge(logits, picks, run, tolerance=TOLERANCE)
+    near = replace(run, margins={**run.margins, (3, "rows"): torch.full((NUM_TOKENS,), 1e-6)})
+    tally = Tally()
+    tally.judge(logits, picks, near, tolerance=TOLERANCE)
+    assert (tally.compared, tally.total) == (200, NUM_TOKENS)
+    logits[199] += 1
+    with pytest.raises(AssertionError, match="of max"):
+        tally.judge(logits, picks, near, tolerance=TOLERANCE)
 
 
 def test_at_least_nine_tokens_in_ten_were_compared(record_property: Any) -> None:

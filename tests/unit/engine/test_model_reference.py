@@ -7,7 +7,7 @@ engine differs from itself when only the order of its sums changes. So the serve
 - every token from the reference's own past and choices. Measured: 95 % of the tokens agree to 1e-5, while any missing
   or misplaced rounding point moves nearly all of them; the others, where a value flipped, are within 2.7e-2;
 - whole runs with the reference's choices and with sublayers that add less to the streams, as they are initialised in
-  deep models (a flip then weighs as little as it does there). Measured: within 1.1e-2. This bounds what chunks and
+  deep models (a flip then weighs as little as it does there). Measured: within 1.2e-2. This bounds what chunks and
   pages can do to a served run; it is the first test that knows served from float32.
 
 Left to choose for itself the engine names the same likeliest token at 95 % of the positions (100 % with the lesser
@@ -47,6 +47,9 @@ from tests.reference.weights import random_tensors
 
 FLOAT32_TOLERANCE = 3e-5
 SERVED_TOLERANCE = 2e-2
+PLAIN = 1.0
+DEEP = 0.15
+"""What a sublayer adds, against the plain random weights: about 1 / sqrt(40 sublayers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ class Read:
 
 
 @cache
-def read(shape: str, numerics: str, seed: int, length: int, gain: float = 1.0) -> Read:
+def read(shape: str, numerics: str, seed: int, length: int, gain: float) -> Read:
     """Cached: the reference takes about 15 ms a token. `gain` scales what every sublayer adds to the streams."""
     raw = {"small": raw_config, "real ratios": real_ratios}[shape]()
     config = config_of(raw, num_mtp_blocks=1)
@@ -93,7 +96,7 @@ def schedules(length: int) -> list[list[Step]]:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_float32_logits_and_choices_equal_the_reference(exact: bool) -> None:
-    wanted = read("small", "float32", 0, 60)
+    wanted = read("small", "float32", 0, 60, PLAIN)
     model = build_model(wanted.config, wanted.tensors, exact=exact)
     for steps in schedules(60):
         outcome = run_paged(model, [wanted.tokens], steps, poison=True, record=True)
@@ -107,7 +110,7 @@ def test_float32_logits_and_choices_equal_the_reference(exact: bool) -> None:
 @cache
 def read_drafts(seed: int, length: int) -> tuple[Read, Tensor, Tensor]:
     """A prompt whose last token is only drafted from; the reference's draft logits and streams at all indices."""
-    wanted = read("small", "float32", seed, length)
+    wanted = read("small", "float32", seed, length, PLAIN)
     tokens = wanted.tokens.tolist()
     steps = [
         wanted.reference.mtp_step(t, wanted.reference.streams[t], tokens[t + 1]) for t in range(length - 1)
@@ -158,13 +161,13 @@ def test_drafts_chain_on_their_own_streams_and_rejected_ones_leave_no_trace() ->
 # --- served ---
 
 SERVED_SEEDS = (0, 1, 2)
-DEEP = 0.15
-"""What a sublayer adds, against the plain random weights: about 1 / sqrt(40 sublayers)."""
-
 served_variants = pytest.mark.parametrize(
     ("exact", "kernels"),
-    [(False, choose_kernels), (True, choose_kernels), (False, reference_kernels)],
-    ids=["fast", "exact", "torch"],
+    [
+        pytest.param(False, choose_kernels, id="fast"),
+        pytest.param(True, choose_kernels, id="exact"),
+        pytest.param(False, reference_kernels, id="torch", marks=pytest.mark.slow),
+    ],
 )
 
 
@@ -176,28 +179,54 @@ def served(wanted: Read, *, exact: bool = False, kernels: Any = choose_kernels) 
 
 def errors_from_reference_state(model: Any, wanted: Read) -> Tensor:
     """Of each token, over the largest logit of all."""
-    found = run_from_reference_state(model, wanted.reference, wanted.tokens.tolist())
+    found, _ = run_from_reference_state(model, wanted.reference, wanted.tokens.tolist())
     return (found - wanted.logits).abs().amax(-1) / wanted.logits.abs().max()
 
 
 @served_variants
+@pytest.mark.parametrize(
+    ("gain", "worst"), [(PLAIN, 0.06), pytest.param(DEEP, SERVED_TOLERANCE, marks=pytest.mark.slow)]
+)
 def test_served_tokens_equal_the_reference_when_each_starts_from_its_state(
+    exact: bool, kernels: Any, gain: float, worst: float, record_property: Any
+) -> None:
+    errors: list[Tensor] = []
+    for seed in SERVED_SEEDS:
+        wanted = read("small", "served", seed, 60, gain)
+        errors.append(errors_from_reference_state(served(wanted, exact=exact, kernels=kernels), wanted))
+    error = torch.cat(errors)
+    share = float((error < 1e-5).float().mean())
+    figure = f"{share:.1%} of tokens within 1e-5, the worst {float(error.max()):.1e} (sublayers at {gain})"
+    record_property("figure", f"served from the reference's state: {figure}")
+    assert share > 0.85, figure
+    assert float(error.max()) < worst, figure
+
+
+@served_variants
+def test_served_choices_equal_the_references_when_each_starts_from_its_state(
     exact: bool, kernels: Any, record_property: Any
 ) -> None:
-    for gain, worst in ((1.0, 0.06), (DEEP, SERVED_TOLERANCE)):
-        errors: list[Tensor] = []
-        for seed in SERVED_SEEDS:
-            wanted = read("small", "served", seed, 60, gain)
-            model = served(wanted, exact=exact, kernels=kernels)
-            errors.append(errors_from_reference_state(model, wanted))
-        error = torch.cat(errors)
-        share = float((error < 1e-5).float().mean())
-        figure = (
-            f"{share:.1%} of tokens within 1e-5, the worst {float(error.max()):.1e} (sublayers at {gain})"
-        )
-        record_property("figure", f"served from the reference's state: {figure}")
-        assert share > 0.85, figure
-        assert float(error.max()) < worst, figure
+    """Judges the indexer's own rounding, which logits with forced choices do not show: without its Hadamard transform
+    3 % of the choices are equal, without FP4 80 %."""
+    rows: list[Tensor] = []
+    experts: list[Tensor] = []
+    for seed in SERVED_SEEDS:
+        wanted = read("small", "served", seed, 60, PLAIN)
+        model = served(wanted, exact=exact, kernels=kernels)
+        _, own = run_from_reference_state(model, wanted.reference, wanted.tokens.tolist())
+        for layer, found in own.rows.items():
+            visible = (torch.arange(60) + 1) // wanted.config.layers[layer].ratio
+            is_choice = visible > wanted.config.index_topk
+            rows.append((found == wanted.picks.rows[layer]).all(-1)[is_choice])
+        for found, theirs in zip(own.experts, wanted.picks.experts, strict=True):
+            experts.append((found == theirs).all(-1))
+    shares = [float(torch.cat(found).float().mean()) for found in (rows, experts)]
+    figure = (
+        f"{shares[0]:.1%} of the indexer's choices and {shares[1]:.1%} of the router's equal the reference's"
+    )
+    record_property("figure", f"served from the reference's state: {figure}")
+    assert shares[0] > 0.975, figure
+    assert shares[1] > 0.975, figure
 
 
 def forced_error(wanted: Read, model: Any, steps: list[Step]) -> float:
@@ -206,6 +235,7 @@ def forced_error(wanted: Read, model: Any, steps: list[Step]) -> float:
     return relative_error(outcome.logits[0], wanted.logits)
 
 
+@pytest.mark.slow
 @served_variants
 def test_served_runs_with_the_references_choices_stay_within_two_hundredths(
     exact: bool, kernels: Any, record_property: Any
@@ -230,7 +260,7 @@ def test_served_runs_at_the_real_ratios_stay_within_two_hundredths(exact: bool, 
     assert worst < SERVED_TOLERANCE
 
 
-@pytest.mark.parametrize("gain", [1.0, DEEP])
+@pytest.mark.parametrize("gain", [PLAIN, pytest.param(DEEP, marks=pytest.mark.slow)])
 def test_served_runs_left_to_choose_name_the_same_likeliest_tokens(gain: float, record_property: Any) -> None:
     agreed: list[Tensor] = []
     for seed in SERVED_SEEDS:
@@ -245,6 +275,6 @@ def test_served_runs_left_to_choose_name_the_same_likeliest_tokens(gain: float, 
 
 def test_served_differs_from_float32_by_more_than_the_engine_differs_from_the_reference() -> None:
     """Otherwise the tests above would also pass for a model that rounds nothing."""
-    wanted = read("small", "served", 0, 60)
+    wanted = read("small", "served", 0, 60, PLAIN)
     plain = build_model(wanted.config, wanted.tensors)
     assert float((errors_from_reference_state(plain, wanted) < 1e-3).float().mean()) < 0.05

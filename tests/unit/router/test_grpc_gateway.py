@@ -34,7 +34,7 @@ from rorqual.clock import SystemClock
 from rorqual.errors import Overloaded, StageTimedOut, WorkerLost
 from router.admission import Admission
 from router.grpc_gateway import ROUTE, GrpcGateway, GrpcSettings
-from router.metrics import GatewayMetrics
+from router.gateway_metrics import GatewayMetrics
 from router.prompt import PromptEncoder
 
 PROTO = Path(__file__).resolve().parents[3] / "proto" / "rorqual" / "v1" / "generate.proto"
@@ -89,7 +89,7 @@ async def serve(generated) -> AsyncIterator[Callable]:
     pb, _ = generated
     async with AsyncExitStack() as stack:
 
-        async def start(*, num_requests_max: int = 64, prompts: object = None, **settings: Any) -> Served:
+        async def start(*, num_choices_max: int = 64, prompts: object = None, **settings: Any) -> Served:
             generator = FakeGenerator()
             metrics = GatewayMetrics(CollectorRegistry())
             gateway = GrpcGateway(
@@ -97,7 +97,7 @@ async def serve(generated) -> AsyncIterator[Callable]:
                 prompts=prompts or FakePrompts(),
                 settings=GrpcSettings(**{"drain_seconds_max": 1.0, **settings}),
                 metrics=metrics,
-                admission=Admission(num_requests_max=num_requests_max),
+                admission=Admission(num_choices_max=num_choices_max),
                 clock=SystemClock(),
             )
             address = await gateway.start()
@@ -246,7 +246,7 @@ async def test_without_a_worker_it_is_unavailable_and_without_a_tokenizer_text_i
 
 
 async def test_beyond_the_bound_on_requests_it_is_exhausted(serve):
-    served = await serve(num_requests_max=1)
+    served = await serve(num_choices_max=1)
     served.generator.step_seconds = 0.05
     running = asyncio.create_task(served.responses(text="hello", max_tokens=6))
     await until(lambda: served.generator.num_open == 1)

@@ -17,7 +17,7 @@ from rorqual.clock import SystemClock
 from router.admission import Admission
 from router.gateway.http1 import HttpLimits
 from router.gateway.server import HttpGateway, HttpSettings
-from router.metrics import GatewayMetrics
+from router.gateway_metrics import GatewayMetrics
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable]:
@@ -52,7 +52,7 @@ async def serve() -> AsyncIterator[Callable]:
         async def start(
             *,
             limits: dict | None = None,
-            num_requests_max: int = 64,
+            num_choices_max: int = 64,
             prompts: object = None,
             **settings: object,
         ) -> Served:
@@ -65,7 +65,7 @@ async def serve() -> AsyncIterator[Callable]:
                 prompts=prompts,
                 settings=HttpSettings(limits=HttpLimits(**(limits or {})), **settings),
                 metrics=metrics,
-                admission=Admission(num_requests_max=num_requests_max),
+                admission=Admission(num_choices_max=num_choices_max),
                 clock=SystemClock(),
             )
             url = await gateway.start()

@@ -275,7 +275,7 @@ async def test_an_api_key_is_needed_where_keys_are_set(serve):
 
 
 async def test_beyond_the_bound_on_requests_a_client_is_told_to_come_back(serve):
-    served = await serve(num_requests_max=2)
+    served = await serve(num_choices_max=2)
     served.generator.step_seconds = 0.05
     running = [asyncio.create_task(served.http.post(CHAT, json=chat(max_tokens=8))) for _ in range(2)]
     while served.generator.num_open < 2:

@@ -116,7 +116,7 @@ async def test_metrics_count_requests_tokens_and_latencies(served):
 async def test_many_requests_at_once_get_each_their_own_answer(serve):
     from fake_generator import completion_text
 
-    served = await serve(num_requests_max=200)
+    served = await serve(num_choices_max=200)
     served.generator.step_seconds = 0.001
 
     async def ask(number: int) -> None:

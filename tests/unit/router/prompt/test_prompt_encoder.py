@@ -195,7 +195,7 @@ async def test_closing_gives_up_what_has_not_begun() -> None:
 
 
 async def test_waiting_ends_at_the_deadline() -> None:
-    pool = EncodePool(PoolConfig(num_threads=1, timeout_s=0.05))
+    pool = EncodePool(PoolConfig(num_threads=1, seconds_max=0.05))
     gate = Gate()
     started = time.monotonic()
     with pytest.raises(StageTimedOut, match=r"encoding the prompt took longer than 0\.05 s"):
