@@ -7,19 +7,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.kernels import compress, matmul, mhc, paging, registry, rotary, route, select, swiglu
+from engine.kernels import compress, matmul, mhc, paging, registry, rotary, rounding, route, select, swiglu
 from engine.kernels.matmul import Groups
 
-_MODULES = (
+_MODULES = (  # importing them registers their kernels
     compress,
     matmul,
     mhc,
     paging,
     rotary,
+    rounding,
     route,
     select,
     swiglu,
-)  # importing them registers their kernels
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,8 @@ class Kernels:
     group_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, list[int]]]
     add_pairs: Callable[[Tensor, Tensor, Tensor], Tensor]
     locate_rows: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, bool]]
+    round_bf16: Callable[[Tensor], Tensor]
+    round_fp8: Callable[[Tensor, int], Tensor]
     names: tuple[tuple[str, str], ...]
 
 

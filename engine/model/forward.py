@@ -33,7 +33,7 @@ class Model:
         self.numerics = numerics
         self.kernels = kernels
         self.exact = exact
-        self._rounding = rounding_of(numerics)
+        self._rounding = rounding_of(numerics, kernels)
         self._frequencies = rotary_frequencies(config)
 
     def begin(self, batch: RaggedBatch, state: StateView, *, hook: PickHook | None = None) -> Pass:

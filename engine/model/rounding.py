@@ -69,28 +69,31 @@ class NoRounding:
 class ServedRounding:
     """The release's quantisation points."""
 
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
     def act(self, x: Tensor) -> Tensor:
-        return formats.round_bf16(x)
+        return self._kernels.round_bf16(x)
 
     def matmul_input(self, x: Tensor) -> Tensor:
-        return formats.round_fp8(x, block=ACTIVATION_BLOCK)
+        return self._kernels.round_fp8(x, ACTIVATION_BLOCK)
 
     def kv_rows(self, rows_Nd: Tensor, num_plain: int) -> Tensor:
-        rows = formats.round_bf16(rows_Nd)
-        rows[:, :num_plain] = formats.round_fp8(rows[:, :num_plain], block=KV_SCALE_BLOCK)
+        rows = self._kernels.round_bf16(rows_Nd)
+        rows[:, :num_plain] = self._kernels.round_fp8(rows[:, :num_plain], KV_SCALE_BLOCK)
         return rows
 
     def index_rows(self, rows: Tensor) -> Tensor:
-        transformed = formats.round_bf16(formats.hadamard(formats.round_bf16(rows)))
+        transformed = self._kernels.round_bf16(formats.hadamard(self._kernels.round_bf16(rows)))
         return formats.round_fp4(transformed)
 
     def norm_rope(
         self, kernels: Kernels, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float
     ) -> Tensor:
         no_angles = angles[:, :0]
-        normed = formats.round_bf16(kernels.norm_rope(x_THd, weight_d, no_angles, True, False, eps))
-        return formats.round_bf16(kernels.norm_rope(normed, None, angles, False, False, eps))
+        normed = self._kernels.round_bf16(kernels.norm_rope(x_THd, weight_d, no_angles, True, False, eps))
+        return self._kernels.round_bf16(kernels.norm_rope(normed, None, angles, False, False, eps))
 
 
-def rounding_of(numerics: Numerics) -> Rounding:
-    return NoRounding() if numerics is Numerics.FLOAT32 else ServedRounding()
+def rounding_of(numerics: Numerics, kernels: Kernels) -> Rounding:
+    return NoRounding() if numerics is Numerics.FLOAT32 else ServedRounding(kernels)
