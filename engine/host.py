@@ -62,7 +62,7 @@ class HostConfig:
     session_sequences_max: int = 4096  # open at once on one session
     session_reports_max: int = 32768  # unread by the router; at the bound the session is closed as slow
     session_values_max: int = 2 * 1024 * 1024  # of those reports, tokens and alternatives: 150 MB
-    message_values_max: int = 64 * 1024  # of one message, or one report: 0.6 MB, 50 ms to encode
+    message_values_max: int = 32 * 1024  # of one message, or one report: 0.3 MB, 25 ms to encode
     heartbeat_seconds: float = 1.0
     step_seconds_max: float = 600.0
 

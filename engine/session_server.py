@@ -101,6 +101,8 @@ class SessionServer:
         except SessionRefused as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         try:
+            # Alone, or an abort before the first message is out would have to send it again, and fail.
+            await context.send_initial_metadata(())
             await self._run(session, context, welcome=self._host.welcome())
         finally:
             session.close()

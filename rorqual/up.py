@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from rorqual.api_keys import read_api_keys, write_api_key_file
 from rorqual.console import Console
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.model_config import load_model_config
@@ -120,7 +121,7 @@ def parse_options(argv: list[str]) -> UpOptions:
         prefill_tokens=args.prefill_tokens,
         threads=args.threads,
         kernels=tuple(args.kernel),
-        api_keys=tuple(args.api_key),
+        api_keys=read_api_keys(args.api_key, args.api_key_file),
         log_level=args.log_level,
         ready_file=args.ready_file,
         start_seconds_max=args.start_seconds,
@@ -203,7 +204,10 @@ class Supervisor:
 
     async def _start_router(self, folder: Path, *, addresses: Sequence[str]) -> dict[str, Any]:
         file = folder / "router.json"
-        arguments = router_arguments(self._options, addresses=addresses, ready_file=file)
+        keys = folder / "api-keys" if self._options.api_keys else None
+        if keys is not None:
+            write_api_key_file(keys, self._options.api_keys)
+        arguments = router_arguments(self._options, addresses=addresses, ready_file=file, api_key_file=keys)
         self._routers.append(self._start("router", file.stem, arguments, threads=1))
         return (await self._ready([file]))[0]
 
@@ -311,7 +315,10 @@ def worker_arguments(options: UpOptions, *, threads: int, ready_file: Path) -> l
     return [*arguments, "--exact"] if options.exact else arguments
 
 
-def router_arguments(options: UpOptions, *, addresses: Sequence[str], ready_file: Path) -> list[str]:
+def router_arguments(
+    options: UpOptions, *, addresses: Sequence[str], ready_file: Path, api_key_file: Path | None
+) -> list[str]:
+    """The options of the router. Keys come in a file: everyone on the machine can read a command line."""
     arguments = ["--model", str(options.model), "--ready-file", str(ready_file)]
     arguments += ["--http", format_address(options.host, options.http_port)]
     arguments += ["--grpc", format_address(options.host, options.grpc_port)]
@@ -321,11 +328,10 @@ def router_arguments(options: UpOptions, *, addresses: Sequence[str], ready_file
         ("--served-name", options.served_name),
         ("--log-level", options.log_level),
         ("--drain-seconds", options.drain_seconds),
+        ("--api-key-file", api_key_file),
     ):
         if value is not None:
             arguments += [option, str(value)]
-    for key in options.api_keys:
-        arguments += ["--api-key", key]
     return arguments
 
 
@@ -380,6 +386,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="compute threads per worker (default: cores shared fairly)")
     add("--kernel", action="append", default=[], metavar="OP=NAME", help="force a kernel (repeatable)")
     add("--api-key", action="append", default=[], metavar="KEY", help="require this bearer key (repeatable)")
+    add(
+        "--api-key-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="require one of these bearer keys, one per line, that stand in no process list (repeatable)",
+    )
     add("--log-level", choices=LOG_LEVELS, help="least severe log line (default info)")
     add(
         "--ready-file",

@@ -58,7 +58,7 @@ class DispatchConfig:
     place_seconds_max: float = 10.0  # while no worker is connected
     first_token_seconds_max: float = 600.0  # queue and prompt; a retry does not extend it
     next_token_seconds_max: float = 120.0  # a preempted sequence is computed anew within this
-    values_unread_max: int = 32 * 1024  # tokens and alternatives a client may leave unread: 2 MB
+    values_unread_max: int = 64 * 1024  # tokens and alternatives a client may leave unread: 4 MB
 
 
 class Dispatcher:

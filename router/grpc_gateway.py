@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from rorqual.api_keys import ApiKeys
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut, WorkerLost
+from rorqual.grpc_health import HealthService
 from rorqual.ids import draw_request_id
 from rorqual.sampling import SEED_BITS, SamplingParams
 from rorqual.session import TokenArray
@@ -79,7 +78,7 @@ class GrpcGateway:
         self._clock = clock
         self._api_keys = ApiKeys(settings.api_keys)
         self._server: grpc.aio.Server | None = None
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health = HealthService(SERVICE_NAME)
         self._health_task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -90,10 +89,7 @@ class GrpcGateway:
             options=_channel_options(settings),
         )
         add_generation_service(server, self._generate)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        self._health.add_to(server)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
             port = server.add_insecure_port(f"{host}:{settings.port}")
@@ -101,7 +97,7 @@ class GrpcGateway:
             raise OSError(f"gRPC cannot listen on {host}:{settings.port}: {error}") from None
         if port == 0:
             raise OSError(f"gRPC cannot listen on {host}:{settings.port}")
-        await self._report_health(ready=False)
+        await self._health.set_serving(False)
         await server.start()
         self._server = server
         self._health_task = asyncio.create_task(self._watch_health())
@@ -118,7 +114,7 @@ class GrpcGateway:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
         if self._server is not None:
-            await self._health.enter_graceful_shutdown()
+            await self._health.shut_down()
             await self._server.stop(self._settings.drain_seconds_max)
 
     # --- health: serving while a worker is connected
@@ -128,14 +124,9 @@ class GrpcGateway:
         while True:
             ready = self._generator.model() is not None
             if ready != known:
-                await self._report_health(ready=ready)
+                await self._health.set_serving(ready)
                 known = ready
             await asyncio.sleep(HEALTH_SECONDS)
-
-    async def _report_health(self, *, ready: bool) -> None:
-        states = health_pb2.HealthCheckResponse
-        for service in ("", SERVICE_NAME):
-            await self._health.set(service, states.SERVING if ready else states.NOT_SERVING)
 
     # --- one call
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from rorqual.api_keys import read_api_keys
 from rorqual.clock import Clock, SystemClock
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.service import (
@@ -58,7 +60,7 @@ class RouterOptions:
     grpc: tuple[str, int] = ("127.0.0.1", 8001)
     api_keys: tuple[str, ...] = ()
     ready_file: Path | None = None
-    requests_max: int = 1024
+    requests_max: int = 1024  # a request of several choices counts as that many
     sequences_per_worker_max: int = 1024
     start_seconds_max: float = 30.0  # until the first worker is connected
     place_seconds_max: float = 10.0
@@ -91,7 +93,7 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
         served_name=args.served_name,
         http=parse_address(args.http, option="--http"),
         grpc=parse_address(args.grpc, option="--grpc"),
-        api_keys=tuple(args.api_key),
+        api_keys=read_api_keys(args.api_key, args.api_key_file),
         ready_file=args.ready_file,
         requests_max=args.requests_max,
         sequences_per_worker_max=args.sequences_per_worker,
@@ -126,17 +128,21 @@ async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
                 raise _no_worker(fleet, options)
             write_ready_file(options.ready_file, {"http": http_url, "grpc": grpc_address, "pid": os.getpid()})
             log.info("became ready %s", fields(http=http_url, grpc=grpc_address))
-            await until_first(keeping_sessions, signals.stop.wait())
+            _freeze_what_stays()
+            await until_first(keeping_sessions, grpc.watch(), signals.stop.wait())
             _raise_if_ended(keeping_sessions)
     finally:
         remove_ready_file(options.ready_file)
         # Streams that run are finished while their workers are still there to finish them.
         stopping = asyncio.create_task(_stop_gateways(http, grpc))
         await until_first(stopping, signals.hurry.wait())
+        stopped = stopping.done()
         await end_task(stopping)
         await end_task(keeping_sessions)
-        prompts.close()
+        await prompts.aclose()
         signals.close()
+        if stopped:
+            stopping.result()  # a fault of the stopping itself is not hidden
         log.info("stopped serving")
 
 
@@ -185,6 +191,7 @@ def _gateways(
 ) -> tuple[HttpGateway, GrpcGateway]:
     metrics = GatewayMetrics(registry)
     admission = Admission(num_choices_max=options.requests_max)
+    metrics.choices_inflight.set_function(lambda: admission.num_choices)
     http = HttpGateway(
         generator=dispatcher,
         prompts=prompts,
@@ -237,6 +244,13 @@ def _no_worker(fleet: Fleet, options: RouterOptions) -> RorqualError:
     return RorqualError(f"no worker could be reached within {options.start_seconds_max:g} s: {why}")
 
 
+def _freeze_what_stays() -> None:
+    """Modules, tokenizer and tables are there for good: the collector need not walk them again and again
+    while every stream waits."""
+    gc.collect()
+    gc.freeze()
+
+
 def _raise_if_ended(keeping_sessions: asyncio.Task[None]) -> None:
     """The fleet runs until it is cancelled: if it has ended, it was by a bug, which is not hidden."""
     if keeping_sessions.done():
@@ -258,8 +272,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="OpenAI-style API; port 0: any")
     add("--grpc", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC API; port 0: any")
     add("--api-key", action="append", default=[], metavar="KEY", help="ask clients for it; repeatable")
+    add(
+        "--api-key-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="keys, one per line, that stand in no process list; repeatable",
+    )
     add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once a request would be answered")
-    add("--requests-max", type=int, default=1024, metavar="N", help="requests at once (default 1024)")
+    add("--requests-max", type=int, default=1024, metavar="N", help="choices at once (default 1024)")
     add("--sequences-per-worker", type=int, default=1024, metavar="N", help="sequences open on one worker")
     add("--start-seconds", type=float, default=30.0, metavar="S", help="for the first worker to be reached")
     add("--place-seconds", type=float, default=10.0, metavar="S", help="while no worker is connected")

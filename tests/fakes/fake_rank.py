@@ -7,6 +7,7 @@ run as a program (`python fake_rank.py --fd N [--step-ms M]`) it is the other en
 from __future__ import annotations
 
 import argparse
+import contextlib
 import struct
 import time
 from dataclasses import dataclass, field
@@ -87,10 +88,11 @@ class FakeRank:
             max_position_embeddings=POSITIONS_MAX,
             eos_token_ids=(EOS,),
             model_fingerprint="fake",
-            kernels=(("attention", "fake"),),
+            kernels=(("attention", "fake"), ("argmax", "torch")),
             weight_bytes=0,
             state_bytes=0,
             has_mtp=False,
+            notices=("no MTP weights: served without drafts",),
         )
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -222,4 +224,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Like the real one: a host that is gone while it is written to is not worth a traceback.
+    with contextlib.suppress(ConnectionError):
+        main()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.model.batch import Piece, build_batch
+from engine.model.batch import DecodeGroup, Piece, build_batch
 from engine.model.forward import Model
 from engine.model.state import Keys
 from kvstore.layout import Component
@@ -78,7 +78,7 @@ class ReferenceState:
         del component, layer
         self._new_rows.append(rows_Nw)
 
-    def chunk_rows(self, component: Component, layer: int, piece: Piece) -> Tensor:
+    def chunk_rows(self, component: Component, layer: int, piece: Piece, entries: Tensor) -> Tensor:
         """Rows before the piece, and the one it has just made if it ends a window."""
         ratio = self._config.layers[layer].ratio
         rows = torch.stack(self._kept(component, layer).rows[: piece.end // ratio])
@@ -86,21 +86,21 @@ class ReferenceState:
             # An indexer's rows are put after the layer's main rows, and read before them.
             new = self._new_rows[-1 if component is not Component.C4 else -2]
             rows[-1] = new[piece.end // ratio - 1]
-        return rows
+        return rows[entries]
 
-    def decode_window(self, component: Component, layer: int) -> Keys:
+    def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:
         raise AssertionError("every token is a chunk")
 
     def decode_unfinished(self, component: Component, layer: int) -> Tensor | None:
         raise AssertionError("every token is a chunk")
 
-    def decode_rows(self, component: Component, layer: int) -> Keys | None:
+    def decode_rows(self, component: Component, layer: int, group: DecodeGroup) -> Keys | None:
         raise AssertionError("every token is a chunk")
 
-    def decode_picks(self, component: Component, layer: int, picks_Bk: Tensor) -> Keys:
+    def decode_picks(self, component: Component, layer: int, group: DecodeGroup, picks_Bk: Tensor) -> Keys:
         raise AssertionError("every token is a chunk")
 
-    def decode_visible(self, component: Component) -> Tensor:
+    def decode_visible(self, component: Component, group: DecodeGroup) -> Tensor:
         raise AssertionError("every token is a chunk")
 
     def _kept(self, component: Component, layer: int) -> CompressorState:

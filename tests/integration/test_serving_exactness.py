@@ -137,16 +137,16 @@ def test_several_prompts_in_one_request_equal_the_reference(plain: System, refer
 def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(
     pressed: System, reference: Reference
 ) -> None:
-    # Each starts on one page and needs a second one soon: four of them want eight of the four there are.
+    # Four start at once, a page each, too far from its end to keep another one free for it; then all want one.
     bodies = [
         {
             "prompt": a_prompt(length),
-            "max_tokens": 30,
+            "max_tokens": 80,
             "logprobs": 2,
             "temperature": 0.8 * (number % 2),
             "seed": number,
         }
-        for number, length in enumerate((230, 236, 240, 245, 250, 60, 252, 130))
+        for number, length in enumerate(range(182, 190))
     ]
     alone = [pressed.complete(**body)["choices"] for body in bodies]
     before = pressed.metrics()["rorqual_worker_preemptions"]
@@ -183,18 +183,18 @@ def test_exact_answers_are_the_same_bits_alone_among_others_and_however_chunked(
 
 def test_two_workers_share_the_work(exact_pair: System) -> None:
     assert len(exact_pair.worker_metrics) == 2
-    ask_all(exact_pair, [{"prompt": a_prompt(20, seed=seed)} for seed in range(8)])
+    ask_all(exact_pair, [{"prompt": a_prompt(20, seed=seed), "max_tokens": 30} for seed in range(16)])
     opened = [scrape(url)["rorqual_worker_sequences_opened_total"] for url in exact_pair.worker_metrics]
-    assert min(opened) >= 4
+    assert min(opened) > 1
 
 
 def test_served_numerics_follow_their_reference_and_are_exact_too(ids_model: Path, start_system: Any) -> None:
     """A rounded value one step away flips later picks, so what is asked for is that most tokens agree."""
     system = start_system(ids_model, "--exact", "--numerics", "served", "--prefill-tokens", "256")
-    prompt = a_prompt(80)
+    prompt = a_prompt(50)
     body = {"prompt": prompt, "max_tokens": 4, "logprobs": 1, "echo": True}
     answer = system.complete(**body)
-    others = [{"prompt": a_prompt(20 + 30 * number, seed=2)} for number in range(10)]
+    others = [{"prompt": a_prompt(20 + 30 * number, seed=2)} for number in range(6)]
     assert ask_all(system, [body, *others])[0]["choices"] == answer["choices"]
     checkpoint = open_checkpoint(ids_model)
     model = ReferenceModel(checkpoint.config, dict(checkpoint.tensors()), "served")

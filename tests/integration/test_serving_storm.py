@@ -126,7 +126,7 @@ async def count_messages(call: Any) -> int:
 
 def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "max_tokens": tokens_min + draw.choice((*range(24), 90)),
+        "max_tokens": tokens_min + draw.choice((*range(20), 80)),
         "n": draw.choice((1, 1, 1, 1, 2)),
         "ignore_eos": True,
         "return_token_ids": True,
@@ -152,7 +152,7 @@ def a_body(kind: str, draw: random.Random, *, tokens_min: int = 1) -> dict[str, 
 def a_message(draw: random.Random, *, tokens_min: int = 1) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=a_prompt(draw)),
-        max_tokens=tokens_min + draw.choice((*range(24), 90)),
+        max_tokens=tokens_min + draw.choice((*range(20), 80)),
         n=draw.choice((1, 1, 2)),
         ignore_eos=True,
         sampling=pb.Sampling(seed=draw.randrange(1000)),

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from engine.host import Host, HostConfig
 from engine.metrics import WorkerMetrics
-from engine.session_server import SessionServer
+from engine.session_server import CALLS_MAX, SessionServer
 from rorqual.errors import ConfigError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
@@ -173,6 +173,18 @@ async def test_a_router_that_does_not_read_is_cut_off_and_others_go_on(served: S
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert text in details
     await served.is_served()
+
+
+async def test_calls_beyond_the_bound_are_refused_and_sessions_go_on(served: Served) -> None:
+    session = await served.session()
+    silent = [served.call() for _ in range(CALLS_MAX)]
+    one_too_many = next(call for call in silent[::-1] if not call.done())
+    assert (await ending(one_too_many))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await session.write(encode_command(an_open(1)))
+    assert isinstance(decode_report(await session.read()), StepReport)
+    for call in [*silent, session]:
+        call.cancel()
+    await until(lambda: served.host.is_idle)
 
 
 async def test_health_follows_readiness_and_reflection_lists_the_service(served: Served) -> None:

@@ -174,6 +174,20 @@ async def test_a_drained_worker_finishes_what_runs_and_exits_with_zero(start_wor
     assert not worker.ready_file.exists()
 
 
+async def test_the_start_says_what_was_chosen_and_what_the_model_lacks_in_a_line_each(
+    start_worker: Any,
+) -> None:
+    worker = await start_worker()
+    await worker.ready()
+    worker.signal(signal.SIGTERM)
+    _, output = await worker.ended()
+    lines = output.splitlines()
+    assert [line.split("chose kernels ")[1] for line in lines if "kernel" in line] == [
+        "attention=fake argmax=torch"
+    ]
+    assert sum("no MTP weights: served without drafts" in line for line in lines) == 1
+
+
 async def test_a_second_signal_cuts_the_drain_short(start_worker: Any) -> None:
     worker = await start_worker(fake=("--step-ms", "20"))
     ready = await worker.ready()

@@ -122,10 +122,49 @@ async def test_logprobs_and_prompt_logprobs_are_reported_when_asked_for() -> Non
         command = an_open(1, logprobs=2, prompt_logprobs=0)
         session.submit(command)
         reports = (await collect(session, 1))[1]
-        assert reports[0].logprobs == (logprob_of(reports[0].token_ids[0], 5),)
-        assert reports[0].alternatives[0].token_ids == (0, 1)
-        assert reports[0].prompt_logprobs is not None
-        assert len(reports[0].prompt_logprobs.logprobs) == 4
+        scores, first = reports[:2]
+        assert (scores.token_ids, scores.finish_reason) == ((), None)
+        assert scores.prompt_logprobs is not None
+        assert len(scores.prompt_logprobs.logprobs) == 4
+        assert first.logprobs == (logprob_of(first.token_ids[0], 5),)
+        assert first.alternatives[0].token_ids == (0, 1)
+
+
+async def test_scores_of_a_long_prompt_come_in_parts_as_it_is_computed() -> None:
+    async with a_worker() as worker:
+        session = worker.host.connect("r")
+        session.submit(an_open(1, length=1500, max_tokens=1, prompt_logprobs=3))
+        *parts, last = (await collect(session, 1))[1]
+        scores = [part.prompt_logprobs for part in parts]
+        assert [item.first for item in scores] == [1, 513, 1025]
+        assert [len(item.logprobs) for item in scores] == [512, 512, 475]
+        assert last.token_ids
+
+
+async def test_what_would_make_a_large_message_leaves_in_several_without_waiting() -> None:
+    async with a_worker(message_values_max=50, heartbeat_seconds=60) as worker:
+        session = worker.host.connect("r")
+        commands = [an_open(number, max_tokens=30, logprobs=2) for number in (1, 2)]
+        for command in commands:
+            session.submit(command)
+        await until(lambda: worker.host.is_idle)
+        messages = [await session.next_report() for _ in range(4)]
+        assert [message.number for message in messages] == [1, 2, 3, 4]
+        # 3 values a report: a token and two alternatives.
+        assert [len(message.sequences) for message in messages] == [16, 16, 16, 12]
+        reports = [item for message in messages for item in message.sequences]
+        for command in commands:
+            own = [item for item in reports if item.sequence_id == command.sequence_id]
+            assert tokens(own) == the_answer(command)
+
+
+async def test_a_router_that_leaves_too_many_values_unread_is_cut_off() -> None:
+    async with a_worker(session_values_max=100, num_pages=64) as worker:
+        session = worker.host.connect("slow")
+        session.submit(an_open(1, max_tokens=300, logprobs=20))
+        await until(lambda: session.closed.is_set())
+        assert "with 105 values" in session.closed_because
+        await until(lambda: worker.host.is_idle)
 
 
 async def test_a_cancel_is_answered_once_and_frees_everything() -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from engine.exactness import NotExact, check_exactness
 from engine.kernels.suite import choose_kernels
+from engine.model.batch import build_batch
 from engine.model.forward import Model
 from kvstore.layout import Numerics
-from tests.harness.drive import alone, random_schedule, run_paged
+from tests.harness.drive import alone, in_turn, random_schedule, run_paged
 from tests.harness.models import build_model, config_of, random_tokens, raw_config, raw_configs, real_ratios
 from tests.reference.weights import random_tensors
 
@@ -84,11 +85,7 @@ def test_two_hundred_random_companies_leave_every_bit_alone(subject: Subject) ->
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(raw=raw_configs(), numerics=st.sampled_from(Numerics), seed=st.integers(0, 2**31))
-def test_any_architecture_with_four_heads_is_exact(
-    raw: dict[str, Any], numerics: Numerics, seed: int
-) -> None:
-    """Below four heads the matrix library computes a single query in another way, and the self-test says so."""
-    assume(raw["num_attention_heads"] >= 4)
+def test_any_architecture_is_exact(raw: dict[str, Any], numerics: Numerics, seed: int) -> None:
     assume(raw["index_head_dim"] in (8, 16))  # the served indexer needs a power of two
     config = config_of(raw)
     chance = random.Random(seed)
@@ -97,6 +94,22 @@ def test_any_architecture_with_four_heads_is_exact(
     outcome = run_paged(model, prompts, random_schedule([150, 150], chance), chance=chance, poison=True)
     for prompt, logits in zip(prompts, outcome.logits, strict=True):
         assert_same_bits(logits, run_paged(model, [prompt], alone(150)).logits[0], f"seed {seed}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numerics", Numerics)
+def test_decodes_of_very_unequal_lengths_leave_every_bit_alone(numerics: Numerics) -> None:
+    """So unequal that one batch computes them in several groups."""
+    model = model_of(real_ratios(), numerics=numerics)
+    prompts = [random_tokens(model.config, length, seed=length) for length in (1106, 24, 300)]
+    steps = in_turn([[1082] + [1] * 24, [1] * 24, [277] + [1] * 23])
+    batch, _ = build_batch([(0, 1090, prompts[0][:1]), (1, 9, prompts[0][:1]), (2, 284, prompts[0][:1])])
+    assert len(batch.groups) > 1
+    outcome = run_paged(model, prompts, steps, chance=random.Random(0), poison=True)
+    for prompt, logits in zip(prompts, outcome.logits, strict=True):
+        assert_same_bits(
+            logits, run_paged(model, [prompt], alone(len(prompt))).logits[0], f"{len(prompt)} tokens"
+        )
 
 
 # --- the self-test at start-up ---

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels.suite import choose_kernels, reference_kernels
+from engine.model.batch import build_batch
 from engine.model.forward import Model
 from rorqual.model_config import LayerKind, ModelConfig
 from tests.harness.comparison import Tally
@@ -143,17 +144,24 @@ def test_chunks_and_decodes_of_many_requests_mix_in_one_batch(model: Model, judg
 
 
 @pytest.mark.slow
-def test_a_prompt_of_several_pages_equals_the_oracle() -> None:
+def test_a_prompt_of_several_pages_and_a_short_one_beside_it_equal_the_oracle() -> None:
+    """At last decoded together, so unequal that one batch computes them in several groups."""
     raw = real_ratios(index_topk=40)
     config = config_of(raw)
     tensors = random_tensors(config, seed=4)
-    prompt = random_tokens(config, 1100, seed=4)
+    prompt = random_tokens(config, 1106, seed=4)
     (wanted,) = Oracle(raw, config, tensors).run(prompt.unsqueeze(0))
+    batch, _ = build_batch([(0, 1090, prompt[:1]), (1, 9, prompt[:1])])
+    assert len(batch.groups) == 2
     for exact in (False, True):
         model = build_model(config, tensors, exact=exact)
-        for steps in (alone(1100), in_turn([[1020, 1, 1, 1, 3, 1, 70, 3]])):
-            outcome = run_paged(model, [prompt], steps, chance=random.Random(1), poison=True, record=True)
-            TALLY.judge(outcome.logits[0], outcome.picks[0], wanted, tolerance=TOLERANCE)
+        for cuts in ([[1106], [24]], [[1020, 1, 60, 1] + [1] * 24, [1] * 24]):
+            prompts = [prompt, prompt[:24]]
+            outcome = run_paged(
+                model, prompts, in_turn(cuts), chance=random.Random(1), poison=True, record=True
+            )
+            for logits, picks in zip(outcome.logits, outcome.picks, strict=True):
+                TALLY.judge(logits, picks, wanted, tolerance=TOLERANCE)
 
 
 def check_drawn(raw: dict[str, Any], seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -118,6 +119,45 @@ async def test_how_a_rank_ended_is_said(body: str, text: str) -> None:
     async with a_rank("-c", SCRIPT.format(body=body)) as link:
         with pytest.raises(RankLost, match=text):
             await link.receive()
+
+
+async def test_after_nonsense_nothing_more_is_kept() -> None:
+    body = "connection.sendall(bytes([255] * 4) + bytes(40_000_000))"
+    async with a_rank("-c", SCRIPT.format(body=body)) as link:
+        with pytest.raises(FrameError, match="exceeds the bound"):
+            await link.receive()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        await link._process.wait()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+
+
+@pytest.mark.parametrize("when", ["connecting", "starting"])
+async def test_a_start_that_is_cancelled_leaves_no_process_and_no_socket(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid_file = tmp_path / "pid"
+    script = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid()) + ';'); time.sleep(60)"
+    num_sockets = len(os.listdir("/proc/self/fd"))
+    if when == "connecting":
+
+        async def connect(*_args: object, **_options: object) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", connect)
+    starting = asyncio.create_task(start_rank(SETTINGS, command=(sys.executable, "-c", script)))
+    if when == "connecting":
+        while not (pid_file.exists() and pid_file.read_text().endswith(";")):
+            await asyncio.sleep(0.01)
+    else:
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    if when == "connecting":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid_file.read_text().rstrip(";")), 0)
+    await asyncio.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= num_sockets
 
 
 async def test_a_rank_that_cannot_be_started_is_one_clear_line() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan import StepPlan
-from engine.scheduler import Scheduler, SchedulerConfig, SequenceKey, TokenEvent
+from engine.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
 from rorqual.errors import InvalidRequest, Overloaded
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason
@@ -42,6 +42,7 @@ class Bench:
         self.pipe: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
         self.events: dict[int, list[TokenEvent]] = {}
+        self.scores: dict[int, list[float]] = {}
 
     def open(
         self, key: int, prompt: list[int], max_tokens: int, *, ignore_eos: bool = False, **sampling: int
@@ -55,6 +56,7 @@ class Bench:
             sampling=params,
         )
         self.events[key] = []
+        self.scores[key] = []
         return params
 
     def send(self) -> StepPlan | None:
@@ -68,8 +70,19 @@ class Bench:
         """The rank executes in order, when the test says so."""
         if self.pipe:
             for event in self.scheduler.apply(self.rank.step(self.pipe.popleft())):
+                if isinstance(event, ScoresEvent):
+                    self.take_scores(event)
+                    continue
                 assert event.index == len(self.events[event.key])
                 self.events[event.key].append(event)
+
+    def take_scores(self, event: ScoresEvent) -> None:
+        """They follow on one another and come before the first token."""
+        assert self.events[event.key] == []
+        scores = self.scores[event.key]
+        assert event.prompt_logprobs.first == len(scores) + 1
+        assert len(event.prompt_logprobs.alternatives) == len(event.prompt_logprobs.logprobs) > 0
+        scores.extend(event.prompt_logprobs.logprobs)
 
     def run(self, *, steps_max: int = 100_000) -> None:
         for _ in range(steps_max):
@@ -165,6 +178,91 @@ def test_the_rest_of_the_budget_goes_to_the_next_prompt() -> None:
     bench.run()
 
 
+def counts_of(plan: StepPlan | None, bench: Bench) -> dict[int, int]:
+    """Tokens of each sequence in a plan, by its key, which is its seed."""
+    assert plan is not None
+    return {bench.rank.slots[item.slot].sampling.seed: item.count for item in plan.segments}
+
+
+def step(bench: Bench) -> dict[int, int]:
+    plan = bench.send()
+    bench.receive()
+    return counts_of(plan, bench)
+
+
+def test_a_short_prompt_behind_a_long_one_is_answered_in_the_next_step() -> None:
+    bench = Bench(num_pages=64, prefill_tokens_max=1024)
+    bench.open(1, a_prompt(1, 4000), 3, ignore_eos=True)
+    assert step(bench) == {1: 1024}
+    bench.open(2, a_prompt(2, 10), 3, ignore_eos=True)
+    # What the short one leaves is the long one's again, in whole pages.
+    assert step(bench) == {1: 768, 2: 10}
+    assert len(bench.tokens(2)) == 1
+    bench.run()
+
+
+def test_the_half_that_is_not_kept_for_the_oldest_goes_to_the_shortest() -> None:
+    bench = Bench(num_pages=64, prefill_tokens_max=1024)
+    for key, length in ((1, 4000), (2, 3000), (3, 300)):
+        bench.open(key, a_prompt(key, length), 1)
+    assert step(bench) == {1: 512, 3: 300}
+    assert step(bench) == {1: 512, 2: 512}
+    bench.open(4, a_prompt(4, 200), 3, ignore_eos=True)
+    assert step(bench) == {1: 512, 2: 256, 4: 200}
+    bench.run()
+
+
+def test_with_a_budget_of_one_page_the_oldest_and_the_others_take_turns() -> None:
+    bench = Bench(num_pages=64, prefill_tokens_max=256)
+    for key in (1, 2):
+        bench.open(key, a_prompt(key, 1000), 3, ignore_eos=True)
+    assert [step(bench) for _ in range(4)] == [{1: 256}, {2: 256}, {1: 256}, {2: 256}]
+    bench.run()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    budget=st.integers(1, 6).map(lambda pages: pages * 256),
+    lengths=st.lists(st.integers(2, 600), min_size=1, max_size=40),
+)
+def test_a_long_prompt_keeps_half_of_the_budget_however_many_come_after_it(
+    budget: int, lengths: list[int]
+) -> None:
+    bench = Bench(num_pages=256, num_slots=8, prefill_tokens_max=budget, sequence_tokens_max=4096)
+    bench.open(1, a_prompt(1, 4000), 1)
+    for key, length in enumerate(lengths, start=2):
+        bench.open(key, a_prompt(key, length), 1)
+    num_steps = 0
+    while not bench.events[1]:
+        bench.send()
+        bench.receive()
+        num_steps += 1
+    num_pages = budget // 256
+    assert num_steps <= -(-2 * 16 // num_pages) + 1
+    bench.run()
+
+
+def test_a_sequence_cancelled_before_its_first_chunk_is_never_heard_of_by_the_rank() -> None:
+    bench = Bench(num_pages=64, prefill_tokens_max=256)
+    for key in (1, 2):
+        bench.open(key, a_prompt(key, 1000), 3, ignore_eos=True)
+    step(bench)
+    assert bench.scheduler.load().sequences_running == 2
+    assert bench.scheduler.cancel(SequenceKey(2))
+    bench.run()
+    assert sum(len(plan.opens) for plan in bench.plans) == 1
+
+
+def test_several_are_cancelled_at_once_and_those_that_have_ended_do_not_count() -> None:
+    bench = Bench()
+    for key in (1, 2, 3):
+        bench.open(key, [5], 50, ignore_eos=True)
+    step(bench)
+    assert bench.scheduler.cancel(SequenceKey(1))
+    assert bench.scheduler.cancel_all([SequenceKey(1), SequenceKey(2), SequenceKey(3), SequenceKey(9)]) == 2
+    bench.run()
+
+
 def test_admission_takes_the_pages_really_needed_not_those_of_max_tokens() -> None:
     bench = Bench(num_pages=8, num_slots=8)
     for key in range(6):
@@ -205,17 +303,13 @@ def test_a_cancelled_sequence_gives_its_pages_to_the_very_next_plan() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 256, 257, 700])
-def test_prompt_logprobs_of_all_chunks_come_with_the_first_token(length: int) -> None:
-    bench = Bench()
+def test_prompt_logprobs_come_chunk_by_chunk_before_the_first_token(length: int) -> None:
+    bench = Bench(prefill_tokens_max=256)
     prompt = a_prompt(3, length)
     bench.open(3, prompt, 5, ignore_eos=True, prompt_logprobs=2, logprobs=1)
     bench.run()
-    first, *others = bench.events[3]
-    assert first.prompt_logprobs is not None
-    expected = tuple(logprob_of(prompt[position], position) for position in range(1, length))
-    assert first.prompt_logprobs.logprobs == expected
-    assert [item.token_ids for item in first.prompt_logprobs.alternatives] == [(0, 1)] * (length - 1)
-    assert all(event.prompt_logprobs is None for event in others)
+    assert bench.scores[3] == [logprob_of(prompt[position], position) for position in range(1, length)]
+    first = bench.events[3][0]
     assert first.logprob == logprob_of(first.token_id, length)
 
 
@@ -237,9 +331,7 @@ def test_prompt_logprobs_survive_a_preemption(
     assert (len(bench.tokens(2)) > num_tokens_before) == (num_tokens_before > 0)
     bench.run()
     assert bench.tokens(2) == answer(prompt, max_tokens, params, ignore_eos=True)
-    scores = bench.events[2][0].prompt_logprobs
-    assert scores is not None
-    assert scores.logprobs == tuple(logprob_of(prompt[position], position) for position in range(1, length))
+    assert bench.scores[2] == [logprob_of(prompt[position], position) for position in range(1, length)]
     # Once they are out they are not paid for again.
     *_, last_open = [item for plan in bench.plans for item in plan.opens if item.num_prompt == length]
     assert (last_open.sampling.prompt_logprobs is None) == (num_tokens_before > 0)
@@ -304,12 +396,13 @@ def test_a_newcomer_does_not_take_the_page_that_a_running_sequence_is_about_to_n
         ([1] * 1024, 1, {}, "prompt"),
         ([1] * 1000, 25, {}, "max_tokens"),
         ([1], 1, {"top_k": -1}, "top_k"),
+        ([1] * 13_000, 1, {"prompt_logprobs": 20}, "logprobs"),
     ],
 )
 def test_a_sequence_that_can_never_be_served_is_refused_by_field(
     prompt: list[int], max_tokens: int, sampling: dict[str, int], field: str
 ) -> None:
-    bench = Bench(num_pages=4)
+    bench = Bench(num_pages=64 if "prompt_logprobs" in sampling else 4)
     with pytest.raises(InvalidRequest) as caught:
         bench.open(1, prompt, max_tokens, **sampling)
     assert caught.value.field == field
@@ -412,8 +505,9 @@ def test_any_storm_ends_with_the_sequential_answers_and_nothing_in_use(
         else:
             assert got == expected
             assert bench.events[key][-1].finish_reason is not None
-        if got and params.prompt_logprobs is not None:
-            assert bench.events[key][0].prompt_logprobs is not None
+        wants_scores = params.prompt_logprobs is not None
+        scores = [logprob_of(prompt[index], index) for index in range(1, len(prompt)) if wants_scores]
+        assert bench.scores[key] == (scores if got else scores[: len(bench.scores[key])])
 
 
 def test_recomputation_after_preemption_stays_within_a_small_part_of_the_work() -> None:

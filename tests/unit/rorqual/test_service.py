@@ -63,6 +63,33 @@ async def test_the_first_signal_stops_and_the_second_hurries() -> None:
         signals.close()
 
 
+async def fail(error: Exception, *, after: float = 0.0) -> None:
+    await asyncio.sleep(after)
+    raise error
+
+
+async def fail_when_cancelled() -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        raise ValueError("could not clean up")
+
+
+async def test_what_fails_while_waited_for_is_raised_and_the_others_are_cancelled() -> None:
+    with pytest.raises(AssertionError, match="broken"):
+        await until_first(fail(AssertionError("broken")), asyncio.Event().wait())
+    with pytest.raises(ValueError, match="could not clean up"):
+        await until_first(fail_when_cancelled(), asyncio.sleep(0.01))
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_failed_task_of_the_caller_stays_the_callers_to_look_at() -> None:
+    task = asyncio.create_task(fail(ValueError("mine")))
+    await until_first(task, asyncio.Event().wait())
+    with pytest.raises(ValueError, match="mine"):
+        task.result()
+
+
 async def test_waiting_for_the_first_cancels_its_own_waits_and_leaves_tasks_alone() -> None:
     task = asyncio.create_task(asyncio.sleep(60))
     forever = asyncio.Event()

@@ -84,8 +84,9 @@ def sequence_reports(draw: st.DrawFn) -> SequenceReport:
             st.none()
             | st.builds(
                 PromptLogprobs,
-                logprobs=st.lists(logprobs, max_size=3).map(tuple),
-                alternatives=st.lists(alternatives, max_size=3).map(tuple),
+                first=st.integers(1, 2**20),
+                logprobs=st.lists(logprobs, min_size=num, max_size=num).map(tuple),
+                alternatives=st.lists(alternatives, min_size=num, max_size=num).map(tuple),
             )
         ),
     )
@@ -178,6 +179,14 @@ def test_a_command_that_breaks_a_rule_says_which(message: pb.Command, text: str)
         (
             pb.Report(step=pb.StepReport(sequences=[pb.SequenceReport(token_ids=[1, 2], logprobs=[0.0])])),
             "2 tokens and 1 logprobs",
+        ),
+        (
+            pb.Report(
+                step=pb.StepReport(
+                    sequences=[pb.SequenceReport(prompt_logprobs=pb.PromptLogprobs(logprobs=[0.0]))]
+                )
+            ),
+            "1 prompt logprobs and 0 alternatives",
         ),
     ],
 )

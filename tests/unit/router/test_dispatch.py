@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -20,7 +20,17 @@ from engine.metrics import WorkerMetrics
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut, WorkerLost
 from rorqual.ids import Incarnation, RequestId, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
-from rorqual.session import Cancel, FinishReason, Hello, Open, SequenceReport, StepReport, Welcome
+from rorqual.session import (
+    Alternatives,
+    Cancel,
+    FinishReason,
+    Hello,
+    Open,
+    PromptLogprobs,
+    SequenceReport,
+    StepReport,
+    Welcome,
+)
 from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig, without_first
 from router.fleet_metrics import FleetMetrics
@@ -32,10 +42,8 @@ from router.text import ChoiceText, StopStrings
 class Letters:
     """A tokenizer of one letter a token, as far as `ChoiceText` looks at one."""
 
-    special_ids = frozenset({EOS})
-
-    def token_id(self, text: str) -> int | None:
-        return None
+    def special_ids_and(self, texts: Iterable[str]) -> frozenset[int]:
+        return frozenset({EOS})
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([ord("A") + token_id % 26])
@@ -284,6 +292,7 @@ async def test_the_model_is_what_every_connected_worker_can_serve() -> None:
         (a_generation(max_tokens=4095), "max_tokens"),
         (a_generation(num_choices=0), "n"),
         (a_generation(top_k=-1), "top_k"),
+        (a_generation(length=4000, prompt_logprobs=20, num_choices=4), "logprobs"),
         (a_generation(stop=("",)), "stop"),
     ],
 )
@@ -320,6 +329,120 @@ async def test_when_every_worker_is_full_the_request_is_refused_at_once() -> Non
             await collect(cluster, a_generation(num_choices=3))
         assert cluster.count("requests_overloaded_total") == 1
         await cluster.empty()
+
+
+async def test_a_worker_that_says_it_is_full_is_believed_at_once_where_there_is_no_other() -> None:
+    async with a_cluster("a", start=False, place_seconds_max=60) as cluster:
+        cluster.start_worker("a", num_slots=1, sequences_waiting_max=1)
+        await cluster.connected(1)
+        cluster.links["a"].gate.clear()
+        with pytest.raises(Overloaded, match="are waiting already"):
+            await collect(cluster, a_generation(num_choices=4))
+        assert cluster.count("requests_overloaded_total") == 1
+        cluster.links["a"].gate.set()
+        await cluster.empty()
+
+
+async def test_a_worker_that_says_it_is_full_costs_a_retry_where_there_is_another() -> None:
+    async with a_cluster("a", "b", start=False) as cluster:
+        cluster.start_worker("a", num_slots=1, sequences_waiting_max=1)
+        cluster.start_worker("b")
+        await cluster.connected(2)
+        for link in cluster.links.values():
+            link.gate.clear()
+        asking: list[tuple[Generation, asyncio.Task[list[Got]]]] = []
+        # The long one keeps b the busier of the two: the short ones all go to a first.
+        for number, max_tokens in ((1, 20), (2, 3000), (3, 20), (4, 20)):
+            generation = a_generation(number, max_tokens=max_tokens)
+            asking.append((generation, asyncio.create_task(collect(cluster, generation))))
+            await asyncio.sleep(0.01)
+        assert cluster.count("sequences_opened_total", worker="a") == 3
+        assert cluster.count("sequences_retried_total") == 1
+        for link in cluster.links.values():
+            link.gate.set()
+        for generation, task in asking:
+            (got,) = await task
+            assert got.tokens == the_answer(generation)
+
+
+async def test_other_choices_go_on_while_one_waits_for_a_worker_to_come_back() -> None:
+    async with a_cluster("a", "b", place_seconds_max=60) as cluster:
+        cluster.links["b"].gate.clear()
+        generation = a_generation(max_tokens=100, num_choices=2)
+        numbers: list[tuple[int, int]] = []
+        async with aclosing(cluster.dispatcher.generate(generation)) as updates:
+            await until(lambda: len(cluster.transport.channels) == 2)
+            async for update in updates:
+                numbers += [(update.choice, token.token_id) for token in update.tokens]
+                if len(numbers) == 1:
+                    # The other choice's worker is gone, and this one has no room for it.
+                    view = next(view for view in cluster.fleet.view() if view.address == "a")
+                    assert view.sequences_outstanding == 1
+                    host = cluster.transport.hosts.pop("b")
+                    draining = asyncio.create_task(cluster.transport.hosts["a"].drain(seconds_max=30))
+                    await until(lambda: any(view.draining for view in cluster.fleet.view()))
+                    cluster.transport.channels[1].cut()
+                if update.choice == 0 and update.finish_reason is not None:
+                    break
+            assert [token for choice, token in numbers if choice == 0] == the_answer(generation, 0)
+            assert await draining
+            cluster.links["b"].gate.set()
+            cluster.transport.hosts["b"] = host
+            async for update in updates:
+                numbers += [(update.choice, token.token_id) for token in update.tokens]
+        assert [token for choice, token in numbers if choice == 1] == the_answer(generation, 1)
+        assert cluster.count("sequences_retried_total") == 1
+
+
+async def test_a_client_that_reads_too_slowly_ends_its_own_request_and_no_other() -> None:
+    async with a_cluster("a", values_unread_max=500) as cluster:
+        slow = a_generation(1, max_tokens=3000, num_choices=2, logprobs=20)
+        async with aclosing(cluster.dispatcher.generate(slow)) as updates:
+            await anext(updates)
+            (got,) = await collect(cluster, a_generation(2, max_tokens=200))
+            assert got.tokens == the_answer(a_generation(2, max_tokens=200))
+            # Both of its sequences are gone from the worker though nobody asks for their tokens.
+            await cluster.empty()
+            assert cluster.count("sequences_unread_total") == 2
+            with pytest.raises(StageTimedOut, match="reads too slowly"):
+                async for _ in updates:
+                    pass
+        assert cluster.links["a"].rank.num_tokens_computed < 600
+
+
+async def test_scores_of_a_long_prompt_do_not_count_against_a_slow_client() -> None:
+    async with a_cluster("a", values_unread_max=20) as cluster:
+        generation = a_generation(length=3000, max_tokens=5, prompt_logprobs=3)
+        (got,) = await collect(cluster, generation)
+        scores = got.updates[0].prompt_logprobs
+        assert scores is not None
+        prompt = generation.prompt.tolist()
+        assert scores.logprobs == tuple(logprob_of(prompt[index], index) for index in range(1, 3000))
+        assert len(scores.alternatives) == 2999
+        assert [update.prompt_logprobs for update in got.updates[1:]] == [None] * (len(got.updates) - 1)
+
+
+async def test_scores_of_a_lost_attempt_do_not_mix_with_those_of_the_next() -> None:
+    async with a_cluster("a", "b") as cluster:
+        link = cluster.links["a"]
+        generation = a_generation(length=2000, max_tokens=3, prompt_logprobs=0)
+        step = link.rank.step
+
+        def step_once(plan: object) -> object:
+            link.gate.clear()
+            return step(plan)
+
+        link.rank.step = step_once
+        asking = asyncio.create_task(collect(cluster, generation))
+        await until(lambda: link.rank.num_steps == 1)
+        await asyncio.sleep(0.02)
+        cluster.transport.channels[0].cut()
+        (got,) = await asking
+        scores = got.updates[0].prompt_logprobs
+        assert scores is not None
+        prompt = generation.prompt.tolist()
+        assert scores.logprobs == tuple(logprob_of(prompt[index], index) for index in range(1, 2000))
+        assert cluster.count("sequences_retried_total") == 1
 
 
 @pytest.mark.parametrize(("stage", "num_tokens"), [("first_token", 0), ("next_token", 1)])
@@ -456,6 +579,22 @@ async def test_attempts_back_off_up_to_the_cap() -> None:
         assert "connection refused" in cluster.fleet.failures()[0]
 
 
+async def test_a_worker_that_welcomes_and_dies_is_left_alone_like_one_that_cannot_be_reached() -> None:
+    config = FleetConfig(backoff_seconds_min=0.001, backoff_seconds_max=0.05)
+    async with a_cluster("a", fleet=config) as cluster:
+
+        async def cut_each() -> None:
+            while True:
+                cluster.transport.channels[-1].cut()
+                await asyncio.sleep(0.001)
+
+        cutting = asyncio.create_task(cut_each())
+        await asyncio.sleep(0.3)
+        cutting.cancel()
+        await asyncio.gather(cutting, return_exceptions=True)
+        assert 5 <= cluster.count("sessions_opened_total", worker="a") <= 20
+
+
 async def test_two_hundred_mixed_requests_with_random_closes_leave_nothing_behind() -> None:
     rng = random.Random(5)
     async with a_cluster("a", "b", start=False) as cluster:
@@ -520,8 +659,8 @@ class ScriptedTransport:
 
 
 @asynccontextmanager
-async def a_script() -> AsyncIterator[tuple[Cluster, ScriptedTransport]]:
-    async with a_cluster("a") as cluster:
+async def a_script(**stages: float) -> AsyncIterator[tuple[Cluster, ScriptedTransport]]:
+    async with a_cluster("a", **stages) as cluster:
         script = ScriptedTransport(cluster.transport.hosts["a"].welcome())
         cluster.fleet.transport = script
         cluster.transport.channels[0].cut()
@@ -555,6 +694,29 @@ async def test_a_token_left_out_ends_the_sequence_here_and_on_the_worker() -> No
         with pytest.raises(WorkerLost, match=r"left out tokens 1\.\.1"):
             await asking
         await until(lambda: script.cancelled == [1])
+
+
+async def test_scores_left_out_end_the_sequence() -> None:
+    def scores_from(first: int, count: int) -> SequenceReport:
+        none = Alternatives(token_ids=(), logprobs=())
+        return SequenceReport(
+            sequence_id=SequenceId(1),
+            first_index=0,
+            prompt_logprobs=PromptLogprobs(
+                first=first, logprobs=(-1.0,) * count, alternatives=(none,) * count
+            ),
+        )
+
+    for number, reports in enumerate(
+        [(scores_from(1, 2), scores_from(4, 1)), (scores_from(1, 3), tokens_from(0, 7))]
+    ):
+        async with a_script(place_seconds_max=0.05) as (cluster, script):
+            asking = asyncio.create_task(collect(cluster, a_generation(prompt_logprobs=0)))
+            await script.opened.get()
+            script.say(1, *reports)
+            text = ["between 3 and 4", "of which 3 came for 4"][number]
+            with pytest.raises(WorkerLost, match=f"left out logprobs of the prompt.* {text}"):
+                await asking
 
 
 async def test_a_report_out_of_turn_ends_the_session() -> None:

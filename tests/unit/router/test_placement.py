@@ -24,7 +24,7 @@ DEMAND = Demand(prompt_tokens=10, tokens_max=10)
 def a_view(address: str, *, tokens: int = 0, sequences: int = 0, draining: bool = False) -> WorkerView:
     return WorkerView(
         address=address,
-        session=int(address),
+        session_number=int(address),
         draining=draining,
         sequences_outstanding=sequences,
         sequences_outstanding_max=8,
@@ -62,7 +62,7 @@ def test_a_candidate_is_never_draining_full_or_excluded_and_none_else_is_left_ou
 ) -> None:
     found = candidates(workers, excluded=excluded)
     for view in workers:
-        is_able = not view.draining and view.sequences_outstanding < 8 and view.session not in excluded
+        is_able = not view.draining and view.sequences_outstanding < 8 and view.session_number not in excluded
         assert (view in found) == is_able
     if found:
         chosen = LeastOutstandingTokens().choose(found, DEMAND)

@@ -329,6 +329,14 @@ def test_top_rows_are_the_best_visible_ones_lowest_number_first_among_equals(
     assert found.tolist() == [rows + [-1] * (k - len(rows)) for rows in wanted]
 
 
+@implementations_of("top_rows")
+def test_a_score_that_is_not_a_number_counts_as_minus_infinity(
+    operation: str, function: Callable[..., Any]
+) -> None:
+    table = torch.tensor([[math.nan, 1.0, math.nan, 2.0, -math.inf], [math.nan] * 5])
+    assert function(table, torch.tensor([5, 5]), 3).tolist() == [[0, 1, 3], [0, 1, 2]]
+
+
 # --- choosing experts ---
 
 

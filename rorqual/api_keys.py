@@ -1,0 +1,73 @@
+"""API keys: read from options and files, handed to a child process in a file, and compared with a client's.
+
+Called by the command lines of `rorqual up` and `rorqual router`, and by both gateways. A key never stands in
+a log line, and never in the argument list of a process that we start: everyone on a machine can read those.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rorqual.errors import ConfigError
+
+KEY_FILE_BYTES_MAX = 1 << 20
+
+
+class ApiKeys:
+    """The keys that a service asks for; none: it is open to everyone who can connect."""
+
+    def __init__(self, keys: Sequence[str] = ()) -> None:
+        self._keys = tuple(key.encode() for key in keys)
+
+    def accept(self, authorization: bytes) -> bool:
+        """Whether this value of an authorization header lets a client in."""
+        if not self._keys:
+            return True
+        scheme, _, key = authorization.partition(b" ")
+        # Every key is compared, in constant time, so that the time taken tells nothing.
+        matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def read_api_keys(given: Sequence[str], files: Sequence[Path]) -> tuple[str, ...]:
+    """The keys of `--api-key` and `--api-key-file` (one key per line). Raises ConfigError naming the
+    option."""
+    keys = [_checked(key, "--api-key") for key in given]
+    for file in files:
+        keys += _read_file(file)
+    return tuple(dict.fromkeys(keys))
+
+
+def write_api_key_file(file: Path, keys: Sequence[str]) -> None:
+    """A new file that only this user can read, as `--api-key-file` takes it."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.writelines(f"{key}\n" for key in keys)
+
+
+def _read_file(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(KEY_FILE_BYTES_MAX + 1)
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--api-key-file: {file} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--api-key-file: {file} is not UTF-8 text") from None
+    if len(data) > KEY_FILE_BYTES_MAX:
+        raise ConfigError(f"--api-key-file: {file} is over {KEY_FILE_BYTES_MAX} bytes")
+    keys = [_checked(line.strip(), f"--api-key-file {file}") for line in text.splitlines() if line.strip()]
+    if not keys:
+        # Taken as no keys at all, it would open the service to everyone.
+        raise ConfigError(f"--api-key-file: {file} has no key; it takes one key per line")
+    return keys
+
+
+def _checked(key: str, option: str) -> str:
+    """No client could send another one: a header's value is one word of printable characters here."""
+    if not key or not key.isprintable() or any(char.isspace() for char in key):
+        raise ConfigError(f"{option}: a key must be printable, without spaces and not empty")
+    return key
