@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.model.forward import Model
-from engine.runner import Runner, Work
+from engine.runner import Runner, SegmentTokens
 from rorqual.errors import RorqualError
 from rorqual.model_config import PAGE_TOKENS
 
@@ -47,7 +47,7 @@ def check_exactness(model: Model) -> None:
             position = int((whole != cut).any(-1).nonzero()[0])
             raise NotExact(
                 f"exact mode is not possible here: logits of token {position} depend on how the prompt is cut "
-                f"(pieces of {', '.join(map(str, every_cut))} tokens); run without --exact"
+                f"(segments of {', '.join(map(str, every_cut))} tokens); run without --exact"
             )
 
 
@@ -72,7 +72,7 @@ def _run(model: Model, tokens_2N: Tensor, *, cuts: Sequence[int], companion: Seq
     for index, count in enumerate(cuts):
         counts = [count, companion[index] if index < len(companion) else 0]
         work = [
-            Work(
+            SegmentTokens(
                 slot=slot, start=starts[slot], tokens=tokens_2N[slot, starts[slot] :][:size], all_logits=True
             )
             for slot, size in enumerate(counts)

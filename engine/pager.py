@@ -17,7 +17,7 @@ from engine import formats
 from engine.kernels.suite import Kernels
 from engine.model.attend import BLOCK_COLUMNS
 from engine.model.attention import exact_window_span, hidden_bias
-from engine.model.batch import DecodeGroup, Piece, RaggedBatch
+from engine.model.batch import BatchSegment, DecodeGroup, RaggedBatch
 from engine.model.state import Keys
 from kvstore.layout import KV_SCALE_BLOCK, Component, RowForm
 from kvstore.pools import ComponentPool, Pools
@@ -75,23 +75,25 @@ class PagedState:
         self._located: dict[tuple[int, DecodeGroup], _Located | None] = {}
         self._new_rows: dict[int, Tensor] = {}
         self._finished: dict[Component, Tensor | None] = {}
-        pieces = (*batch.decodes, *batch.chunks)
-        for piece in pieces:
-            held = tables.num_pages[piece.slot] * PAGE_TOKENS
-            assert piece.end <= held, f"slot {piece.slot} holds pages for {held} tokens, not {piece.end}"
+        segments = (*batch.decodes, *batch.chunks)
+        for segment in segments:
+            held = tables.num_pages[segment.slot] * PAGE_TOKENS
+            assert segment.end <= held, (
+                f"slot {segment.slot} holds pages for {held} tokens, not {segment.end}"
+            )
 
     @cached_property
     def _decode_slots(self) -> Tensor:
-        return torch.tensor([piece.slot for piece in self._batch.decodes], dtype=torch.int64)
+        return torch.tensor([segment.slot for segment in self._batch.decodes], dtype=torch.int64)
 
     @cached_property
     def _decode_positions(self) -> Tensor:
         return self._batch.positions_T[: self._batch.num_decodes]
 
-    def past_window(self, component: Component, layer: int, piece: Piece, num_past: int) -> Tensor:
+    def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         pool = self._pools[component]
-        positions = torch.arange(piece.start - num_past, piece.start)
-        return _read(pool, layer, _ring_ids(pool, piece.slot, positions), self._config)
+        positions = torch.arange(segment.start - num_past, segment.start)
+        return _read(pool, layer, _ring_ids(pool, segment.slot, positions), self._config)
 
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
         self._put_ring(self._pools[component], layer, rows_Td)
@@ -107,7 +109,7 @@ class PagedState:
         size = self._config.sliding_window
         own = self._decode_positions.unsqueeze(-1)
         if self._exact:
-            spans = [exact_window_span(piece.start, size) for piece in self._batch.decodes]
+            spans = [exact_window_span(segment.start, size) for segment in self._batch.decodes]
             columns = torch.stack([torch.arange(start, stop) for start, stop in spans])
         else:
             columns = own + torch.arange(1 - size, 1)
@@ -116,9 +118,9 @@ class PagedState:
         ring = self._pools[Component.WINDOW].descriptor.num_rows
         return self._decode_slots.unsqueeze(-1) * ring + columns % ring, hidden_bias(hidden)
 
-    def past_unfinished(self, component: Component, layer: int, piece: Piece, first: int) -> Tensor:
+    def past_unfinished(self, component: Component, layer: int, segment: BatchSegment, first: int) -> Tensor:
         pool = self._pools[component]
-        ids = _ring_ids(pool, piece.slot, torch.arange(first, piece.start))
+        ids = _ring_ids(pool, segment.slot, torch.arange(first, segment.start))
         return pool.rows_f32(layer).index_select(0, ids)
 
     def put_unfinished(self, component: Component, layer: int, rows_Tw: Tensor) -> None:
@@ -134,11 +136,11 @@ class PagedState:
 
     def _finished_ids(self, component: Component) -> Tensor | None:
         ratio, pooled = self._pooling(component)
-        pieces = [piece for piece in self._batch.decodes if piece.end % ratio == 0]
-        if not pieces:
+        segments = [segment for segment in self._batch.decodes if segment.end % ratio == 0]
+        if not segments:
             return None
-        ends = torch.tensor([piece.end for piece in pieces]).unsqueeze(-1)
-        slots = torch.tensor([piece.slot for piece in pieces]).unsqueeze(-1)
+        ends = torch.tensor([segment.end for segment in segments]).unsqueeze(-1)
+        slots = torch.tensor([segment.slot for segment in segments]).unsqueeze(-1)
         ring = self._pools[component].descriptor.num_rows
         return slots * ring + (ends + torch.arange(-pooled, 0)) % ring
 
@@ -151,14 +153,17 @@ class PagedState:
     def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
         ratio = self._ratio(component)
         if ratio not in self._new_rows:
-            entries = [(piece.slot, piece.start // ratio, piece.end // ratio) for piece in self._all_pieces()]
+            entries = [
+                (segment.slot, segment.start // ratio, segment.end // ratio)
+                for segment in self._all_segments()
+            ]
             self._new_rows[ratio] = torch.cat(
                 [self._row_ids(ratio, slot, torch.arange(first, last)) for slot, first, last in entries]
             )
         _write(self._pools[component], layer, self._new_rows[ratio], rows_Nw, self._config)
 
-    def chunk_rows(self, component: Component, layer: int, piece: Piece, entries: Tensor) -> Tensor:
-        ids = self._row_ids(self._ratio(component), piece.slot, entries)
+    def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
+        ids = self._row_ids(self._ratio(component), segment.slot, entries)
         return _read(self._pools[component], layer, ids, self._config)
 
     def decode_visible(self, component: Component, group: DecodeGroup) -> Tensor:
@@ -202,7 +207,7 @@ class PagedState:
     def _ratio(self, component: Component) -> int:
         return self._ratios[LayerKind.HCA if component is Component.C128 else LayerKind.CSA]
 
-    def _all_pieces(self) -> tuple[Piece, ...]:
+    def _all_segments(self) -> tuple[BatchSegment, ...]:
         return (*self._batch.decodes, *self._batch.chunks)
 
     def _row_ids(self, ratio: int, slot: int, entries: Tensor) -> Tensor:
@@ -221,10 +226,10 @@ class PagedState:
         """A chunk longer than the ring leaves only its last `ring` rows."""
         rows = [torch.arange(self._batch.num_decodes)]
         ids = [self._decode_slots * ring + self._decode_positions % ring]
-        for piece in self._batch.chunks:
-            kept = min(piece.count, ring)
-            rows.append(torch.arange(piece.row + piece.count - kept, piece.row + piece.count))
-            ids.append(piece.slot * ring + torch.arange(piece.end - kept, piece.end) % ring)
+        for segment in self._batch.chunks:
+            kept = min(segment.count, ring)
+            rows.append(torch.arange(segment.row + segment.count - kept, segment.row + segment.count))
+            ids.append(segment.slot * ring + torch.arange(segment.end - kept, segment.end) % ring)
         kept_rows = torch.cat(rows)
         every_row = len(kept_rows) == self._batch.tokens_T.numel()
         return _RingWrites(rows=None if every_row else kept_rows, ids=torch.cat(ids))

@@ -39,7 +39,7 @@ from engine.plan import (
     StepPlan,
     StepResult,
 )
-from engine.runner import Runner, Work
+from engine.runner import Runner, SegmentTokens
 from engine.sampler import Sampler
 from kvstore.layout import Numerics, build_layout
 from rorqual.errors import RorqualError
@@ -129,7 +129,7 @@ class Rank:
 
     @torch.inference_mode()
     def _compute(self, segments: tuple[Segment, ...]) -> tuple[list[Sampled], list[PromptScores]]:
-        work: list[Work] = []
+        work: list[SegmentTokens] = []
         for segment in segments:
             slot = self._slots[segment.slot]
             end = segment.start + segment.count
@@ -138,7 +138,9 @@ class Rank:
                 self._runner.extend(segment.slot, segment.pages)
             tokens = slot.tokens[segment.start : end]
             work.append(
-                Work(slot=segment.slot, start=segment.start, tokens=tokens, all_logits=slot.wants_scores)
+                SegmentTokens(
+                    slot=segment.slot, start=segment.start, tokens=tokens, all_logits=slot.wants_scores
+                )
             )
         streams, rows = self._runner.streams(work)
         scores = [
@@ -282,8 +284,13 @@ def _warm_up(model: Model) -> None:
         runner.extend(slot, [slot])
     count = max(min(PAGE_TOKENS - 2, model.config.max_position_embeddings - 2), 1)
     tokens = torch.arange(count + 1) % model.config.vocab_size
-    runner.run([Work(slot=0, start=0, tokens=tokens[:count])])
-    runner.run([Work(slot=0, start=count, tokens=tokens[:1]), Work(slot=1, start=0, tokens=tokens[:8])])
+    runner.run([SegmentTokens(slot=0, start=0, tokens=tokens[:count])])
+    runner.run(
+        [
+            SegmentTokens(slot=0, start=count, tokens=tokens[:1]),
+            SegmentTokens(slot=1, start=0, tokens=tokens[:8]),
+        ]
+    )
 
 
 def _tell(connection: socket.socket, stage: str) -> None:

@@ -21,7 +21,7 @@ from rorqual.model_config import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class SegmentTokens:
     """Tokens start .. start+len-1 of the sequence in `slot`. `all_logits` asks for every token's, not the last's."""
 
     slot: int
@@ -46,17 +46,19 @@ class Runner:
         self.tables.append(slot, pages)
 
     @torch.inference_mode()
-    def run(self, work: Sequence[Work], *, hook: PickHook | None = None) -> list[Tensor]:
+    def run(self, work: Sequence[SegmentTokens], *, hook: PickHook | None = None) -> list[Tensor]:
         """One ragged forward. Logits f32 [1 or count, V] of each item of work."""
         streams, rows = self.streams(work, hook=hook)
         logits = self.model.logits(streams[torch.cat(rows)])
         return list(logits.split([len(part) for part in rows]))
 
     @torch.inference_mode()
-    def streams(self, work: Sequence[Work], *, hook: PickHook | None = None) -> tuple[Tensor, list[Tensor]]:
+    def streams(
+        self, work: Sequence[SegmentTokens], *, hook: PickHook | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """The streams of all batch rows, and for each item of work the rows whose logits it wants."""
-        pieces = [(item.slot, item.start, item.tokens) for item in work]
-        batch, placed = build_batch(pieces)
+        segments = [(item.slot, item.start, item.tokens) for item in work]
+        batch, placed = build_batch(segments)
         model = self.model
         state = PagedState(model.config, self.tables, batch, kernels=model.kernels, exact=model.exact)
         streams = model.streams(model.begin(batch, state, hook=hook))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,17 +22,10 @@ def rope_angles_torch(positions_T: Tensor, frequencies_P: Tensor) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-@kernel("norm_rope", name="torch", devices=("cpu", "cuda"), priority=0)
-def norm_rope_torch(
-    x_THd: Tensor, weight_d: Tensor | None, angles_TP2: Tensor, norm: bool, inverse: bool, eps: float
-) -> Tensor:
-    """RMS norm over d (if `norm`; times `weight_d` if given), then rotation of the last R channels by +angle, or by
-    -angle if `inverse`. f32 [T, H, d] in and out; angles f32 [T, R/2, 2]. May work in place: x is dead afterwards.
-    """
-    if norm:
-        x_THd = x_THd * torch.rsqrt(x_THd.pow(2).mean(-1, keepdim=True) + eps)
-        if weight_d is not None:
-            x_THd = x_THd * weight_d
+@kernel("rope", name="torch", devices=("cpu", "cuda"), priority=0)
+def rope_torch(x_THd: Tensor, angles_TP2: Tensor, inverse: bool) -> Tensor:
+    """Rotation of the last R channels by +angle, or by -angle if `inverse`. f32 [T, H, d] in and out; angles f32
+    [T, R/2, 2]. May work in place: x is dead afterwards."""
     num_pairs = angles_TP2.shape[1]
     first = x_THd.shape[-1] - 2 * num_pairs
     plain, pairs = x_THd[..., :first], x_THd[..., first:].unflatten(-1, (num_pairs, 2))
@@ -42,17 +36,23 @@ def norm_rope_torch(
     return torch.cat((plain, rotated), dim=-1)
 
 
+@kernel("norm_rope", name="torch", devices=("cpu", "cuda"), priority=0)
+def norm_rope_torch(x_THd: Tensor, weight_d: Tensor | None, angles_TP2: Tensor, eps: float) -> Tensor:
+    """`rms_norm`, then `rope`, in one. May work in place: x is dead afterwards."""
+    return rope_torch(rms_norm_torch(x_THd, weight_d, eps), angles_TP2, False)
+
+
 @kernel("rms_norm", name="torch", devices=("cpu", "cuda"), priority=0)
-def rms_norm_torch(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps) * weight over the last axis; f32, a new tensor."""
+def rms_norm_torch(x: Tensor, weight_d: Tensor | None, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) over the last axis, times the weight if there is one; f32, a new tensor."""
     return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight_d, eps)
 
 
 @kernel("rms_norm", name="numba", devices=("cpu",), priority=10)
-def rms_norm_numba(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
+def rms_norm_numba(x: Tensor, weight_d: Tensor | None, eps: float) -> Tensor:
     normed = torch.empty(x.shape)
     width = x.shape[-1]
-    _rms_norm(array(x.reshape(-1, width)), array(weight_d), np.float32(eps), normed.view(-1, width).numpy())
+    _rms_norm(array(x.reshape(-1, width)), _weight(weight_d), np.float32(eps), normed.view(-1, width).numpy())
     return normed
 
 
@@ -63,14 +63,24 @@ def rope_angles_numba(positions_T: Tensor, frequencies_P: Tensor) -> Tensor:
     return angles
 
 
-@kernel("norm_rope", name="numba", devices=("cpu",), priority=10)
-def norm_rope_numba(
-    x_THd: Tensor, weight_d: Tensor | None, angles_TP2: Tensor, norm: bool, inverse: bool, eps: float
-) -> Tensor:
+@kernel("rope", name="numba", devices=("cpu",), priority=10)
+def rope_numba(x_THd: Tensor, angles_TP2: Tensor, inverse: bool) -> Tensor:
     x_THd = x_THd.contiguous()
-    weight = _NO_WEIGHT if weight_d is None else array(weight_d)
-    _norm_rope(x_THd.numpy(), weight, array(angles_TP2), norm, inverse, np.float32(eps))
+    _rope(x_THd.numpy(), array(angles_TP2), inverse)
     return x_THd
+
+
+@kernel("norm_rope", name="numba", devices=("cpu",), priority=10)
+def norm_rope_numba(x_THd: Tensor, weight_d: Tensor | None, angles_TP2: Tensor, eps: float) -> Tensor:
+    x_THd = x_THd.contiguous()
+    rows = x_THd.view(-1, x_THd.shape[-1]).numpy()
+    _rms_norm(rows, _weight(weight_d), np.float32(eps), rows)
+    _rope(x_THd.numpy(), array(angles_TP2), False)
+    return x_THd
+
+
+def _weight(weight_d: Tensor | None) -> npt.NDArray[np.float32]:
+    return _NO_WEIGHT if weight_d is None else array(weight_d)
 
 
 _NO_WEIGHT = np.empty(0, dtype=np.float32)
@@ -86,8 +96,12 @@ def _rms_norm(x, weight, eps, normed):  # type: ignore[no-untyped-def]
             squares += row[i] * row[i]
         inverse_rms = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
         out = normed[n]
-        for i in range(width):
-            out[i] = row[i] * inverse_rms * weight[i]
+        if weight.shape[0] > 0:
+            for i in range(width):
+                out[i] = row[i] * inverse_rms * weight[i]
+        else:
+            for i in range(width):
+                out[i] = row[i] * inverse_rms
 
 
 @numba.njit(cache=True, nogil=True)
@@ -99,25 +113,14 @@ def _rope_angles(positions, frequencies, angles):  # type: ignore[no-untyped-def
             angles[t, p, 1] = np.float32(np.sin(angle))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _norm_rope(x, weight, angles, norm, inverse, eps):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
+def _rope(x, angles, inverse):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, width = x.shape
     num_pairs = angles.shape[1]
     first = width - 2 * num_pairs
     for t in range(num_tokens):
         for h in range(num_heads):
             row = x[t, h]
-            if norm:
-                squares = np.float32(0)
-                for i in range(width):
-                    squares += row[i] * row[i]
-                inverse_rms = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
-                if weight.shape[0] > 0:
-                    for i in range(width):
-                        row[i] = row[i] * inverse_rms * weight[i]
-                else:
-                    for i in range(width):
-                        row[i] = row[i] * inverse_rms
             for p in range(num_pairs):
                 cos = angles[t, p, 0]
                 sin = -angles[t, p, 1] if inverse else angles[t, p, 1]

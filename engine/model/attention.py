@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.model.attend import BLOCK_COLUMNS, attend
-from engine.model.batch import DecodeGroup, Piece
+from engine.model.batch import BatchSegment, DecodeGroup
 from engine.model.compressor import compress
 from engine.model.context import Pass
 from engine.model.indexer import IndexQueries, chunk_picks, decode_picks, index_queries
@@ -34,14 +34,16 @@ def attention(
     low = rounding.act(run.linear(rounding.matmul_input(x_TD), weights.from_x))
     c_q = rounding.act(run.kernels.rms_norm(low[:, : config.q_lora_rank], weights.q_norm, eps))
     kv = low[:, config.q_lora_rank :].unsqueeze(1)
-    kv = rounding.norm_rope(run.kernels, kv, weights.kv_norm, angles, eps=eps).squeeze(1)
+    kv = rounding.norm_rope(kv, weights.kv_norm, angles, eps=eps).squeeze(1)
     kv_Td = rounding.kv_rows(kv, config.nope_head_dim)
     wide = rounding.act(run.linear(rounding.matmul_input(c_q), weights.from_cq))
     q_width = config.num_heads * config.head_dim
     q = wide[:, :q_width].view(num_rows, config.num_heads, config.head_dim)
-    q_THd = rounding.norm_rope(run.kernels, q, None, angles, eps=eps)
+    q_THd = rounding.norm_rope(q, None, angles, eps=eps)
 
-    pasts = [run.state.past_window(window, layer, piece, _num_past(run, piece)) for piece in run.batch.chunks]
+    pasts = [
+        run.state.past_window(window, layer, segment, _num_past(run, segment)) for segment in run.batch.chunks
+    ]
     run.state.put_window(window, layer, kv_Td)
     queries = None
     if weights.compressor is not None:
@@ -53,9 +55,9 @@ def attention(
         _attend_decodes(run, layer, item, weights, q_THd, queries, window, group)
         for group in run.batch.groups
     ]
-    for piece, past in zip(run.batch.chunks, pasts, strict=True):
-        window_rows = torch.cat((past, kv_Td[piece.rows]))
-        outputs += _attend_chunk(run, layer, item, weights, q_THd, queries, piece, window_rows)
+    for segment, past in zip(run.batch.chunks, pasts, strict=True):
+        window_rows = torch.cat((past, kv_Td[segment.rows]))
+        outputs += _attend_chunk(run, layer, item, weights, q_THd, queries, segment, window_rows)
     return _project(run, weights, outputs[0] if len(outputs) == 1 else torch.cat(outputs), angles)
 
 
@@ -64,7 +66,7 @@ def _project(run: Pass, weights: AttentionWeights, o_THd: Tensor, angles: Tensor
     config, rounding = run.config, run.rounding
     num_rows = o_THd.shape[0]
     o = rounding.act(o_THd)
-    o = rounding.act(run.kernels.norm_rope(o, None, angles, False, True, 0.0))
+    o = rounding.act(run.kernels.rope(o, angles, True))
     grouped = o.view(num_rows, config.o_groups, -1).transpose(0, 1).reshape(num_rows * config.o_groups, -1)
     groups = [(group, group * num_rows, (group + 1) * num_rows) for group in range(config.o_groups)]
     low = run.kernels.grouped_linear(grouped, weights.wo_a_Gli, groups, run.exact)
@@ -103,38 +105,38 @@ def _attend_chunk(
     weights: AttentionWeights,
     q_THd: Tensor,
     queries: IndexQueries | None,
-    piece: Piece,
+    segment: BatchSegment,
     window_rows: Tensor,
 ) -> list[Tensor]:
     """Outputs [q, H, d] of a chunk's query blocks, in order. `window_rows` begin `_num_past` before the chunk."""
     rows, picks = None, None
-    if item.kind is not LayerKind.WINDOW and piece.end >= item.ratio:
+    if item.kind is not LayerKind.WINDOW and segment.end >= item.ratio:
         if queries is not None:
-            picks = chunk_picks(run, layer, item.ratio, queries, piece)
+            picks = chunk_picks(run, layer, item.ratio, queries, segment)
         if picks is None:
             component = Component.C4 if item.kind is LayerKind.CSA else Component.C128
-            rows = run.state.chunk_rows(component, layer, piece, torch.arange(piece.end // item.ratio))
-    base = piece.start - _num_past(run, piece)
+            rows = run.state.chunk_rows(component, layer, segment, torch.arange(segment.end // item.ratio))
+    base = segment.start - _num_past(run, segment)
     outputs: list[Tensor] = []
-    first = piece.start
-    while first < piece.end:
-        last = min(piece.end, (first // QUERY_BLOCK + 1) * QUERY_BLOCK)
+    first = segment.start
+    while first < segment.end:
+        last = min(segment.end, (first // QUERY_BLOCK + 1) * QUERY_BLOCK)
         positions = torch.arange(first, last)
         sources = [_window_keys(run, window_rows, base, positions)]
         if picks is not None:
-            chosen = picks[first - piece.start : last - piece.start]
-            sources.append(_picked_keys(run, layer, piece, chosen))
+            chosen = picks[first - segment.start : last - segment.start]
+            sources.append(_picked_keys(run, layer, segment, chosen))
         elif rows is not None:
             sources += _row_keys(run, rows, (positions + 1) // item.ratio)
-        q = q_THd[piece.row + first - piece.start : piece.row + last - piece.start]
+        q = q_THd[segment.row + first - segment.start : segment.row + last - segment.start]
         outputs.append(attend(q, sources, weights.sink_H, run.config.head_dim**-0.5, exact=run.exact))
         first = last
     return outputs
 
 
-def _num_past(run: Pass, piece: Piece) -> int:
+def _num_past(run: Pass, segment: BatchSegment) -> int:
     """Rows before the chunk that its queries may see."""
-    return min(piece.start, run.config.sliding_window - 1)
+    return min(segment.start, run.config.sliding_window - 1)
 
 
 def _window_keys(run: Pass, window_rows: Tensor, base: int, positions_Q: Tensor) -> Keys:
@@ -164,12 +166,12 @@ def exact_window_span(position: int, sliding_window: int) -> tuple[int, int]:
     return start - before, start + QUERY_BLOCK
 
 
-def _picked_keys(run: Pass, layer: int, piece: Piece, picks_Qk: Tensor) -> Keys:
+def _picked_keys(run: Pass, layer: int, segment: BatchSegment, picks_Qk: Tensor) -> Keys:
     """Only the picked rows are read: at 1M tokens all rows of a layer would be half a gigabyte of f32."""
     if run.exact:
         padding = -picks_Qk.shape[1] % BLOCK_COLUMNS
         picks_Qk = torch.nn.functional.pad(picks_Qk, (0, padding), value=-1)
-    rows = run.state.chunk_rows(Component.C4, layer, piece, picks_Qk.clamp(min=0))
+    rows = run.state.chunk_rows(Component.C4, layer, segment, picks_Qk.clamp(min=0))
     return Keys(rows=rows, bias=hidden_bias(picks_Qk < 0))
 
 

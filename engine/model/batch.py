@@ -1,6 +1,6 @@
 """A ragged batch: any mix of prefill chunks and decode steps, laid out as rows of tokens.
 
-Rows 0..num_decodes-1 are the single-token pieces, computed together; the longer pieces follow, one after another.
+Rows 0..num_decodes-1 are the single-token segments, computed together; the longer segments follow, one after another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rorqual.model_config import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class BatchSegment:
     """Tokens start .. start+count-1 of the sequence in `slot`, at rows row .. row+count-1 of the batch."""
 
     slot: int
@@ -50,8 +50,8 @@ class RaggedBatch:
 
     tokens_T: Tensor
     positions_T: Tensor
-    decodes: tuple[Piece, ...]
-    chunks: tuple[Piece, ...]
+    decodes: tuple[BatchSegment, ...]
+    chunks: tuple[BatchSegment, ...]
     groups: tuple[DecodeGroup, ...]
 
     @property
@@ -60,31 +60,31 @@ class RaggedBatch:
 
 
 def build_batch(
-    pieces: Sequence[tuple[int, int, Tensor]], *, decode_together: bool = True
-) -> tuple[RaggedBatch, list[Piece]]:
-    """Lay out pieces (slot, start, token ids i64) as a batch; also returns each piece's place, in the given order.
+    segments: Sequence[tuple[int, int, Tensor]], *, decode_together: bool = True
+) -> tuple[RaggedBatch, list[BatchSegment]]:
+    """Lay out segments (slot, start, token ids i64) as a batch; also returns each segment's place, in the given order.
 
     `decode_together` False treats single tokens as chunks too (states
     that keep no past, as in training).
     """
 
     def layout(index: int) -> tuple[bool, int]:
-        _, start, tokens = pieces[index]
+        _, start, tokens = segments[index]
         return (True, 0) if tokens.numel() > 1 else (False, start)
 
-    order = sorted(range(len(pieces)), key=layout)
-    placed: list[Piece | None] = [None] * len(pieces)
-    decodes: list[Piece] = []
-    chunks: list[Piece] = []
+    order = sorted(range(len(segments)), key=layout)
+    placed: list[BatchSegment | None] = [None] * len(segments)
+    decodes: list[BatchSegment] = []
+    chunks: list[BatchSegment] = []
     row = 0
     for index in order:
-        slot, start, tokens = pieces[index]
-        piece = Piece(slot=slot, start=start, count=tokens.numel(), row=row)
-        placed[index] = piece
-        (decodes if piece.count == 1 and decode_together else chunks).append(piece)
-        row += piece.count
-    tokens_T = torch.cat([pieces[index][2] for index in order])
-    positions_T = torch.cat([torch.arange(piece.start, piece.end) for piece in (*decodes, *chunks)])
+        slot, start, tokens = segments[index]
+        segment = BatchSegment(slot=slot, start=start, count=tokens.numel(), row=row)
+        placed[index] = segment
+        (decodes if segment.count == 1 and decode_together else chunks).append(segment)
+        row += segment.count
+    tokens_T = torch.cat([segments[index][2] for index in order])
+    positions_T = torch.cat([torch.arange(segment.start, segment.end) for segment in (*decodes, *chunks)])
     batch = RaggedBatch(
         tokens_T=tokens_T,
         positions_T=positions_T,
@@ -92,7 +92,7 @@ def build_batch(
         chunks=tuple(chunks),
         groups=tuple(_group(decodes)),
     )
-    return batch, [piece for piece in placed if piece is not None]
+    return batch, [segment for segment in placed if segment is not None]
 
 
 GROUP_TOKENS_MAX = 1 << 17
@@ -100,13 +100,13 @@ GROUP_TOKENS_MAX = 1 << 17
 MiB of f32 on Flash), unless one sequence alone is longer."""
 
 
-def _group(decodes: Sequence[Piece]) -> list[DecodeGroup]:
+def _group(decodes: Sequence[BatchSegment]) -> list[DecodeGroup]:
     """Cut the decodes, shortest first, where padding to the next one's length would cost too much."""
     groups: list[DecodeGroup] = []
     first = 0
-    for index, piece in enumerate(decodes):
-        too_many = (index - first + 1) * piece.end > GROUP_TOKENS_MAX
-        too_unequal = piece.end > 4 * (decodes[first].end + PAGE_TOKENS)
+    for index, segment in enumerate(decodes):
+        too_many = (index - first + 1) * segment.end > GROUP_TOKENS_MAX
+        too_unequal = segment.end > 4 * (decodes[first].end + PAGE_TOKENS)
         if index > first and (too_many or too_unequal):
             groups.append(DecodeGroup(first, index))
             first = index

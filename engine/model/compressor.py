@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.model.batch import Piece
+from engine.model.batch import BatchSegment
 from engine.model.context import Pass
 from engine.model.weights import CompressorWeights
 from kvstore.layout import Component
@@ -58,8 +58,8 @@ class _Stream:
         """Take the batch's K and S rows ([T, 2h], or [T, 4h] when overlapped), put the finished entries."""
         run = self.run
         pasts = [
-            run.state.past_unfinished(self.unfinished, self.layer, piece, self._first(piece))
-            for piece in run.batch.chunks
+            run.state.past_unfinished(self.unfinished, self.layer, segment, self._first(segment))
+            for segment in run.batch.chunks
         ]
         run.state.put_unfinished(self.unfinished, self.layer, rows_Tw)
         keys: list[Tensor] = []
@@ -70,13 +70,13 @@ class _Stream:
             keys_WPh, scores_WPh = self._split(finished, width)
             keys.append(keys_WPh)
             scores.append(scores_WPh)
-            ends = [piece.end for piece in run.batch.decodes if piece.end % self.ratio == 0]
+            ends = [segment.end for segment in run.batch.decodes if segment.end % self.ratio == 0]
             entries.append(torch.tensor(ends) // self.ratio - 1)
-        for piece, past in zip(run.batch.chunks, pasts, strict=True):
-            first_entry, last_entry = piece.start // self.ratio, piece.end // self.ratio
+        for segment, past in zip(run.batch.chunks, pasts, strict=True):
+            first_entry, last_entry = segment.start // self.ratio, segment.end // self.ratio
             if first_entry == last_entry:
                 continue
-            windows = self._windows(torch.cat((past, rows_Tw[piece.rows])), last_entry - first_entry)
+            windows = self._windows(torch.cat((past, rows_Tw[segment.rows])), last_entry - first_entry)
             keys_WPh, scores_WPh = self._split(windows, width)
             keys.append(keys_WPh)
             scores.append(scores_WPh)
@@ -85,9 +85,9 @@ class _Stream:
             pooled = run.kernels.pool_windows(_joined(keys), _joined(scores))
             self._put(pooled, _joined(entries), norm)
 
-    def _first(self, piece: Piece) -> int:
-        """First position that the piece's first unfinished entry pools; negative before the first window."""
-        return (piece.start // self.ratio - int(self.overlapped)) * self.ratio
+    def _first(self, segment: BatchSegment) -> int:
+        """First position that the segment's first unfinished entry pools; negative before the first window."""
+        return (segment.start // self.ratio - int(self.overlapped)) * self.ratio
 
     def _windows(self, rows_Nw: Tensor, num_entries: int) -> Tensor:
         """Rows of each entry's pooled positions [W, P, w]; the rows begin at the first entry's first position."""
@@ -110,7 +110,7 @@ class _Stream:
         run = self.run
         angles = run.kernels.rope_angles(entries_W * self.ratio, run.frequencies.compressed)
         rows = run.rounding.act(pooled_Wh).unsqueeze(1)
-        rows = run.rounding.norm_rope(run.kernels, rows, norm, angles, eps=run.config.norm_eps).squeeze(1)
+        rows = run.rounding.norm_rope(rows, norm, angles, eps=run.config.norm_eps).squeeze(1)
         if self.component is Component.C4_INDEX:
             rows = run.rounding.index_rows(rows)
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.model.attend import with_heads
-from engine.model.batch import DecodeGroup, Piece
+from engine.model.batch import BatchSegment, DecodeGroup
 from engine.model.context import Pass
 from kvstore.layout import Component
 
@@ -34,7 +34,7 @@ class IndexQueries:
 def index_queries(run: Pass, wide_TX: Tensor, head_weights_TH: Tensor, angles: Tensor) -> IndexQueries:
     config = run.config
     q = wide_TX.reshape(wide_TX.shape[0], config.index_num_heads, config.index_head_dim)
-    q = run.rounding.index_rows(run.kernels.norm_rope(q, None, angles, False, False, 0.0))
+    q = run.rounding.index_rows(run.kernels.rope(q, angles, False))
     scale = config.index_head_dim**-0.5 * config.index_num_heads**-0.5
     return IndexQueries(q_THd=q, weights_TH=run.rounding.act(run.rounding.act(head_weights_TH) * scale))
 
@@ -52,25 +52,27 @@ def decode_picks(run: Pass, layer: int, queries: IndexQueries, group: DecodeGrou
     return _hooked(run, layer, group.first, picks)
 
 
-def chunk_picks(run: Pass, layer: int, ratio: int, queries: IndexQueries, piece: Piece) -> Tensor | None:
+def chunk_picks(
+    run: Pass, layer: int, ratio: int, queries: IndexQueries, segment: BatchSegment
+) -> Tensor | None:
     """Picks [count, k] of a chunk's queries, or None when every one sees all its rows."""
     k = run.config.index_topk
-    if run.hook is None and piece.end // ratio <= k:
+    if run.hook is None and segment.end // ratio <= k:
         return None
-    rows = run.state.chunk_rows(Component.C4_INDEX, layer, piece, torch.arange(piece.end // ratio))
+    rows = run.state.chunk_rows(Component.C4_INDEX, layer, segment, torch.arange(segment.end // ratio))
     if run.exact:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % ROW_MULTIPLE))
-    visible = (torch.arange(piece.start, piece.end) + 1) // ratio
+    visible = (torch.arange(segment.start, segment.end) + 1) // ratio
     group = max(1, DOT_VALUES_MAX // (run.config.index_num_heads * rows.shape[0]))
     parts: list[Tensor] = []
-    for first in range(0, piece.count, group):
-        part = slice(first, min(first + group, piece.count))
-        rows_of = slice(piece.row + part.start, piece.row + part.stop)
+    for first in range(0, segment.count, group):
+        part = slice(first, min(first + group, segment.count))
+        rows_of = slice(segment.row + part.start, segment.row + part.stop)
         seen = max(int(visible[part.stop - 1]), 1)
         columns = min(rows.shape[0], -(-seen // ROW_MULTIPLE) * ROW_MULTIPLE)
         q, weights = queries.q_THd[rows_of], queries.weights_TH[rows_of]
         parts.append(_pick(run, q, weights, rows[:columns], visible[part], k))
-    return _hooked(run, layer, piece.row, torch.cat(parts))
+    return _hooked(run, layer, segment.row, torch.cat(parts))
 
 
 def _pick(run: Pass, q_QHd: Tensor, weights_QH: Tensor, rows: Tensor, visible_Q: Tensor, k: int) -> Tensor:

@@ -36,15 +36,16 @@ class Rounding(Protocol):
         """Indexer rows and queries, rotated; [..., di]."""
         ...
 
-    def norm_rope(
-        self, kernels: Kernels, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float
-    ) -> Tensor:
+    def norm_rope(self, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float) -> Tensor:
         """RMS norm, then rotation."""
         ...
 
 
 class NoRounding:
     """float32: the unquantised mathematics."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
 
     def act(self, x: Tensor) -> Tensor:
         return x
@@ -60,10 +61,8 @@ class NoRounding:
         # The Hadamard transform is orthogonal: unquantised, it cancels between queries and rows.
         return rows
 
-    def norm_rope(
-        self, kernels: Kernels, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float
-    ) -> Tensor:
-        return kernels.norm_rope(x_THd, weight_d, angles, True, False, eps)
+    def norm_rope(self, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float) -> Tensor:
+        return self._kernels.norm_rope(x_THd, weight_d, angles, eps)
 
 
 class ServedRounding:
@@ -87,13 +86,10 @@ class ServedRounding:
         transformed = self._kernels.round_bf16(formats.hadamard(self._kernels.round_bf16(rows)))
         return formats.round_fp4(transformed)
 
-    def norm_rope(
-        self, kernels: Kernels, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float
-    ) -> Tensor:
-        no_angles = angles[:, :0]
-        normed = self._kernels.round_bf16(kernels.norm_rope(x_THd, weight_d, no_angles, True, False, eps))
-        return self._kernels.round_bf16(kernels.norm_rope(normed, None, angles, False, False, eps))
+    def norm_rope(self, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float) -> Tensor:
+        normed = self.act(self._kernels.rms_norm(x_THd, weight_d, eps))
+        return self.act(self._kernels.rope(normed, angles, False))
 
 
 def rounding_of(numerics: Numerics, kernels: Kernels) -> Rounding:
-    return NoRounding() if numerics is Numerics.FLOAT32 else ServedRounding(kernels)
+    return NoRounding(kernels) if numerics is Numerics.FLOAT32 else ServedRounding(kernels)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.model.batch import DecodeGroup, Piece
+from engine.model.batch import BatchSegment, DecodeGroup
 from kvstore.layout import Component
 
 
@@ -25,8 +25,8 @@ class Keys:
 
 
 class StateView(Protocol):
-    def past_window(self, component: Component, layer: int, piece: Piece, num_past: int) -> Tensor:
-        """Raw KV rows [num_past, d] of the positions just before the piece."""
+    def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
+        """Raw KV rows [num_past, d] of the positions just before the segment."""
         ...
 
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
@@ -37,8 +37,8 @@ class StateView(Protocol):
         """For each decode of the group, the window that ends at its own position."""
         ...
 
-    def past_unfinished(self, component: Component, layer: int, piece: Piece, first: int) -> Tensor:
-        """Unfinished compressor rows of positions first .. piece.start-1; `first` may be negative (empty windows)."""
+    def past_unfinished(self, component: Component, layer: int, segment: BatchSegment, first: int) -> Tensor:
+        """Unfinished compressor rows of positions first .. segment.start-1; `first` may be negative (empty windows)."""
         ...
 
     def put_unfinished(self, component: Component, layer: int, rows_Tw: Tensor) -> None: ...
@@ -51,8 +51,8 @@ class StateView(Protocol):
         """Keep new compressed rows: those completed by decodes, then by each chunk, in batch order."""
         ...
 
-    def chunk_rows(self, component: Component, layer: int, piece: Piece, entries: Tensor) -> Tensor:
-        """Compressed rows [*entries.shape, w] of the piece's sequence, those just put included; entries i64 >= 0."""
+    def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
+        """Compressed rows [*entries.shape, w] of the segment's sequence, those just put included; entries i64 >= 0."""
         ...
 
     def decode_rows(self, component: Component, layer: int, group: DecodeGroup) -> Keys | None:

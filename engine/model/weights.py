@@ -1,7 +1,7 @@
 """Weights as the forward pass wants them: projections that read the same input are stacked into one matrix.
 
 Owns allocation and the map from official tensor names to views of the stacked tensors. A checkpoint is streamed into
-those views (`Checkpoint.load_into`), so that never more than a piece of a source tensor lives beside what stays.
+those views (`Checkpoint.load_into`), so that never more than a segment of a source tensor lives beside what stays.
 """
 
 from __future__ import annotations

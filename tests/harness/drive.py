@@ -18,7 +18,7 @@ from engine.model.context import PickHook
 from engine.model.forward import Model
 from engine.model.fresh import FreshState
 from engine.pager import PagedState
-from engine.runner import Runner, Work
+from engine.runner import Runner, SegmentTokens
 from kvstore.pages import pages_for
 from tests.harness.picks import ForcedPicks, PickRecorder, Picks, Placed
 
@@ -94,14 +94,14 @@ def run_paged(
     held = [0] * len(prompts)
     logits: list[list[Tensor]] = [[] for _ in prompts]
     for step in steps:
-        work: list[Work] = []
+        work: list[SegmentTokens] = []
         for request, count in step:
             first, last = done[request], done[request] + count
             while held[request] < pages_for(last):
                 runner.extend(slots[request], [pages.pop()])
                 held[request] += 1
             tokens = prompts[request][first:last]
-            work.append(Work(slot=slots[request], start=first, tokens=tokens, all_logits=True))
+            work.append(SegmentTokens(slot=slots[request], start=first, tokens=tokens, all_logits=True))
             done[request] = last
         hook = _hook(model, [request for request, _ in step], work, picks, forced)
         for (request, _), part in zip(step, runner.run(work, hook=hook), strict=True):
@@ -113,23 +113,23 @@ def run_paged(
 def _hook(
     model: Model,
     requests: Sequence[int],
-    work: Sequence[Work],
+    work: Sequence[SegmentTokens],
     picks: Sequence[Picks],
     forced: Sequence[Picks] | None,
 ) -> PickHook | None:
     """Where the runner will lay the work out is a pure function of the work."""
     if not picks and forced is None:
         return None
-    pieces = [(item.slot, item.start, item.tokens) for item in work]
-    _, places = build_batch(pieces)
+    segments = [(item.slot, item.start, item.tokens) for item in work]
+    _, places = build_batch(segments)
     placed = list(zip(requests, places, strict=True))
     return PickRecorder(model.kernels, placed, picks) if forced is None else ForcedPicks(placed, forced)
 
 
 def run_fresh(model: Model, prompts: Sequence[Tensor], *, record: bool = False) -> Outcome:
     """All logits of whole prompts without any paged state, in one batch. Autograd flows if the caller lets it."""
-    pieces = [(request, 0, tokens) for request, tokens in enumerate(prompts)]
-    batch, places = build_batch(pieces, decode_together=False)
+    segments = [(request, 0, tokens) for request, tokens in enumerate(prompts)]
+    batch, places = build_batch(segments, decode_together=False)
     picks = [Picks(model.config, len(tokens)) for tokens in prompts] if record else []
     hook = PickRecorder(model.kernels, list(enumerate(places)), picks) if record else None
     state = FreshState(model.config, batch)
@@ -146,11 +146,11 @@ def run_drafting(
     done = [0] * len(prompts)
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompts]
     for step in steps:
-        pieces = [
+        segments = [
             (request, done[request], prompts[request][done[request] :][: count + 1])
             for request, count in step
         ]
-        for (request, count), part in zip(step, drafting.run(pieces), strict=True):
+        for (request, count), part in zip(step, drafting.run(segments), strict=True):
             found[request].append(part)
             done[request] += count
     return [
@@ -171,24 +171,24 @@ class Drafting:
             self._runner.open(slot)
             self._runner.extend(slot, range(slot * pages, (slot + 1) * pages))
 
-    def run(self, pieces: Sequence[tuple[int, int, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def run(self, segments: Sequence[tuple[int, int, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Main model and MTP block over tokens start .. of (slot, start, tokens), the last of which is only drafted
-        from. Draft logits and streams of each piece."""
+        from. Draft logits and streams of each segment."""
         work = [
-            Work(slot=slot, start=start, tokens=tokens[:-1], all_logits=True)
-            for slot, start, tokens in pieces
+            SegmentTokens(slot=slot, start=start, tokens=tokens[:-1], all_logits=True)
+            for slot, start, tokens in segments
         ]
         streams, _ = self._runner.streams(work)
-        return self.draft(pieces, streams)
+        return self.draft(segments, streams)
 
     def draft(
-        self, pieces: Sequence[tuple[int, int, Tensor]], streams_TSD: Tensor
+        self, segments: Sequence[tuple[int, int, Tensor]], streams_TSD: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """The MTP block alone, over given streams in the layout of the pieces' batch."""
+        """The MTP block alone, over given streams in the layout of the segments' batch."""
         model = self._model
-        batch, places = build_batch([(slot, start, tokens[:-1]) for slot, start, tokens in pieces])
+        batch, places = build_batch([(slot, start, tokens[:-1]) for slot, start, tokens in segments])
         next_tokens = torch.zeros(len(batch.tokens_T), dtype=torch.int64)
-        for (_, _, tokens), place in zip(pieces, places, strict=True):
+        for (_, _, tokens), place in zip(segments, places, strict=True):
             next_tokens[place.rows] = tokens[1:]
         state = PagedState(model.config, self._runner.tables, batch, kernels=model.kernels, exact=model.exact)
         with torch.inference_mode():

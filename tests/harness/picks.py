@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels.suite import Kernels
-from engine.model.batch import Piece
+from engine.model.batch import BatchSegment
 from rorqual.model_config import LayerKind, ModelConfig
 
-Placed = Sequence[tuple[int, Piece]]
-"""Which request each piece of a batch belongs to."""
+Placed = Sequence[tuple[int, BatchSegment]]
+"""Which request each segment of a batch belongs to."""
 
 
 class Choice(NamedTuple):
@@ -101,8 +101,8 @@ class PickRecorder:
         self._into = into
 
     def rows(self, layer: int, first_row: int, picks_Qk: Tensor) -> Tensor:
-        for request, piece, start, rows in _overlaps(self._placed, first_row, picks_Qk.shape[0]):
-            del piece
+        for request, segment, start, rows in _overlaps(self._placed, first_row, picks_Qk.shape[0]):
+            del segment
             self._into[request].put_rows(layer, start, picks_Qk[rows])
         return picks_Qk
 
@@ -114,8 +114,8 @@ class PickRecorder:
         chosen, _ = self._kernels.route_experts(
             logits_TE, bias_E, picks_TK, config.num_experts_per_token, config.routed_scaling_factor
         )
-        for request, piece in self._placed:
-            self._into[request].put_experts(layer, piece.start, chosen[piece.rows])
+        for request, segment in self._placed:
+            self._into[request].put_experts(layer, segment.start, chosen[segment.rows])
         return picks_TK
 
 
@@ -144,19 +144,24 @@ class ForcedPicks:
             self._own.experts(layer, logits_TE, bias_E, picks_TK)
         width = self._wanted[0].config.num_experts_per_token
         forced = torch.arange(width).repeat(logits_TE.shape[0], 1)  # rows of padding: any experts do
-        for request, piece in self._placed:
-            forced[piece.rows] = self._wanted[request].experts[layer][piece.start : piece.end]
+        for request, segment in self._placed:
+            forced[segment.rows] = self._wanted[request].experts[layer][segment.start : segment.end]
         return forced
 
 
-def _overlaps(placed: Placed, first_row: int, num_rows: int) -> list[tuple[int, Piece, int, slice]]:
-    """Pieces with rows among first_row .. : request, piece, position of its first such row, and these rows counted
+def _overlaps(placed: Placed, first_row: int, num_rows: int) -> list[tuple[int, BatchSegment, int, slice]]:
+    """Pieces with rows among first_row .. : request, segment, position of its first such row, and these rows counted
     from first_row."""
-    found: list[tuple[int, Piece, int, slice]] = []
-    for request, piece in placed:
-        low, high = max(piece.row, first_row), min(piece.row + piece.count, first_row + num_rows)
+    found: list[tuple[int, BatchSegment, int, slice]] = []
+    for request, segment in placed:
+        low, high = max(segment.row, first_row), min(segment.row + segment.count, first_row + num_rows)
         if low < high:
             found.append(
-                (request, piece, piece.start + low - piece.row, slice(low - first_row, high - first_row))
+                (
+                    request,
+                    segment,
+                    segment.start + low - segment.row,
+                    slice(low - first_row, high - first_row),
+                )
             )
     return found

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.model.batch import DecodeGroup, Piece, build_batch
+from engine.model.batch import BatchSegment, DecodeGroup, build_batch
 from engine.model.forward import Model
 from engine.model.state import Keys
 from kvstore.layout import Component
@@ -34,9 +34,9 @@ def run_from_reference_state(
 ) -> tuple[Tensor, Picks]:
     """Logits [N, V] of tokens that the reference has read, with the reference's choices; and the engine's own, each
     made where all before it were the reference's."""
-    pieces = [(0, position, torch.tensor([token])) for position, token in enumerate(tokens)]
-    batch, places = build_batch(pieces, decode_together=False)
-    placed = [(0, piece) for piece in places]
+    segments = [(0, position, torch.tensor([token])) for position, token in enumerate(tokens)]
+    batch, places = build_batch(segments, decode_together=False)
+    placed = [(0, segment) for segment in places]
     own = Picks(model.config, len(tokens))
     recorder = PickRecorder(model.kernels, placed, [own])
     hook = ForcedPicks(placed, [Picks.of_reference(model.config, reference.picks)], recorder)
@@ -46,25 +46,25 @@ def run_from_reference_state(
 
 
 class ReferenceState:
-    """StateView of pieces of one token each: the past is the reference's, the token's own rows are the engine's."""
+    """StateView of segments of one token each: the past is the reference's, the token's own rows are the engine's."""
 
     def __init__(self, reference: ReferenceModel) -> None:
         self._reference = reference
         self._config = reference.config
         self._new_rows: list[Tensor] = []
 
-    def past_window(self, component: Component, layer: int, piece: Piece, num_past: int) -> Tensor:
+    def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         assert component is Component.WINDOW
         rows = self._reference.layers[layer].window
-        past = [rows[position] for position in range(piece.start - num_past, piece.start)]
+        past = [rows[position] for position in range(segment.start - num_past, segment.start)]
         return torch.stack(past) if past else torch.zeros((0, self._config.head_dim))
 
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
         del component, layer, rows_Td
 
-    def past_unfinished(self, component: Component, layer: int, piece: Piece, first: int) -> Tensor:
+    def past_unfinished(self, component: Component, layer: int, segment: BatchSegment, first: int) -> Tensor:
         kept = self._kept(component, layer)
-        rows = [torch.cat((kept.k[p], kept.s[p])) for p in range(max(first, 0), piece.start)]
+        rows = [torch.cat((kept.k[p], kept.s[p])) for p in range(max(first, 0), segment.start)]
         half = kept.k[0].shape[0]
         empty = torch.cat(
             (torch.zeros((max(-first, 0), half)), torch.full((max(-first, 0), half), -torch.inf)), 1
@@ -78,14 +78,14 @@ class ReferenceState:
         del component, layer
         self._new_rows.append(rows_Nw)
 
-    def chunk_rows(self, component: Component, layer: int, piece: Piece, entries: Tensor) -> Tensor:
-        """Rows before the piece, and the one it has just made if it ends a window."""
+    def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
+        """Rows before the segment, and the one it has just made if it ends a window."""
         ratio = self._config.layers[layer].ratio
-        rows = torch.stack(self._kept(component, layer).rows[: piece.end // ratio])
-        if piece.end % ratio == 0:
+        rows = torch.stack(self._kept(component, layer).rows[: segment.end // ratio])
+        if segment.end % ratio == 0:
             # An indexer's rows are put after the layer's main rows, and read before them.
             new = self._new_rows[-1 if component is not Component.C4 else -2]
-            rows[-1] = new[piece.end // ratio - 1]
+            rows[-1] = new[segment.end // ratio - 1]
         return rows[entries]
 
     def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:

@@ -49,8 +49,8 @@ def leaves(value: Any) -> Iterator[Tensor]:
 
 def loss_of(model: Model, prompts: list[Tensor], picks: list[Picks]) -> Tensor:
     """Next-token cross entropy with fixed choices, so that it is a smooth function of the weights."""
-    pieces = [(request, 0, tokens) for request, tokens in enumerate(prompts)]
-    batch, places = build_batch(pieces, decode_together=False)
+    segments = [(request, 0, tokens) for request, tokens in enumerate(prompts)]
+    batch, places = build_batch(segments, decode_together=False)
     hook = ForcedPicks(list(enumerate(places)), picks)
     streams = model.streams(model.begin(batch, FreshState(model.config, batch), hook=hook))
     losses = [

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels.suite import choose_kernels
-from engine.model.batch import Piece, build_batch
+from engine.model.batch import BatchSegment, build_batch
 from engine.model.forward import Model
 from engine.model.rounding import rounding_of
 from engine.pager import PagedState, SlotTables
-from engine.runner import Runner, Work
+from engine.runner import Runner, SegmentTokens
 from kvstore.layout import Component, Numerics, build_layout
 from kvstore.pools import Pools
 from rorqual.model_config import ModelConfig
@@ -47,14 +47,16 @@ def make(numerics: Numerics, *, num_pages: int = 4, num_slots: int = 3) -> SlotT
     return tables
 
 
-def step(tables: SlotTables, pieces: list[tuple[int, int, int]]) -> tuple[PagedState, list[Piece]]:
+def step(tables: SlotTables, segments: list[tuple[int, int, int]]) -> tuple[PagedState, list[BatchSegment]]:
     """The state of a step over (slot, start, count)."""
-    batch, places = build_batch([(slot, start, torch.zeros(count).long()) for slot, start, count in pieces])
+    batch, places = build_batch([(slot, start, torch.zeros(count).long()) for slot, start, count in segments])
     return PagedState(config(), tables, batch, kernels=choose_kernels(), exact=False), places
 
 
-def all_rows(state: PagedState, component: Component, layer: int, piece: Piece) -> Tensor:
-    return state.chunk_rows(component, layer, piece, torch.arange(piece.end // config().layers[layer].ratio))
+def all_rows(state: PagedState, component: Component, layer: int, segment: BatchSegment) -> Tensor:
+    return state.chunk_rows(
+        component, layer, segment, torch.arange(segment.end // config().layers[layer].ratio)
+    )
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -105,15 +107,15 @@ def test_what_the_served_model_puts_is_kept_to_the_bit() -> None:
     """The model rounds rows itself, since the chunk that makes them uses them before they are read back."""
     tables, rounding = make(Numerics.SERVED), rounding_of(Numerics.SERVED, choose_kernels())
     tables.append(0, [1])
-    state, (piece,) = step(tables, [(0, 0, 200)])
+    state, (segment,) = step(tables, [(0, 0, 200)])
     rows = rounding.kv_rows(normal(200, 120), config().nope_head_dim)
     state.put_window(Component.WINDOW, 0, rows)
-    state, (piece,) = step(tables, [(0, 200, 5)])
-    assert torch.equal(state.past_window(Component.WINDOW, 0, piece, 7), rows[193:200])
+    state, (segment,) = step(tables, [(0, 200, 5)])
+    assert torch.equal(state.past_window(Component.WINDOW, 0, segment, 7), rows[193:200])
     index = rounding.index_rows(normal(50, 64, seed=1))
-    state, (piece,) = step(tables, [(0, 0, 200)])
+    state, (segment,) = step(tables, [(0, 0, 200)])
     state.put_rows(Component.C4_INDEX, 1, index)
-    assert torch.equal(all_rows(state, Component.C4_INDEX, 1, piece), index)
+    assert torch.equal(all_rows(state, Component.C4_INDEX, 1, segment), index)
 
 
 def test_a_served_page_in_the_pool_is_the_wire_page_byte_for_byte() -> None:
@@ -146,8 +148,8 @@ def test_rings_keep_the_last_positions_of_a_chunk_longer_than_themselves(numeric
     state, _ = step(tables, [(1, 0, count)])
     rows = kept(numerics, Component.WINDOW, normal(count, 120))
     state.put_window(Component.WINDOW, 1, rows)
-    state, (piece,) = step(tables, [(1, count, 3)])
-    assert torch.equal(state.past_window(Component.WINDOW, 1, piece, ring), rows[-ring:])
+    state, (segment,) = step(tables, [(1, count, 3)])
+    assert torch.equal(state.past_window(Component.WINDOW, 1, segment, ring), rows[-ring:])
 
 
 def test_unfinished_rows_before_the_first_token_are_empty_even_in_a_used_slot() -> None:
@@ -158,13 +160,13 @@ def test_unfinished_rows_before_the_first_token_are_empty_even_in_a_used_slot() 
         (Component.C128_UNFINISHED, 2, 16),
     ):
         tables.append(2, [0])
-        state, (piece,) = step(tables, [(2, 0, 30)])
+        state, (segment,) = step(tables, [(2, 0, 30)])
         half = tables.pools[component].descriptor.width // 2
         state.put_unfinished(component, layer, normal(30, 2 * half))
         tables.open(2)
         tables.append(2, [1])
-        state, (piece,) = step(tables, [(2, 0, 2)])
-        past = state.past_unfinished(component, layer, piece, -window)
+        state, (segment,) = step(tables, [(2, 0, 2)])
+        past = state.past_unfinished(component, layer, segment, -window)
         assert past.shape == (window, 2 * half)
         assert bool((past[:, :half] == 0).all())
         assert bool((past[:, half:] == -torch.inf).all())
@@ -248,6 +250,6 @@ def test_a_slot_and_its_pages_serve_the_next_request_as_if_they_were_new(exact: 
     for tokens in (first, second):
         runner.open(0)
         runner.extend(0, [1, 0])
-        found = runner.run([Work(slot=0, start=0, tokens=tokens, all_logits=True)])
+        found = runner.run([SegmentTokens(slot=0, start=0, tokens=tokens, all_logits=True)])
     wanted = run_paged(model, [second], alone(280)).logits[0]
     assert torch.equal(found[0], wanted)
