@@ -26,7 +26,7 @@ class PickHook(Protocol):
     def experts(
         self, layer: int, logits_TE: Tensor, bias_E: Tensor | None, picks_TK: Tensor | None
     ) -> Tensor | None:
-        """Experts to use for every row, or None for the router's own."""
+        """Experts of every row (return `picks_TK` to keep a hash layer's), or None: the learned routing's own."""
         ...
 
 

@@ -27,7 +27,7 @@ CONTAINERS_MAX = 65_536
 STRINGS_MAX = 4 * CONTAINERS_MAX
 """Objects and lists, and strings (keys too), in one body. A long chat has some thousands. The event loop waits
 while a body is decoded: 15 MB of empty objects would take it four seconds, of keys one; within these bounds no
-body took over 0.2 s."""
+body took over a quarter of one."""
 
 
 class Unserved(msgspec.Struct):

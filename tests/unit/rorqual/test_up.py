@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,11 +36,11 @@ def test_the_ready_file_names_the_addresses_and_every_process(start_cluster):
 
 def test_children_get_their_options_and_the_router_every_workers_address(start_cluster):
     cluster = start_cluster(
-        {}, "--both", "2", "--served-name", "whale", "--numerics", "served", "--slots", "7", "--api-key", "k"
+        {}, "--both", "2", "--served-name", "whale", "--numerics", "served", "--slots", "7"
     )
     router = options_of(cluster.ready()["http"])
     assert router[router.index("--served-name") + 1] == "whale"
-    assert router[router.index("--api-key") + 1] == "k"
+    assert "--api-key-file" not in router
     addresses = [router[i + 1] for i, option in enumerate(router) if option == "--worker"]
     assert len(addresses) == 2
     for address in addresses:
@@ -49,6 +50,20 @@ def test_children_get_their_options_and_the_router_every_workers_address(start_c
         assert worker[worker.index("--slots") + 1] == "7"
         assert "--pages" not in worker
         assert "--exact" not in worker
+
+
+def test_keys_reach_the_router_in_a_file_of_its_own_and_never_in_an_argument(start_cluster, tmp_path):
+    given = tmp_path / "keys"
+    given.write_text("secret-b\n\nsecret-c\n")
+    cluster = start_cluster({}, "--api-key", "secret-a", "--api-key-file", str(given))
+    router = options_of(cluster.ready()["http"])
+    assert not any("secret" in option for option in router)
+    file = Path(router[router.index("--api-key-file") + 1])
+    assert file != given
+    assert file.read_text() == "secret-a\nsecret-b\nsecret-c\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert cluster.stop(signal.SIGTERM) == 0
+    assert not file.exists()
 
 
 def test_threads_are_shared_out_and_written_into_the_environment(start_cluster):

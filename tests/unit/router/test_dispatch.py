@@ -315,6 +315,18 @@ async def test_a_request_waits_a_while_for_a_worker_to_connect() -> None:
         assert got.tokens == the_answer(a_generation())
 
 
+async def test_the_place_deadline_is_over_once_a_worker_has_been_found() -> None:
+    async with a_cluster("a", start=False, place_seconds_max=0.2) as cluster:
+        asking = asyncio.create_task(collect(cluster, a_generation()))
+        await asyncio.sleep(0.02)
+        cluster.start_worker("a")
+        cluster.links["a"].gate.clear()
+        await asyncio.sleep(0.3)
+        cluster.links["a"].gate.set()
+        (got,) = await asking
+        assert got.tokens == the_answer(a_generation())
+
+
 async def test_without_any_worker_the_place_deadline_says_so() -> None:
     async with a_cluster("a", start=False, place_seconds_max=0.02) as cluster:
         with pytest.raises(Overloaded, match="no worker is connected"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +33,8 @@ from prometheus_client import CollectorRegistry
 from rorqual.clock import SystemClock
 from rorqual.errors import Overloaded, StageTimedOut, WorkerLost
 from router.admission import Admission
-from router.grpc_gateway import ROUTE, GrpcGateway, GrpcSettings
 from router.gateway_metrics import GatewayMetrics
+from router.grpc_gateway import ROUTE, GrpcGateway, GrpcSettings
 from router.prompt import PromptEncoder
 
 PROTO = Path(__file__).resolve().parents[3] / "proto" / "rorqual" / "v1" / "generate.proto"
@@ -204,6 +204,7 @@ async def test_sampling_reaches_the_generation_and_zero_is_a_value(served):
         ({"text": "a", "sampling": {"logprobs": 21}}, "logprobs"),
         ({"text": "a", "sampling": {"seed": 2**63}}, "seed"),
         ({"text": "a", "sampling": {"logit_bias": {256: 1}}}, "logit_bias"),
+        ({"text": "a", "sampling": {"logit_bias": dict.fromkeys(range(1025), 0)}}, "sampling.logit_bias"),
         ({"text": "a", "sampling": {"logit_bias": {1: float("inf")}}}, "logit_bias"),
     ],
 )
@@ -252,6 +253,94 @@ async def test_beyond_the_bound_on_requests_it_is_exhausted(serve):
     await until(lambda: served.generator.num_open == 1)
     assert (await served.failure(text="hello")).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert len(await running) == 6
+
+
+async def test_a_call_counts_as_its_choices(serve):
+    served = await serve(num_choices_max=4)
+    served.generator.step_seconds = 0.05
+    running = asyncio.create_task(served.responses(text="hello", max_tokens=6, n=3))
+    await until(lambda: served.generator.num_open == 1)
+    assert (await served.failure(text="hello", n=2)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(await served.responses(text="hello", max_tokens=1)) == 1
+    assert (await served.failure(text="hello", n=5)).code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(await running) == 18
+
+
+async def test_a_client_that_vanishes_without_a_word_frees_its_generation(serve):
+    served = await serve(keepalive_seconds=0.2, keepalive_reply_seconds_max=0.2)
+    served.generator.step_seconds = 60
+    async with blackhole(served.address) as (address, vanish), grpc.aio.insecure_channel(address) as channel:
+        generate = channel.unary_stream(
+            "/rorqual.v1.Generation/Generate",
+            request_serializer=served.pb.GenerateRequest.SerializeToString,
+            response_deserializer=served.pb.GenerateResponse.FromString,
+        )
+        call = generate(served.pb.GenerateRequest(text="hello", max_tokens=1000))
+        await until(lambda: served.generator.num_open == 1)
+        await asyncio.sleep(0.6)
+        assert served.generator.num_open == 1  # who answers probes may wait as long as it takes
+        vanish()
+        assert await until(lambda: served.generator.num_open == 0) < 3.0
+        call.cancel()
+
+
+@asynccontextmanager
+async def blackhole(target: str) -> AsyncIterator[tuple[str, Callable[[], None]]]:
+    """A proxy that, once told to vanish, passes nothing on and closes nothing, as a machine without power."""
+    host, port = target.split(":")
+    passing = True
+    tasks: set[asyncio.Task] = set()
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            if passing:
+                writer.write(data)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, far_writer))
+        tasks.add(asyncio.create_task(pump(reader, far_writer)))
+        tasks.add(asyncio.create_task(pump(far_reader, writer)))
+
+    def vanish() -> None:
+        nonlocal passing
+        passing = False
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", vanish
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.close()
+
+
+async def test_a_fault_of_the_health_reporting_is_raised_by_watch(served, monkeypatch):
+    watching = asyncio.create_task(served.gateway.watch())
+    await asyncio.sleep(0.05)
+    assert not watching.done()
+
+    def broken() -> None:
+        raise AssertionError("a broken invariant")
+
+    monkeypatch.setattr(served.generator, "model", broken)
+    with pytest.raises(AssertionError, match="a broken invariant"):
+        await asyncio.wait_for(watching, 3)
+
+
+async def test_a_failed_call_is_told_with_its_id(served, caplog):
+    served.generator.fail_with, served.generator.fail_at = WorkerLost("gone"), 1
+    call = served.generate(served.pb.GenerateRequest(text="hello", max_tokens=5))
+    request_id = (await call.read()).request_id
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call.read()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert f"request={request_id} status=UNAVAILABLE error=gone" in told[0]
 
 
 async def test_a_cancelled_call_closes_its_generation_at_once(served):

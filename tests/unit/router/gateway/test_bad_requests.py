@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -96,11 +98,39 @@ BAD_FIELDS = [
     (CHAT, chat(chat_template_kwargs={"thinking": "yes"}), 400, "chat_template_kwargs.thinking"),
     (CHAT, chat(chat_template_kwargs={"no_such": 1}), 400, "chat_template_kwargs"),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
-    (CHAT, chat(tool_choice="auto"), 400, "tool_choice"),
+    (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
     (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
     (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
     (CHAT, chat(min_tokens=True), 400, "min_tokens"),
+    (CHAT, chat(enable_thinking=True), 400, "enable_thinking"),
+    (CHAT, chat(reasoning={"effort": "high"}), 400, "reasoning"),
+    (CHAT, chat(include_reasoning=False), 400, "include_reasoning"),
+    (CHAT, chat(verbosity="low"), 400, "verbosity"),
+    (CHAT, chat(prompt_logprobs=0), 400, "prompt_logprobs"),
+    (CHAT, chat(skip_special_tokens=False), 400, "skip_special_tokens"),
+    (CHAT, chat(add_special_tokens=True), 400, "add_special_tokens"),
+    (CHAT, chat(typical_p=0.9), 400, "typical_p"),
+    (CHAT, chat(echo=True), 400, "echo"),
+    (CHAT, chat(best_of=2), 400, "best_of"),
+    (CHAT, chat(best_of=2, n=3), 400, "best_of"),
+    (CHAT, chat(best_of=True), 400, "best_of"),
+    (CHAT, chat(thinking=True), 400, "thinking"),
+    (CHAT, chat(thinking={}), 400, "thinking"),
+    (CHAT, chat(thinking={"type": "auto"}), 400, "thinking.type"),
+    (CHAT, chat(thinking={"type": "enabled", "budget_tokens": 5}), 400, "thinking"),
+    (
+        CHAT,
+        chat(thinking={"type": "enabled"}, chat_template_kwargs={"thinking": False}),
+        400,
+        "thinking",
+    ),
+    (
+        CHAT,
+        chat(messages=[USER, {"role": "developer", "content": "d"}, USER], thinking={"type": "enabled"}),
+        400,
+        "messages[1].role",
+    ),
     (TEXT, {"model": "fake"}, 400, "prompt"),
     (TEXT, text(prompt=None), 400, "prompt"),
     (TEXT, text(prompt=""), 400, "prompt"),
@@ -195,11 +225,47 @@ async def test_what_is_not_a_json_object_is_refused(served, body):
         {"stop": ["a"] * 16, "n": 16},
         {"best_of": 1, "modalities": ["text"], "min_tokens": 0},
         {"temperature": 0, "top_p": 1, "seed": 2**63 - 1},
+        {"tool_choice": "auto", "top_logprobs": 0, "verbosity": "medium", "reasoning": {}, "echo": False},
+        {"best_of": 3, "n": 3},
+        {"enable_thinking": False, "skip_special_tokens": True, "add_special_tokens": False, "typical_p": 1},
+        {"reasoning_effort": "minimal"},
+        {"reasoning_effort": "medium"},
     ],
 )
 async def test_what_asks_for_nothing_special_is_served(served, fields):
     response = await served.http.post(CHAT, json=chat(**fields))
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"messages":[' + b"{}," * 65_536 + b"{}]}", "over 65536 objects and lists"),
+        (b'{"messages":[{"a":[' + b"[]," * 65_536 + b'"["]}]}', "over 65536 objects and lists"),
+        (b'{"messages":[{"a":[' + b'"",' * 262_144 + b'""]}]}', "over 262144 strings"),
+        (b'{"messages":[{' + b",".join(b'"%d":1' % n for n in range(262_144)) + b"}]}", "strings"),
+    ],
+)
+async def test_a_body_of_too_many_values_is_refused_before_they_are_built(served, content, words):
+    started = time.monotonic()
+    response = await served.http.post(CHAT, content=content)
+    assert time.monotonic() - started < 1.0
+    assert response.status_code == 400
+    assert words in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("text", ["if (a[0]) { b }\n", '\\"{[', '"}, {"', "\\\\{"])
+async def test_braces_and_quotes_inside_a_text_are_no_values(served, text):
+    content = text * 140_000
+    response = await served.http.post("/tokenize", json={"text": content})
+    assert response.status_code == 200, response.text
+    assert response.json()["count"] == len(content)
+
+
+async def test_the_collector_runs_again_after_every_body(served):
+    for content in (b"{", b"{}", json.dumps(chat()).encode()):
+        await served.http.post(CHAT, content=content)
+        assert gc.isenabled()
 
 
 async def test_of_a_repeated_field_the_last_counts_and_the_content_type_does_not_matter(served):
@@ -272,6 +338,41 @@ async def test_an_api_key_is_needed_where_keys_are_set(serve):
     assert [(await served.http.get(path)).status_code for path in ("/health", "/ready", "/metrics")] == [
         200
     ] * 3
+
+
+async def test_a_request_counts_as_its_choices_and_one_that_never_fits_is_told_so(serve):
+    served = await serve(num_choices_max=5)
+    served.generator.step_seconds = 0.05
+    running = asyncio.create_task(served.http.post(TEXT, json=text(prompt=["a", "b"], n=2, max_tokens=8)))
+    while served.generator.num_open < 2:
+        await asyncio.sleep(0.01)
+    assert (await served.http.post(CHAT, json=chat(n=2))).status_code == 429
+    assert (await served.http.post(CHAT, json=chat(n=1))).status_code == 200
+    response = await served.http.post(CHAT, json=chat(n=6))
+    assert (response.status_code, error_of(response)["param"]) == (400, "n")
+    assert (await running).status_code == 200
+    assert (await served.http.post(CHAT, json=chat(n=5))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({}, (False, None)),
+        ({"thinking": {"type": "enabled"}}, (True, None)),
+        ({"thinking": {"type": "disabled"}}, (False, None)),
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "high"}, (False, "high")),
+        ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, (True, None)),
+        ({"thinking": {"type": "enabled"}, "chat_template_kwargs": {"thinking": True}}, (True, None)),
+        ({"reasoning_effort": "minimal"}, (True, "low")),
+        ({"reasoning_effort": "medium"}, (True, "low")),
+        ({"reasoning_effort": "max"}, (True, "max")),
+        ({"chat_template_kwargs": {"reasoning_effort": "high", "thinking": False}}, (False, "high")),
+    ],
+)
+async def test_there_are_several_ways_to_ask_for_thinking(served, fields, asked):
+    assert (await served.http.post(CHAT, json=chat(**fields))).status_code == 200
+    assert (await served.http.post("/tokenize", json={"messages": [USER], **fields})).status_code == 200
+    assert served.prompts.asked == [asked, asked]
 
 
 async def test_beyond_the_bound_on_requests_a_client_is_told_to_come_back(serve):

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from rorqual.clock import ManualClock
-from router.gateway.http1 import HttpLimits, HttpReply, HttpRequest, HttpServer
+from router.gateway.http1 import HttpLimits, HttpReply, HttpRequest, HttpServer, Refusal
 
 JSON = b"application/json"
 
@@ -27,7 +27,13 @@ class Site:
         self.num_written = 0
         self.go_on = asyncio.Event()
         self.server = HttpServer(
-            self.handle, limits=HttpLimits(**limits), clock=ManualClock(0), cut_off=self.cut_off.append
+            self.handle,
+            limits=HttpLimits(**limits),
+            clock=ManualClock(0),
+            cut_off=self.cut_off.append,
+            on_head=lambda request: (
+                Refusal(status=401, message="no entry") if request.path == "/closed" else None
+            ),
         )
         self.port = 0
 
@@ -54,6 +60,15 @@ class Site:
                     self.num_written += 16_000
                     await reply.drain()
                     await asyncio.sleep(0)
+            elif request.path == "/last-words":
+                reply.start(200, content_type=b"text/plain")
+                reply.write(b"begun ")
+                try:
+                    await self.go_on.wait()
+                except asyncio.CancelledError:
+                    reply.write(b"and ended" if not reply.client_is_gone else b"")
+                    reply.finish()
+                    raise
             elif request.path == "/large":
                 reply.send(200, b"x" * 30_000_000, content_type=b"text/plain")
             else:
@@ -319,6 +334,100 @@ async def test_stopping_cancels_what_does_not_finish_in_time(site):
         assert started.cancelled == ["/wait"]
         assert await asyncio.wait_for(reader.read(), 5) == b""
     assert not started.server.connections
+
+
+async def test_stopping_lets_a_cancelled_handler_say_why(site):
+    started = await site()
+    async with connected(started) as (reader, writer):
+        writer.write(b"GET /last-words HTTP/1.1\r\n\r\n")
+        await until(lambda: len(started.requests) == 1)
+        stop_started = time.monotonic()
+        await asyncio.wait_for(started.server.stop(drain_seconds=0.1), 5)
+        assert time.monotonic() - stop_started < 0.6
+        answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.endswith(b"6\r\nbegun \r\n9\r\nand ended\r\n0\r\n\r\n")
+
+
+async def test_a_client_that_does_not_read_its_last_words_does_not_hold_up_stopping(site):
+    started = await site()
+    with socket.create_connection(("127.0.0.1", started.port)) as sock:
+        sock.sendall(b"GET /flood HTTP/1.1\r\n\r\n")
+        await until(lambda: started.num_written > 100_000)
+        await asyncio.wait_for(started.server.stop(drain_seconds=0.05), 2)
+    assert not started.server.connections
+
+
+async def test_what_the_head_rules_out_is_answered_without_waiting_for_its_body(site):
+    started = await site()
+    data = b"POST /closed HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 9000000\r\n\r\n"
+    answer = await talk(started, data)
+    assert status_of(answer) == 401
+    assert answer.endswith(b"no entry")
+    assert started.requests[0].headers[b"content-length"] == b"9000000"
+    chunked = b"POST /closed HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"
+    assert status_of(await talk(started, chunked)) == 401
+    assert [request.body for request in started.requests] == [b"", b""]
+    assert started.server.body_bytes_inflight == 0
+
+
+async def test_what_the_head_rules_out_keeps_its_connection_where_there_is_no_body(site):
+    data = b"GET /closed HTTP/1.1\r\n\r\nGET /open HTTP/1.1\r\n" + CLOSE + b"\r\n"
+    answer = await talk(await site(), data)
+    assert answer.count(b"HTTP/1.1 401") == answer.count(b"HTTP/1.1 200") == 1
+
+
+async def test_bodies_of_all_connections_together_are_bounded(site):
+    started = await site(body_bytes_inflight_max=250_000)
+    head = b"POST /wait HTTP/1.1\r\ncontent-length: 100000\r\n\r\n"
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            _, writer = await stack.enter_async_context(connected(started))
+            writer.write(head + b"x" * 99_999)
+        await until(lambda: started.server.body_bytes_inflight == 2 * 99_999)
+        answer = await talk(started, head + b"x" * 99_999)
+        assert status_of(answer) == 503
+        assert started.cut_off == ["body_bytes"]
+        assert started.server.body_bytes_inflight == 2 * 99_999
+        small = b"POST / HTTP/1.1\r\ncontent-length: 5\r\n" + CLOSE + b"\r\nhello"
+        assert status_of(await talk(started, small)) == 200
+    await until(lambda: not started.server.connections)
+    assert started.server.body_bytes_inflight == 0
+
+
+async def test_a_body_counts_until_it_is_taken_or_answered_or_its_client_is_gone(site):
+    started = await site()
+    head = b"POST /wait HTTP/1.1\r\ncontent-length: 1000\r\n\r\n"
+    async with connected(started) as (reader, writer), connected(started) as (_, other):
+        for each in (writer, other):
+            each.write(head + b"x" * 1000)
+        await until(lambda: len(started.requests) == 2)
+        assert started.server.body_bytes_inflight == 2000
+        assert len(started.requests[0].take_body()) == 1000
+        assert started.requests[0].take_body() == b""
+        assert started.server.body_bytes_inflight == 1000
+        other.close()
+        await until(lambda: started.server.body_bytes_inflight == 0)
+        started.go_on.set()
+        writer.write(b"POST / HTTP/1.1\r\ncontent-length: 3\r\n" + CLOSE + b"\r\nabc")
+        assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"abc")
+    assert started.server.body_bytes_inflight == 0
+
+
+async def test_more_pipelined_requests_than_the_bound_are_refused_after_those_within_it(site):
+    started = await site()
+    answer = await talk(started, b"GET / HTTP/1.1\r\n\r\n" * 1000)
+    assert answer.count(b"HTTP/1.1 200") == 64
+    assert answer.count(b"HTTP/1.1 429") == 1
+    assert len(started.requests) == 65
+    assert started.cut_off == ["pipelined_requests"]
+
+
+async def test_rubbish_behind_a_request_does_not_spoil_its_answer(site):
+    answer = await talk(await site(), b"POST / HTTP/1.1\r\ncontent-length: 3\r\n\r\nabcrubbish\r\n\r\n")
+    first, second = answer.split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200")
+    assert first.endswith(b"abc")
+    assert second.startswith(b"400")
 
 
 async def test_a_port_in_use_is_an_error(site):

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from rorqual.errors import Overloaded, WorkerLost
+
 CHAT = "/v1/chat/completions"
 
 
@@ -156,6 +158,81 @@ async def test_stopping_lets_a_stream_finish_and_refuses_new_requests(served):
         await asyncio.wait_for(stop, 5)
     with pytest.raises(httpx.ConnectError):
         await served.http.get("/health")
+
+
+async def test_a_stream_that_stopping_cuts_short_ends_with_an_error_event(serve):
+    served = await serve(drain_seconds_max=0.1)
+    served.generator.step_seconds = 0.02
+    whole = asyncio.create_task(served.http.post(CHAT, json=chat(max_tokens=1000)))
+    async with served.http.stream("POST", CHAT, json=chat(max_tokens=1000, stream=True)) as response:
+        await until(lambda: served.generator.num_open == 2)
+        await asyncio.sleep(0.05)
+        stop = asyncio.create_task(served.gateway.stop())
+        text = "".join([part async for part in response.aiter_text()])
+        await asyncio.wait_for(stop, 5)
+    last = json.loads(text.removesuffix("\n\n").split("\n\n")[-1].removeprefix("data: "))
+    assert "stopping" in last["error"]["message"]
+    assert (await whole).status_code == 503
+    assert served.generator.num_open == 0
+    assert served.value("rorqual_router_requests_total", route=CHAT, status="503") == 2
+    assert served.value("rorqual_router_cancelled_requests_total", route=CHAT) == 0
+
+
+async def test_a_stream_that_fails_half_way_counts_and_is_told_as_a_failure(served, caplog):
+    served.generator.fail_with, served.generator.fail_at = WorkerLost("the worker is gone"), 2
+    response = await served.http.post(CHAT, json=chat(max_tokens=5, stream=True))
+    assert response.status_code == 200  # which it was when it began
+    await until(lambda: served.value("rorqual_router_in_flight_requests", route=CHAT) == 0)
+    assert served.value("rorqual_router_requests_total", route=CHAT, status="502") == 1
+    assert served.value("rorqual_router_requests_total", route=CHAT, status="200") == 0
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert f"request={response.headers['x-request-id']}" in told[0]
+    assert 'error="the worker is gone"' in told[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_before_the_first_token_is_told_with_the_id_its_client_got(served, caplog, stream):
+    served.generator.fail_with = Overloaded("every worker is full")
+    response = await served.http.post(CHAT, json=chat(stream=stream))
+    assert response.status_code == 503
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert f"request={response.headers['x-request-id']} status=503" in told[0]
+
+
+async def test_a_cancelled_stream_is_told_with_its_id_and_counts_as_cancelled(served, caplog):
+    caplog.set_level("INFO")
+    served.generator.step_seconds = 0.01
+    async with served.http.stream("POST", CHAT, json=chat(max_tokens=1000, stream=True)) as response:
+        request_id = response.headers["x-request-id"]
+    counted = {"route": CHAT, "status": "cancelled"}
+    await until(lambda: served.value("rorqual_router_requests_total", **counted) == 1)
+    told = [record.getMessage() for record in caplog.records if "cancelled a request" in record.getMessage()]
+    assert len(told) == 1
+    assert f"request={request_id}" in told[0]
+
+
+async def test_without_a_key_no_body_is_received(serve):
+    served = await serve(api_keys=("alpha",))
+    with socket.create_connection(("127.0.0.1", served.port)) as sock:
+        sock.sendall(b"POST %b HTTP/1.1\r\ncontent-length: 15000000\r\n\r\n" % CHAT.encode())
+        sock.sendall(b"x" * 200_000)
+        sock.setblocking(False)
+        answer = b""
+        async with asyncio.timeout(5):
+            while b"\r\n\r\n" not in answer:
+                answer += await asyncio.get_running_loop().sock_recv(sock, 10_000)
+        assert answer.startswith(b"HTTP/1.1 401")
+        assert served.value("rorqual_router_inflight_body_bytes") == 0
+
+
+async def test_a_running_stream_does_not_hold_on_to_its_body(served):
+    served.generator.step_seconds = 0.02
+    body = {"messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 20, "stream": True}
+    async with served.http.stream("POST", CHAT, json=body) as response:
+        assert response.status_code == 200
+        assert served.value("rorqual_router_inflight_body_bytes") == 0
 
 
 async def test_a_million_token_prompt_fits_through_the_default_limit(served):

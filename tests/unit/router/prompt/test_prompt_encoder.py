@@ -205,3 +205,30 @@ async def test_waiting_ends_at_the_deadline() -> None:
     gate.open.set()
     pool.close()
     assert pool.stats().num_jobs == 0
+
+
+async def test_a_text_that_its_length_rules_out_is_refused_without_encoding(v4_tokenizer: Tokenizer) -> None:
+    encoder = PromptEncoder(tokenizer=v4_tokenizer)
+    text = "never seen before " * 200_000
+    with pytest.raises(InvalidRequest, match="at the very least") as caught:
+        await encoder.aencode_text(text, field="prompt", num_tokens_max=100)
+    assert (caught.value.field, caught.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(InvalidRequest) as caught:
+        await encoder.aencode_chat([{"role": "user", "content": text}], num_tokens_max=100)
+    assert caught.value.field == "messages"
+    assert encoder.stats().memo.num_misses == encoder.stats().memo.num_hits == 0
+    assert len(await encoder.aencode_text("short", num_tokens_max=100)) == 1
+    encoder.close()
+
+
+async def test_the_loop_goes_on_while_the_last_prompt_is_encoded() -> None:
+    pool = EncodePool(PoolConfig(num_threads=1))
+    gate = Gate()
+    work = asyncio.create_task(pool.run(gate, num_chars=1))
+    await until(lambda: gate.num_runs == 1)
+    closing = asyncio.create_task(pool.aclose())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    gate.open.set()
+    await closing
+    assert await work == 1
