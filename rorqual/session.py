@@ -182,7 +182,7 @@ def check_sequence(
     if num_scores > PROMPT_SCORES_MAX:
         raise InvalidRequest(
             f"logprobs of a prompt of {len(prompt)} tokens with {sampling.prompt_logprobs} alternatives each"
-            f" are {num_scores} values for {num_choices} choices; at most {PROMPT_SCORES_MAX} are returned",
+            f" are {num_scores} values over all choices; at most {PROMPT_SCORES_MAX} are returned",
             field="logprobs",
         )
 

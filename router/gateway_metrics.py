@@ -69,12 +69,12 @@ class GatewayMetrics:
             registry=registry,
         )
         self.body_bytes_inflight = Gauge(
-            "rorqual_router_inflight_body_bytes",
+            "rorqual_router_in_flight_body_bytes",
             "Bytes of HTTP bodies that are being received or wait to be read.",
             registry=registry,
         )
         self.choices_inflight = Gauge(
-            "rorqual_router_inflight_choices",
+            "rorqual_router_in_flight_choices",
             "Choices being read or generated over both gateways, as the bound on them counts.",
             registry=registry,
         )

@@ -260,6 +260,8 @@ def _channel_options(settings: GrpcSettings) -> tuple[tuple[str, int], ...]:
         ("grpc.so_reuseport", 0),  # or a second router would share the port in silence
         ("grpc.keepalive_time_ms", int(1e3 * settings.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", int(1e3 * settings.keepalive_reply_seconds_max)),
+        # Keepalive's probes are pings, which have a deadline of their own: a minute, if it is not said.
+        ("grpc.http2.ping_timeout_ms", int(1e3 * settings.keepalive_reply_seconds_max)),
         ("grpc.http2.max_pings_without_data", 0),  # a long prefill sends no data
         # A client may probe us as often as we probe it; by default gRPC ends one that does within 5 minutes.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -430,6 +430,17 @@ async def test_rubbish_behind_a_request_does_not_spoil_its_answer(site):
     assert second.startswith(b"400")
 
 
+async def test_empty_lines_without_end_are_refused_and_not_taken_for_the_request_before_them(site):
+    started = await site(head_bytes_max=2000)
+    async with connected(started) as (reader, writer):
+        writer.write(b"GET /first HTTP/1.1\r\n\r\n")
+        assert b" 200 " in await asyncio.wait_for(reader.readuntil(b"hello"), 5)
+        writer.write(b"\r\n" * 1500)
+        assert status_of(await asyncio.wait_for(reader.read(), 5)) == 431
+    assert [request.path for request in started.requests] == ["/first", ""]
+    assert started.requests[0].refusal is None
+
+
 async def test_a_port_in_use_is_an_error(site):
     started = await site()
     with pytest.raises(OSError, match="in use"):

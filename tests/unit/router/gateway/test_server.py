@@ -224,7 +224,7 @@ async def test_without_a_key_no_body_is_received(serve):
             while b"\r\n\r\n" not in answer:
                 answer += await asyncio.get_running_loop().sock_recv(sock, 10_000)
         assert answer.startswith(b"HTTP/1.1 401")
-        assert served.value("rorqual_router_inflight_body_bytes") == 0
+        assert served.value("rorqual_router_in_flight_body_bytes") == 0
 
 
 async def test_a_running_stream_does_not_hold_on_to_its_body(served):
@@ -232,7 +232,7 @@ async def test_a_running_stream_does_not_hold_on_to_its_body(served):
     body = {"messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 20, "stream": True}
     async with served.http.stream("POST", CHAT, json=body) as response:
         assert response.status_code == 200
-        assert served.value("rorqual_router_inflight_body_bytes") == 0
+        assert served.value("rorqual_router_in_flight_body_bytes") == 0
 
 
 async def test_a_million_token_prompt_fits_through_the_default_limit(served):

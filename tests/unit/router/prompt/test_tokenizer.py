@@ -71,6 +71,20 @@ def test_segments_encode_to_the_ids_of_the_whole_text(
     assert v4_tokenizer.encode(text).tolist() == whole
 
 
+@given(text=encodable | st.sampled_from([" ", "\n", "-", "=", "*", "a"]).map(lambda char: char * 5000))
+@settings(max_examples=200, deadline=None)
+def test_no_text_has_fewer_tokens_than_its_length_says(v4_tokenizer: Tokenizer, text: str) -> None:
+    assert v4_tokenizer.num_tokens_min(text) <= len(v4_tokenizer.encode(text))
+    assert (v4_tokenizer.num_tokens_min(text) > 0) == (text != "")
+
+
+def test_where_texts_are_changed_before_encoding_their_length_says_nothing(byte_level: MakeLibrary) -> None:
+    library = byte_level()
+    assert Tokenizer(library).num_tokens_min("abc") == 3
+    library.normalizer = tokenizers.normalizers.Strip()
+    assert Tokenizer(library).num_tokens_min("abc" + " " * 100) == 0
+
+
 def test_every_token_has_the_bytes_the_library_decodes(
     v4_tokenizer: Tokenizer, library: tokenizers.Tokenizer
 ) -> None:
