@@ -45,6 +45,7 @@ _OPTIONS = (
     # A router whose host vanished leaves no FIN: pings find it within about 15 s and free its sequences.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the deadline of a keepalive ping in current gRPC
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 

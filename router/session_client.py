@@ -22,6 +22,7 @@ _OPTIONS = (
     # A worker whose host vanished sends no FIN; pings find that within about 15 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the deadline of a keepalive ping in current gRPC
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_http_proxy", 0),
 )

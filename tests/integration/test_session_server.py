@@ -128,7 +128,12 @@ async def ending(call: Any) -> tuple[grpc.StatusCode, str]:
         ),
         ([HELLO, HELLO], grpc.StatusCode.INVALID_ARGUMENT, "Hello came twice"),
         ([HELLO, b"\xff\xff\xff"], grpc.StatusCode.INVALID_ARGUMENT, "does not decode"),
-        ([HELLO, *[encode_command(an_open(1))] * 2], grpc.StatusCode.INVALID_ARGUMENT, "is open already"),
+        (
+            # Long enough not to have ended when the second one comes.
+            [HELLO, *[encode_command(an_open(1, max_tokens=3000))] * 2],
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "is open already",
+        ),
     ],
 )
 async def test_a_client_that_breaks_a_rule_is_told_which_and_others_are_served(
