@@ -53,7 +53,6 @@ class RankLink(Protocol):
 class HostConfig:
     worker_id: WorkerId
     incarnation: Incarnation
-    numerics: str
     exact: bool
     prefill_tokens_max: int
     plans_inflight_max: int = 2
@@ -167,7 +166,7 @@ class Host:
             worker_id=self.config.worker_id,
             incarnation=self.config.incarnation,
             model_fingerprint=ready.model_fingerprint,
-            numerics=self.config.numerics,
+            numerics=self._ready.numerics,
             exact=self.config.exact,
             vocab_size=ready.vocab_size,
             sequence_tokens_max=self._scheduler.config.sequence_tokens_max,

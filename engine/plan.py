@@ -18,7 +18,7 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rank sizes its pools itself; what it chose comes back in RankReady."""
 
     model: str  # the model directory
-    numerics: str  # "float32" | "served"
+    numerics: str | None  # "float32" | "served"; None: as the checkpoint is, "served" if it is quantised
     exact: bool
     num_pages: int | None
     kv_bytes: int | None
@@ -106,6 +106,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     model_fingerprint: str
+    numerics: str  # in use
     kernels: tuple[tuple[str, str], ...]
     weight_bytes: int
     state_bytes: int

@@ -202,11 +202,13 @@ class _Slot:
         self.num_tokens = position + 1
 
 
-def load_model(settings: RankSettings, checkpoint: Checkpoint, weights: ModelWeights) -> Model:
+def _make_model(
+    settings: RankSettings, numerics: Numerics, checkpoint: Checkpoint, weights: ModelWeights
+) -> Model:
     return Model(
         checkpoint.config,
         weights,
-        numerics=Numerics(settings.numerics),
+        numerics=numerics,
         kernels=choose_kernels("cpu", settings.kernels),
         exact=settings.exact,
     )
@@ -217,14 +219,15 @@ def _load(settings: RankSettings, connection: socket.socket) -> Rank:
     torch.set_num_threads(1 if settings.exact else settings.threads)
     checkpoint = open_checkpoint(Path(settings.model))
     config = checkpoint.config
+    numerics = Numerics(settings.numerics or ("served" if config.quantised else "float32"))
     # What is wrong with an option is told before weights are read for minutes.
     implementations = registry.choose("cpu", settings.kernels)
-    num_pages = settings.num_pages or _num_pages(config, Numerics(settings.numerics), settings)
-    layout = build_layout(config, Numerics(settings.numerics))
+    num_pages = settings.num_pages or _num_pages(config, numerics, settings)
+    layout = build_layout(config, numerics)
     weights = _allocated("the weights", lambda: allocate_weights(config))
     checkpoint.load_into(weights.named.__getitem__, _Progress(connection, stage="weights").report)
     weights.check(config)
-    model = load_model(settings, checkpoint, weights)
+    model = _make_model(settings, numerics, checkpoint, weights)
     _tell(connection, "warming up")
     _warm_up(model)
     if settings.exact:
@@ -239,6 +242,7 @@ def _load(settings: RankSettings, connection: socket.socket) -> Rank:
         max_position_embeddings=config.max_position_embeddings,
         eos_token_ids=config.eos_token_ids,
         model_fingerprint=config.fingerprint(),
+        numerics=numerics.value,
         kernels=tuple((name, item.name) for name, item in implementations.items()),
         weight_bytes=weights.num_bytes,
         state_bytes=layout.page_bytes * num_pages + layout.slot_bytes * settings.num_slots,

@@ -49,7 +49,7 @@ FLUSH_SECONDS_MAX = 2.0
 class WorkerOptions:
     model: Path
     listen: tuple[str, int] = ("127.0.0.1", 0)
-    numerics: str = "float32"
+    numerics: str | None = None  # None: as the checkpoint is
     exact: bool = False
     num_pages: int | None = None  # with kv_bytes None too: the rank sizes its pools
     kv_bytes: int | None = None
@@ -238,7 +238,6 @@ def _host_config(options: WorkerOptions) -> HostConfig:
     return HostConfig(
         worker_id=WorkerId(options.worker_id or f"{socket.gethostname()}-{os.getpid()}"),
         incarnation=draw_incarnation(),
-        numerics=options.numerics,
         exact=options.exact,
         prefill_tokens_max=options.prefill_tokens_max,
         plans_inflight_max=options.plans_inflight_max,
@@ -264,7 +263,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="model directory")
     add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="session address; port 0: any")
-    add("--numerics", choices=["float32", "served"], default="float32", help="rounding (default float32)")
+    add(
+        "--numerics",
+        choices=["float32", "served"],
+        help="rounding (default: served for a quantised checkpoint)",
+    )
     add("--exact", action="store_true", help="bit-identical logits whatever the batch")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(

@@ -376,7 +376,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--http", type=int, default=8000, metavar="PORT", help="HTTP port (default 8000, 0 = any free one)")
     add("--grpc", type=int, default=8001, metavar="PORT", help="gRPC port (default 8001, 0 = any free one)")
     add("--served-name", metavar="NAME", help="model name of the API (default: the directory's name)")
-    add("--numerics", choices=("float32", "served"), help="arithmetic of the model (default: the worker's)")
+    add(
+        "--numerics",
+        choices=("float32", "served"),
+        help="rounding (default: served for a quantised checkpoint, else float32)",
+    )
     add("--exact", action="store_true", help="logits bit-identical whatever the batch; slower")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--pages", type=int, metavar="N", help="pages of cached state per worker")

@@ -88,6 +88,7 @@ class FakeRank:
             max_position_embeddings=POSITIONS_MAX,
             eos_token_ids=(EOS,),
             model_fingerprint="fake",
+            numerics="float32",
             kernels=(("attention", "fake"), ("argmax", "torch")),
             weight_bytes=0,
             state_bytes=0,

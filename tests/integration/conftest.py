@@ -139,7 +139,7 @@ def start_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSyst
 @pytest.fixture(scope="session")
 def text_system(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """One system for everything that needs text. Its pages are few: many sequences at once must preempt."""
-    system = System(text_model, tmp_path_factory.mktemp("system"), "--pages", "8")
+    system = System(text_model, tmp_path_factory.mktemp("system"), "--pages", "8", "--numerics", "float32")
     yield system
     _close([system])
 

@@ -14,12 +14,13 @@ import pytest
 from engine.frames import HEADER, decode_from_rank, encode_frame, payload_bytes
 from engine.plan import FromRank, RankReady, RankSettings, Segment, SlotOpen, StepPlan, StepResult
 from rorqual.sampling import SamplingParams
+from tests.harness.system import IDS_CONFIG, make_checkpoint
 
 NUM_TOKENS = 512
 
 
 class RankUnderTest:
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *, numerics: str | None = "float32") -> None:
         self.host, theirs = socket.socketpair()
         self.host.settimeout(60)
         with theirs:
@@ -33,7 +34,7 @@ class RankUnderTest:
             )
         settings = RankSettings(
             model=str(model),
-            numerics="float32",
+            numerics=numerics,
             exact=False,
             num_pages=8,
             kv_bytes=None,
@@ -68,6 +69,17 @@ def rank(ids_model: Path) -> Iterator[RankUnderTest]:
     rank.host.close()
     rank.process.kill()
     rank.process.communicate()
+
+
+@pytest.mark.parametrize(("weights", "numerics"), [("quantised", "served"), ("float32", "float32")])
+def test_numerics_are_the_checkpoints_own_unless_told(weights: str, numerics: str, tmp_path: Path) -> None:
+    rank = RankUnderTest(make_checkpoint(tmp_path, IDS_CONFIG, name="m", weights=weights), numerics=None)
+    try:
+        assert rank.ready().numerics == numerics
+    finally:
+        rank.host.close()
+        rank.process.kill()
+        rank.process.communicate()
 
 
 def a_plan(*, prompt_logprobs: int | None = None) -> StepPlan:

@@ -67,7 +67,6 @@ async def served(request: pytest.FixtureRequest) -> AsyncIterator[Served]:
     config = HostConfig(
         worker_id=WorkerId("w"),
         incarnation=Incarnation(7),
-        numerics="float32",
         exact=False,
         prefill_tokens_max=512,
         session_reports_max=getattr(request, "param", 500),

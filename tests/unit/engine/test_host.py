@@ -35,7 +35,6 @@ async def a_worker(*, num_pages: int = 16, num_slots: int = 4, **options: float)
     config = HostConfig(
         worker_id=WorkerId("w"),
         incarnation=Incarnation(7),
-        numerics="float32",
         exact=False,
         prefill_tokens_max=512,
         **options,
