@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prefill-tokens", type=int, default=512, help="our tokens per step (default 512, as served)"
     )
-    parser.add_argument("--skip-makespan", action="store_true", help="leave out the longest race")
+    parser.add_argument("--only", choices=REQUIRED, metavar="RACE", help=f"one of: {', '.join(REQUIRED)}")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="rorqual-bench-") as folder:
@@ -111,9 +111,11 @@ async def _race(model: Path, baseline: Baseline, args: argparse.Namespace) -> di
         ]
         _print_header()
         for name, theirs, ours in races:
+            if args.only not in (None, name):
+                continue
             figures[name] = await _take_turns(name, theirs, ours, sides, rounds=args.rounds)
-        if not args.skip_makespan:
-            name = "makespan, 32 requests"
+        name = "makespan, 32 requests"
+        if args.only in (None, name):
             figures[name] = await _makespan_race(name, baseline, sides)
     return figures
 
