@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads on both sides (default 1)")
     parser.add_argument("--rounds", type=int, default=5, help="turns each side takes (default 5)")
     parser.add_argument(
-        "--prefill-tokens", type=int, default=512, help="our tokens per step (default 512, as served)"
+        "--prefill-tokens", type=int, default=1024, help="our tokens per step (default 1024, as served)"
     )
     parser.add_argument("--only", choices=REQUIRED, metavar="RACE", help=f"one of: {', '.join(REQUIRED)}")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

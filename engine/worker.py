@@ -54,7 +54,7 @@ class WorkerOptions:
     num_pages: int | None = None  # with kv_bytes None too: the rank sizes its pools
     kv_bytes: int | None = None
     num_slots: int = 16
-    prefill_tokens_max: int = 512
+    prefill_tokens_max: int = 1024
     threads: int = 1
     kernels: dict[str, str] = field(default_factory=dict[str, str])
     metrics_port: int = 0
@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--kv-bytes", metavar="SIZE", help="memory for pages, such as 2GB")
     add("--slots", type=int, default=16, metavar="N", help="sequences that run at once (default 16)")
-    add("--prefill-tokens", type=int, default=512, metavar="N", help="prompt tokens per step (default 512)")
+    add("--prefill-tokens", type=int, default=1024, metavar="N", help="prompt tokens per step (default 1024)")
     add("--threads", type=int, default=1, metavar="N", help="compute threads of the rank (default 1)")
     add("--kernel", action="append", default=[], metavar="OP=NAME", help="choose a kernel; repeatable")
     add("--metrics-port", type=int, default=0, metavar="PORT", help="port of /metrics (default: any)")
