@@ -153,14 +153,17 @@ class PagedState:
     def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
         ratio = self._ratio(component)
         if ratio not in self._new_rows:
-            entries = [
-                (segment.slot, segment.start // ratio, segment.end // ratio)
-                for segment in self._all_segments()
-            ]
-            self._new_rows[ratio] = torch.cat(
-                [self._row_ids(ratio, slot, torch.arange(first, last)) for slot, first, last in entries]
-            )
+            self._new_rows[ratio] = self._new_row_ids(ratio)
         _write(self._pools[component], layer, self._new_rows[ratio], rows_Nw, self._config)
+
+    def _new_row_ids(self, ratio: int) -> Tensor:
+        """Rows of the entries that this step finishes, in batch order."""
+        finished = (self._decode_positions + 1) % ratio == 0
+        ids = [self._row_ids(ratio, self._decode_slots[finished], self._decode_positions[finished] // ratio)]
+        for segment in self._batch.chunks:
+            entries = torch.arange(segment.start // ratio, segment.end // ratio)
+            ids.append(self._row_ids(ratio, segment.slot, entries))
+        return torch.cat(ids)
 
     def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
         ids = self._row_ids(self._ratio(component), segment.slot, entries)
@@ -207,10 +210,7 @@ class PagedState:
     def _ratio(self, component: Component) -> int:
         return self._ratios[LayerKind.HCA if component is Component.C128 else LayerKind.CSA]
 
-    def _all_segments(self) -> tuple[BatchSegment, ...]:
-        return (*self._batch.decodes, *self._batch.chunks)
-
-    def _row_ids(self, ratio: int, slot: int, entries: Tensor) -> Tensor:
+    def _row_ids(self, ratio: int, slot: int | Tensor, entries: Tensor) -> Tensor:
         per_page = PAGE_TOKENS // ratio
         return self._tables.pages_SP[slot, entries // per_page] * per_page + entries % per_page
 

@@ -84,7 +84,8 @@ def build_batch(
         (decodes if segment.count == 1 and decode_together else chunks).append(segment)
         row += segment.count
     tokens_T = torch.cat([segments[index][2] for index in order])
-    positions_T = torch.cat([torch.arange(segment.start, segment.end) for segment in (*decodes, *chunks)])
+    starts_B = torch.tensor([segment.start for segment in decodes], dtype=torch.int64)
+    positions_T = torch.cat([starts_B, *(torch.arange(segment.start, segment.end) for segment in chunks)])
     batch = RaggedBatch(
         tokens_T=tokens_T,
         positions_T=positions_T,
