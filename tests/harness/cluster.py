@@ -1,0 +1,181 @@
+"""A dispatcher over a fleet over real hosts with strict fake ranks, all in one process; and what requests answer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from fake_link import FakeLink
+from fake_rank import EOS, VOCAB_SIZE, FakeRank, answer
+from fake_transport import FakeTransport
+from prometheus_client import CollectorRegistry
+
+from engine.host import Host, HostConfig
+from engine.metrics import WorkerMetrics
+from rorqual.ids import Incarnation, RequestId, WorkerId
+from rorqual.sampling import SamplingParams
+from rorqual.session import (
+    FinishReason,
+)
+from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
+from router.fleet import Fleet, FleetConfig
+from router.fleet_metrics import FleetMetrics
+from router.generation import ChoiceUpdate, Generation
+from router.placement import LeastOutstandingTokens
+from router.text import ChoiceText, StopStrings
+
+
+class Letters:
+    """A tokenizer of one letter a token, as far as `ChoiceText` looks at one."""
+
+    def special_ids_and(self, texts: Iterable[str]) -> frozenset[int]:
+        return frozenset({EOS})
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([ord("A") + token_id % 26])
+
+
+def letters(tokens: Sequence[int]) -> str:
+    return "".join(chr(ord("A") + token % 26) for token in tokens if token != EOS)
+
+
+def make_texts(generation: Generation) -> list[ChoiceTextLike]:
+    stops = StopStrings(generation.stop)
+    return [ChoiceText(tokenizer=Letters(), stops=stops) for _ in range(generation.num_choices)]
+
+
+@dataclass
+class Cluster:
+    dispatcher: Dispatcher
+    fleet: Fleet
+    transport: FakeTransport
+    registry: CollectorRegistry
+    links: dict[str, FakeLink] = field(default_factory=dict)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def start_worker(
+        self, address: str, *, num_pages: int = 16, num_slots: int = 4, **options: float
+    ) -> Host:
+        rank = FakeRank(num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512)
+        self.links[address] = FakeLink(rank)
+        config = HostConfig(
+            worker_id=WorkerId(address),
+            incarnation=Incarnation(1),
+            exact=False,
+            prefill_tokens_max=512,
+            heartbeat_seconds=0.02,
+            **options,
+        )
+        host = Host(link=self.links[address], ready=rank.ready(), config=config, metrics=WorkerMetrics())
+        self.tasks.append(asyncio.create_task(host.run()))
+        self.transport.hosts[address] = host
+        return host
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"rorqual_router_{name}", labels) or 0.0
+
+    async def connected(self, number: int) -> None:
+        await until(lambda: len(self.fleet.welcomes()) == number)
+
+    async def empty(self) -> None:
+        """Every count has returned to zero, on both sides."""
+        await until(lambda: all(host.is_idle for host in self.transport.hosts.values()))
+        for host in self.transport.hosts.values():
+            load = host.load()
+            assert (load.pages_free, load.slots_free) == (load.pages_total, load.slots_total)
+        for view in self.fleet.view():
+            assert (view.sequences_outstanding, view.tokens_outstanding) == (0, 0)
+
+
+@asynccontextmanager
+async def a_cluster(
+    *addresses: str,
+    start: bool = True,
+    fleet: FleetConfig | None = None,
+    **stages: float,
+) -> AsyncIterator[Cluster]:
+    registry = CollectorRegistry()
+    metrics = FleetMetrics(registry)
+    transport = FakeTransport({})
+    the_fleet = Fleet(
+        addresses=addresses,
+        transport=transport,
+        config=fleet or FleetConfig(backoff_seconds_min=0.005, backoff_seconds_max=0.02),
+        metrics=metrics,
+        router_id="router",
+        randomness=random.Random(1),
+    )
+    dispatcher = Dispatcher(
+        fleet=the_fleet,
+        placement=LeastOutstandingTokens(),
+        make_texts=make_texts,
+        config=DispatchConfig(served_name="fake", created=5, **stages),
+        metrics=metrics,
+    )
+    cluster = Cluster(dispatcher, the_fleet, transport, registry)
+    cluster.tasks.append(asyncio.create_task(the_fleet.run()))
+    try:
+        async with asyncio.timeout(30):
+            if start:
+                for address in addresses:
+                    cluster.start_worker(address)
+                await cluster.connected(len(addresses))
+            yield cluster
+    finally:
+        for task in cluster.tasks:
+            task.cancel()
+        await asyncio.gather(*cluster.tasks, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def a_generation(
+    number: int = 1, *, length: int = 5, max_tokens: int = 20, num_choices: int = 1, **options: object
+) -> Generation:
+    sampling = {
+        name: options.pop(name) for name in ("logprobs", "prompt_logprobs", "top_k") if name in options
+    }
+    return Generation(
+        request_id=RequestId(f"r{number}"),
+        prompt=np.arange(number, number + length, dtype=np.int32) % VOCAB_SIZE,
+        max_tokens=max_tokens,
+        num_choices=num_choices,
+        sampling=SamplingParams(seed=number, **sampling),
+        **{"ignore_eos": True, **options},
+    )
+
+
+def the_answer(generation: Generation, choice: int = 0) -> list[int]:
+    sampling = SamplingParams(seed=generation.sampling.seed, choice=choice)
+    return answer(
+        generation.prompt.tolist(), generation.max_tokens, sampling, ignore_eos=generation.ignore_eos
+    )
+
+
+@dataclass
+class Got:
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    updates: list[ChoiceUpdate] = field(default_factory=list)
+
+
+async def collect(cluster: Cluster, generation: Generation) -> list[Got]:
+    got = [Got() for _ in range(generation.num_choices)]
+    async with aclosing(cluster.dispatcher.generate(generation)) as updates:
+        async for update in updates:
+            choice = got[update.choice]
+            assert choice.finish_reason is None
+            assert update.first_index == len(choice.tokens)
+            choice.tokens += [token.token_id for token in update.tokens]
+            choice.text += update.text
+            choice.finish_reason = update.finish_reason
+            choice.updates.append(update)
+    return got
