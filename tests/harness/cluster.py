@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from fake_link import FakeLink
 from fake_rank import EOS, VOCAB_SIZE, FakeRank, answer
@@ -58,7 +59,13 @@ class Cluster:
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def start_worker(
-        self, address: str, *, num_pages: int = 16, num_slots: int = 4, **options: float
+        self,
+        address: str,
+        *,
+        num_pages: int = 16,
+        num_slots: int = 4,
+        numerics: str = "float32",
+        **options: float,
     ) -> Host:
         rank = FakeRank(num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512)
         self.links[address] = FakeLink(rank)
@@ -70,7 +77,8 @@ class Cluster:
             heartbeat_seconds=0.02,
             **options,
         )
-        host = Host(link=self.links[address], ready=rank.ready(), config=config, metrics=WorkerMetrics())
+        ready = msgspec.structs.replace(rank.ready(), numerics=numerics)
+        host = Host(link=self.links[address], ready=ready, config=config, metrics=WorkerMetrics())
         self.tasks.append(asyncio.create_task(host.run()))
         self.transport.hosts[address] = host
         return host

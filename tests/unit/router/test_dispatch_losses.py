@@ -7,9 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from engine.host import HostConfig
 from rorqual.errors import RorqualError, WorkerLost
-from rorqual.ids import Incarnation, WorkerId
 from router.fleet import FleetConfig
 from tests.harness.cluster import (
     a_cluster,
@@ -102,14 +100,7 @@ async def test_a_worker_with_another_model_is_kept_out() -> None:
     async with a_cluster("a", "b", start=False) as cluster:
         cluster.start_worker("a")
         await cluster.connected(1)
-        other = cluster.start_worker("b")
-        other.config = HostConfig(
-            worker_id=WorkerId("b"),
-            incarnation=Incarnation(1),
-            numerics="served",
-            exact=False,
-            prefill_tokens_max=512,
-        )
+        cluster.start_worker("b", numerics="served")
         await until(lambda: bool(cluster.fleet.failures()) and "served" in cluster.fleet.failures()[0])
         assert [view.address for view in cluster.fleet.view()] == ["a"]
 
