@@ -178,11 +178,16 @@ def check_sequence(
             code="context_length_exceeded",
         )
     sampling.check(vocab_size)
-    num_scores = num_choices * sampling.num_prompt_scores(len(prompt))
+    check_prompt_scores(sampling, num_tokens=num_choices * len(prompt))
+
+
+def check_prompt_scores(sampling: SamplingParams, *, num_tokens: int) -> None:
+    """Refuse more prompt logprobs than one answer may hold; `num_tokens` over all choices and prompts."""
+    num_scores = sampling.num_prompt_scores(num_tokens)
     if num_scores > PROMPT_SCORES_MAX:
         raise InvalidRequest(
-            f"logprobs of a prompt of {len(prompt)} tokens with {sampling.prompt_logprobs} alternatives each"
-            f" are {num_scores} values over all choices; at most {PROMPT_SCORES_MAX} are returned",
+            f"logprobs of {num_tokens} prompt tokens with {sampling.prompt_logprobs} alternatives each are"
+            f" {num_scores} values over all choices; at most {PROMPT_SCORES_MAX} are returned",
             field="logprobs",
         )
 

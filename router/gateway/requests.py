@@ -16,7 +16,7 @@ import msgspec
 from rorqual.errors import InvalidRequest
 from rorqual.ids import RequestId, draw_request_id
 from rorqual.sampling import LOGPROBS_MAX, SamplingParams
-from rorqual.session import TokenArray
+from rorqual.session import TokenArray, check_prompt_scores
 from router.gateway.roles import thinking_of, with_known_roles
 from router.gateway.schema import (
     ChatBody,
@@ -141,6 +141,8 @@ async def read_completion(
     style = _style(body, request_id=request_id, model=model, logprobs=body.logprobs is not None)
     stops = _stops(body)
     encoded = await _encode_prompts(body, model=model, prompts=prompts)
+    num_prompt_tokens = sum(len(prompt.ids) for prompt in encoded)
+    check_prompt_scores(sampling, num_tokens=style.num_choices * num_prompt_tokens)
     budgets = [
         token_budget(
             prompt.ids, max(1, wanted), model=model, prompt_field="prompt", budget_field=budget_field

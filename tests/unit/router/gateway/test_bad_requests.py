@@ -57,6 +57,8 @@ BAD_FIELDS = [
     (CHAT, chat(max_tokens=5000), 400, "max_tokens"),
     (CHAT, chat(max_tokens=10**30), 400, "max_tokens"),
     (CHAT, chat(max_completion_tokens=0), 400, "max_completion_tokens"),
+    # One prompt alone would be fine: the bound is on the whole answer.
+    (TEXT, text(prompt=[[5] * 1000] * 16, echo=True, logprobs=20), 400, "logprobs"),
     (CHAT, chat(temperature=-0.1), 400, "temperature"),
     (CHAT, chat(temperature=2.1), 400, "temperature"),
     (CHAT, chat(temperature="warm"), 400, "temperature"),
