@@ -19,8 +19,8 @@ from typing import Protocol
 import httpx
 
 from engine.plan import RankFailed, RankReady, RankSettings, StepResult
-from engine.rank_link import RankProcess, start_rank
-from engine.scheduler import Scheduler, SchedulerConfig, SequenceKey
+from engine.worker.rank_link import RankProcess, start_rank
+from engine.worker.scheduler import Scheduler, SchedulerConfig, SequenceKey
 from rorqual.errors import RorqualError
 from rorqual.sampling import SamplingParams
 from rorqual.session import TokenArray

@@ -1,9 +1,9 @@
 """The messages between a worker's host and its rank: one small plan down per step, one result up.
 
-The host (`engine.scheduler`) decides, the rank (`engine.rank`) computes. Plans are executed strictly in order, so a
-page or slot freed in plan n may be given to another sequence in plan n, and plan n+1 may be sent before result n has
-come back: a decode segment's input token is read on the rank from the slot's own token buffer, where the sampler of
-the step before has put it. Encoded with msgspec's msgpack. No torch here.
+The host (`engine.worker.scheduler`) decides, the rank (`engine.rank`) computes. Plans are executed strictly in order,
+so a page or slot freed in plan n may be given to another sequence in plan n, and plan n+1 may be sent before result n
+has come back: a decode segment's input token is read on the rank from the slot's own token buffer, where the sampler
+of the step before has put it. Encoded with msgspec's msgpack. No torch here.
 """
 
 from __future__ import annotations

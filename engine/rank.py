@@ -1,8 +1,8 @@
 """The rank: a worker's muscle. Loads the model, holds weights, pools and sampler state, and carries out step plans.
 
-Runs as `python -m engine.rank --fd N`, started by `engine.rank_link`; reads `RankSettings`, answers `RankProgress`
-while loading and `RankReady`, then one `StepResult` per `StepPlan`, strictly in order, until `Shutdown` or the end of
-the host. It decides nothing: which pages, slots and tokens is the host's business.
+Runs as `python -m engine.rank --fd N`, started by `engine.worker.rank_link`; reads `RankSettings`, answers
+`RankProgress` while loading and `RankReady`, then one `StepResult` per `StepPlan`, strictly in order, until `Shutdown`
+or the end of the host. It decides nothing: which pages, slots and tokens is the host's business.
 """
 
 from __future__ import annotations

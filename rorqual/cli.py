@@ -50,7 +50,7 @@ COMMANDS = (
     ),
     Command(
         name="worker",
-        target="engine.worker:main",
+        target="engine.worker.process:main",
         summary="run one worker: a host and its rank",
         example="rorqual worker --model DIR --listen 127.0.0.1:9000",
     ),

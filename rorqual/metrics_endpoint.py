@@ -1,6 +1,6 @@
 """A tiny HTTP server for a process whose only HTTP is its metrics: GET /metrics and nothing else.
 
-Run by `engine.worker`. It holds a few connections for a few seconds at most, so a scraper that hangs costs
+Run by `engine.worker.process`. It holds a few connections for a few seconds at most, so a scraper that hangs costs
 nothing. It knows no metric: whoever makes one gives it their registry.
 """
 

@@ -53,7 +53,7 @@ def fields(**values: object) -> str:
 
 
 class LineFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.123Z INFO engine.worker opened a sequence request=cmpl-1 tokens=12`."""
+    """`2026-01-31T12:00:00.123Z INFO engine.worker.process opened a sequence request=cmpl-1 tokens=12`."""
 
     def __init__(self, *, colour: bool = False) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import asyncio
 from fake_rank import FakeRank
 
 from engine.plan import FromRank, RankFailed, StepPlan, ToRank
-from engine.rank_link import RankLost
+from engine.worker.rank_link import RankLost
 
 
 class FakeLink:

@@ -1,7 +1,7 @@
 """A rank with a computable answer that holds its host to the contract of `engine.plan` to the letter.
 
 The next token is a hash of (the token before, its position, seed, choice). `FakeRank` answers plans in the process;
-run as a program (`python fake_rank.py --fd N [--step-ms M]`) it is the other end of `engine.rank_link`.
+run as a program (`python fake_rank.py --fd N [--step-ms M]`) it is the other end of `engine.worker.rank_link`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from engine.host import Host, Session, SessionRefused
+from engine.worker.host import Host, Session, SessionRefused
 from rorqual.session import Cancel, Hello, Open, StepReport, Welcome
 from router.fleet import SessionLost
 

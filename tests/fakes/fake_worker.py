@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from engine.worker import parse_options, serve
+from engine.worker.process import parse_options, serve
 from rorqual.errors import RorqualError
 from rorqual.processes import die_with_parent
 from rorqual.service import run_service

@@ -15,8 +15,8 @@ from fake_rank import EOS, VOCAB_SIZE, FakeRank, answer
 from fake_transport import FakeTransport
 from prometheus_client import CollectorRegistry
 
-from engine.host import Host, HostConfig
-from engine.metrics import WorkerMetrics
+from engine.worker.host import Host, HostConfig
+from engine.worker.metrics import WorkerMetrics
 from rorqual.ids import Incarnation, RequestId, WorkerId
 from rorqual.sampling import SamplingParams
 from rorqual.session import (

@@ -16,9 +16,9 @@ from fake_rank import FakeRank, answer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from engine.host import Host, HostConfig
-from engine.metrics import WorkerMetrics
-from engine.session_server import CALLS_MAX, SessionServer
+from engine.worker.host import Host, HostConfig
+from engine.worker.metrics import WorkerMetrics
+from engine.worker.session_server import CALLS_MAX, SessionServer
 from rorqual.errors import ConfigError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams

@@ -12,7 +12,7 @@ from rorqual.telemetry import LineFormatter, configure_logging, fields, one_line
 
 
 def record(message: str, *args: object, level: int = logging.INFO, exc_info=None) -> logging.LogRecord:
-    return logging.LogRecord("engine.worker", level, "worker.py", 1, message, args, exc_info)
+    return logging.LogRecord("engine.worker.process", level, "worker.py", 1, message, args, exc_info)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_line_has_time_level_name_and_message():
     line = LineFormatter().format(record("opened a sequence %s", fields(request="cmpl-1", tokens=12)))
     moment, rest = line.split(" ", 1)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", moment)
-    assert rest == "INFO engine.worker opened a sequence request=cmpl-1 tokens=12"
+    assert rest == "INFO engine.worker.process opened a sequence request=cmpl-1 tokens=12"
 
 
 @given(st.text(), st.text())

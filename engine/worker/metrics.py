@@ -1,6 +1,7 @@
 """What a worker tells Prometheus.
 
-Made by `engine.worker`, which serves it through `rorqual.metrics_endpoint`; counted into by `engine.host`.
+Made by `engine.worker.process`, which serves it through `rorqual.metrics_endpoint`; counted into by
+`engine.worker.host`.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import pytest
 from fake_link import FakeLink
 from fake_rank import FakeRank, answer, logprob_of
 
-from engine.host import Host, HostConfig, Session, SessionRefused
-from engine.metrics import WorkerMetrics
 from engine.plan import RankProgress
-from engine.rank_link import RankLost
+from engine.worker.host import Host, HostConfig, Session, SessionRefused
+from engine.worker.metrics import WorkerMetrics
+from engine.worker.rank_link import RankLost
 from rorqual.errors import RorqualError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams

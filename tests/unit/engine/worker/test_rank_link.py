@@ -16,10 +16,10 @@ import uvloop
 
 from engine.frames import FrameError
 from engine.plan import RankFailed, RankProgress, RankReady, RankSettings, Segment, SlotOpen, StepPlan
-from engine.rank_link import RankLost, RankProcess, start_rank
+from engine.worker.rank_link import RankLost, RankProcess, start_rank
 from rorqual.sampling import SamplingParams
 
-FAKE_RANK = Path(__file__).parents[2] / "fakes" / "fake_rank.py"
+FAKE_RANK = Path(__file__).parents[3] / "fakes" / "fake_rank.py"
 SETTINGS = RankSettings(
     model="a-model",
     numerics="float32",

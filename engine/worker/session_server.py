@@ -1,8 +1,8 @@
 """The worker's gRPC door: the session stream, standard health, and reflection.
 
-`engine.worker` starts it before the rank is ready, so that a port in use is noticed at once and a health
+`engine.worker.process` starts it before the rank is ready, so that a port in use is noticed at once and a health
 probe gets an answer while weights load; sessions are taken from `attach` on. It turns bytes into commands
-and reports into bytes and decides nothing: rules are in `engine.host`, the messages in `rorqual.wire`.
+and reports into bytes and decides nothing: rules are in `engine.worker.host`, the messages in `rorqual.wire`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from engine.host import Host, Session, SessionRefused
+from engine.worker.host import Host, Session, SessionRefused
 from rorqual.errors import ConfigError
 from rorqual.grpc_health import HealthService
 from rorqual.service import format_address

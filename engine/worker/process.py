@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.host import Host, HostConfig
-from engine.metrics import WorkerMetrics
 from engine.plan import RankFailed, RankProgress, RankReady, RankSettings
-from engine.rank_link import RANK_COMMAND, RankLost, RankProcess, start_rank
-from engine.session_server import SessionServer
+from engine.worker.host import Host, HostConfig
+from engine.worker.metrics import WorkerMetrics
+from engine.worker.rank_link import RANK_COMMAND, RankLost, RankProcess, start_rank
+from engine.worker.session_server import SessionServer
 from rorqual.errors import ConfigError
 from rorqual.ids import WorkerId, draw_incarnation
 from rorqual.metrics_endpoint import MetricsEndpoint

@@ -1,6 +1,6 @@
 """The host's end of its rank: starts the process, sends plans, receives results, sees it end.
 
-`engine.worker` starts one and `engine.host` talks through it, behind the host's own `RankLink` protocol.
+`engine.worker.process` starts one and `engine.worker.host` talks through it, behind the host's own `RankLink` protocol.
 Frames are those of `engine.frames` over a socket pair that the rank inherits, so nobody else can connect
 and either side sees the other's death as the end of the stream. It never looks into a message.
 """

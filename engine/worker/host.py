@@ -1,7 +1,7 @@
 """The host of a worker: carries the scheduler's plans to the rank and its tokens to the sessions.
 
-Made by `engine.worker` once the rank is ready; sessions come from `engine.session_server`, or straight from
-tests. It owns the scheduler: only its own tasks touch it, so a broken invariant there ends the process
+Made by `engine.worker.process` once the rank is ready; sessions come from `engine.worker.session_server`, or
+straight from tests. It owns the scheduler: only its own tasks touch it, so a broken invariant there ends the process
 instead of one call. One report per engine step goes down each session with that session's sequences. It
 never imports torch or gRPC.
 """
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.metrics import WorkerMetrics
 from engine.plan import FromRank, RankFailed, RankReady, StepPlan, StepResult, ToRank
-from engine.rank_link import RankLost
-from engine.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
+from engine.worker.metrics import WorkerMetrics
+from engine.worker.rank_link import RankLost
+from engine.worker.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS

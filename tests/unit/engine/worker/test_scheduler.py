@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan import StepPlan
-from engine.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
+from engine.worker.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
 from rorqual.errors import InvalidRequest, Overloaded
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason
