@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from kvstore.transfer.contract import Endpoint
 from rorqual.sampling import SamplingParams
 
 
@@ -28,6 +29,11 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     )
     threads: int
     kernels: dict[str, str]  # operation to implementation, overriding the registry's choice
+    transfer: str = (
+        ""  # "": none; "auto", "nixl", "shm": pages and records can be read by others, or be read into
+    )
+    num_records: int = 0  # hand-over records, with a transfer
+    agent: str = ""  # name of the transfer agent, fresh for each incarnation
 
 
 class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -38,6 +44,16 @@ class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     tokens: bytes
     num_prompt: int
     sampling: SamplingParams
+    restore: Restore | None = None
+
+
+class Restore(msgspec.Struct, frozen=True, array_like=True):
+    """The slot begins with the state of its first `num_computed` tokens: full pages that have been read into `pages`,
+    the rest unpacked from a record, whose rows of the partial page go to the last of `pages` when there is one."""
+
+    num_computed: int
+    pages: tuple[int, ...]  # all that hold the computed tokens: the sequence's first ones
+    record: int
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -52,6 +68,10 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     count: int
     pages: tuple[int, ...]
     sample: bool
+    lend: bool = (
+        False  # its sequence will be read by another worker: digest every full page that this completes
+    )
+    record: int = -1  # after the segment, pack the sequence's state into this record
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -81,11 +101,81 @@ class PromptScores(msgspec.Struct, frozen=True, array_like=True):
     alternatives: tuple[tuple[tuple[int, float], ...], ...]
 
 
+class Lent(msgspec.Struct, frozen=True, array_like=True):
+    """What a segment with `lend` has made readable. Digests are unsigned 64 bits, of each full page one for each paged
+    component in layout order."""
+
+    slot: int
+    page_digests: tuple[int, ...]
+    record_bytes: int = 0  # with Segment.record
+    record_digest: int = 0
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     number: int
     sampled: tuple[Sampled, ...]
     prompt_scores: tuple[PromptScores, ...]
     step_ms: float
+    lent: tuple[Lent, ...] = ()
+
+
+class PeerOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Host to rank: connect to an owner. Peer numbers are the host's and are not used again. Answered by PeerOpened."""
+
+    peer: int
+    endpoint: Endpoint
+
+
+class PeerClose(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Host to rank: no fetch from this peer is open or will be made."""
+
+    peer: int
+
+
+class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Host to rank: read full pages and perhaps a record of a peer into pages and a record here, and check their
+    digests. No plan that uses the targets is in flight. Answered by exactly one Fetched, once nothing is written into
+    the targets any more; a FetchOverdue comes before it when that is not within `seconds`."""
+
+    fetch: int  # numbered by the host, not used again
+    peer: int
+    seconds: float
+    source_pages: tuple[int, ...]
+    target_pages: tuple[int, ...]
+    digests: tuple[int, ...]
+    record: RecordFetch | None = None
+
+
+class RecordFetch(msgspec.Struct, frozen=True, array_like=True):
+    source: int
+    target: int
+    num_bytes: int
+    digest: int
+
+
+class Expose(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Host to rank: whether leases are out, so that peers may be reading: the agent then polls often."""
+
+    active: bool
+
+
+class PeerOpened(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    peer: int
+    error: str = ""  # one line; empty: connected
+
+
+class FetchOverdue(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    fetch: int
+
+
+class Fetched(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The fetch is over and its targets are the host's again. They hold what was asked for when `error` is empty."""
+
+    fetch: int
+    error: str
+    num_bytes: int  # read, digests and metadata not counted
+    transfer_ms: float  # from post to done
+    verify_ms: float  # digests
 
 
 class RankProgress(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -111,6 +201,10 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     weight_bytes: int
     state_bytes: int
     has_mtp: bool
+    wire_id: str = ""  # with a transfer
+    endpoint: Endpoint | None = None
+    num_records: int = 0
+    num_page_components: int = 0  # digests of a page
     notices: tuple[str, ...] = ()  # one line each: what the files hold other than their config says
 
 
@@ -124,5 +218,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Host to rank: finish and exit."""
 
 
-ToRank = RankSettings | StepPlan | Shutdown
-FromRank = StepResult | RankProgress | RankReady | RankFailed
+ToTransfer = PeerOpen | PeerClose | Fetch | Expose
+FromTransfer = PeerOpened | FetchOverdue | Fetched
+ToRank = RankSettings | StepPlan | ToTransfer | Shutdown
+FromRank = StepResult | FromTransfer | RankProgress | RankReady | RankFailed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import NewType
 
 RequestId = NewType("RequestId", str)
@@ -17,6 +18,18 @@ Incarnation = NewType("Incarnation", int)
 
 PageId = NewType("PageId", int)
 SlotId = NewType("SlotId", int)
+RecordId = NewType("RecordId", int)
+"""One buffer of a worker's hand-over records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseName:
+    """A lease, named so that nothing stale can be taken for it: ids are used again, generations are not."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    lease_id: int
+    generation: int
 
 
 def draw_incarnation() -> Incarnation:

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rorqual.errors import InvalidRequest
-from rorqual.ids import Incarnation, SequenceId, WorkerId
+from rorqual.ids import Incarnation, LeaseName, SequenceId, WorkerId
+from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import PROMPT_SCORES_MAX, SamplingParams
 
 PROTOCOL = 1
@@ -28,6 +29,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens
     CANCELLED = "cancelled"
     ERROR = "error"
+    HANDED_OVER = "handed_over"  # on a prefill worker: a decode worker has read the state and goes on with it
 
 
 class ErrorCode(enum.Enum):
@@ -36,6 +38,14 @@ class ErrorCode(enum.Enum):
     INVALID = "invalid"  # the request is wrong; another worker would say the same
     OVERLOADED = "overloaded"  # full or draining: another worker may take it
     FAILED = "failed"  # the worker or its rank broke
+
+
+class Role(enum.Enum):
+    """What a worker does with a sequence."""
+
+    BOTH = "both"  # computes the prompt and decodes
+    PREFILL = "prefill"  # computes the prompt, samples the first token, lends the state
+    DECODE = "decode"  # reads the state of a computed prompt and decodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +64,40 @@ class Open:
     max_tokens: int
     ignore_eos: bool
     sampling: SamplingParams
+    source: Source | None = None  # to a decode worker: where the prompt's state is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A prompt's state on the worker that computed it, to be read from there."""
+
+    address: str  # host:port of its gRPC door, as the router reaches it
+    lease: LeaseName
+    wire_id: str  # of the bytes: model, numerics, layout. Another one's state cannot be read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordOffer:
+    """A hand-over record: all state of a sequence but its full pages (`kvstore.handover`)."""
+
+    record: int  # at the owner
+    num_tokens: int  # computed: the prompt's length
+    num_bytes: int
+    digest: int  # unsigned 64 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Leased state that may be read now: full pages in order, in the last offer the record too. What a prefill
+    worker reports goes on, unchanged, to the decode worker that is bound."""
+
+    lease: LeaseName
+    wire_id: str
+    lease_seconds: float  # from each renewal, on the owner's clock
+    first_page: int  # the number within the sequence of pages[0]
+    pages: tuple[int, ...]  # ids at the owner
+    digests: tuple[int, ...]  # unsigned 64 bits; of each page one for each paged component, in layout order
+    record: RecordOffer | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +105,24 @@ class Cancel:
     sequence_id: SequenceId
 
 
-Command = Open | Cancel
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renew:
+    """To a prefill worker: the leases of these sequences are still wanted. Unknown ids are passed over."""
+
+    sequence_ids: tuple[SequenceId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Take:
+    """To a decode worker: an offer for a sequence opened with a source. With the record, which is the last
+    one, come the tokens generated so far: the first, which the prefill worker has sampled."""
+
+    sequence_id: SequenceId
+    offer: Offer
+    token_ids: tuple[int, ...] = ()
+
+
+Command = Open | Cancel | Renew | Take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +155,8 @@ class SequenceReport:
     error: str = ""
     error_code: ErrorCode | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    offer: Offer | None = None  # from a prefill worker: state that has become readable
+    bound: bool = False  # from a decode worker, once: it has room, reads, and renews the lease from now on
 
     @property
     def num_values(self) -> int:
@@ -105,6 +168,8 @@ class SequenceReport:
         if self.prompt_logprobs is not None:
             count += len(self.prompt_logprobs.logprobs)
             count += sum(len(item.token_ids) for item in self.prompt_logprobs.alternatives)
+        if self.offer is not None:
+            count += len(self.offer.pages) + len(self.offer.digests)
         return count
 
 
@@ -118,6 +183,23 @@ class Load:
     slots_free: int
     slots_total: int
     step_ms: float
+    prefill_tokens_per_second: float = 0.0  # measured lately, 0 before there was any
+    pages_leased: int = 0  # lent out, or kept until nobody can be reading or writing them any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """How much one session may have promised to a decode worker and open on it, together: its share of the
+    worker. A sequence is charged one sequence and `credit_pages` from before its prefill until its end. A soft bound:
+    beyond it a sequence waits for room on the worker, under its lease."""
+
+    sequences: int
+    pages: int
+
+
+def credit_pages(num_prompt: int) -> int:
+    """Pages a sequence is charged for: its prompt's and those its first page of output needs."""
+    return -(-(num_prompt + PAGE_TOKENS) // PAGE_TOKENS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +214,9 @@ class Welcome:
     eos_token_ids: tuple[int, ...]
     sequences_max: int
     load: Load
+    role: Role = Role.BOTH
+    wire_id: str = ""  # of the state it lends or reads; empty with Role.BOTH
+    credit: Credit | None = None  # with Role.DECODE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +225,7 @@ class StepReport:
     sequences: tuple[SequenceReport, ...]
     load: Load
     draining: bool
+    credit: Credit | None = None  # with Role.DECODE
 
 
 def alternatives_of(pairs: tuple[tuple[int, float], ...]) -> Alternatives:

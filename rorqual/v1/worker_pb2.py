@@ -24,35 +24,59 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rorqual/v1/worker.proto\x12\nrorqual.v1\"\x80\x01\n\x07\x43ommand\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.rorqual.v1.HelloH\x00\x12 \n\x04open\x18\x02 \x01(\x0b\x32\x10.rorqual.v1.OpenH\x00\x12$\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x12.rorqual.v1.CancelH\x00\x42\t\n\x07\x63ommand\",\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"y\n\x04Open\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x10\n\x08sampling\x18\x06 \x01(\x0c\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"b\n\x06Report\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.rorqual.v1.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.rorqual.v1.StepReportH\x00\x42\x08\n\x06report\"\xfe\x01\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x10\n\x08numerics\x18\x05 \x01(\t\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1b\n\x13sequence_tokens_max\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x15\n\rsequences_max\x18\n \x01(\r\x12\x1e\n\x04load\x18\x0b \x01(\x0b\x32\x10.rorqual.v1.Load\"}\n\nStepReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.rorqual.v1.SequenceReport\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.rorqual.v1.Load\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\xfe\x01\n\x0eSequenceReport\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12.\n\x0c\x61lternatives\x18\x05 \x03(\x0b\x32\x18.rorqual.v1.Alternatives\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x33\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x1a.rorqual.v1.PromptLogprobs\x12\x12\n\nerror_code\x18\t \x01(\t\"3\n\x0c\x41lternatives\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"a\n\x0ePromptLogprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\x12.\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x18.rorqual.v1.Alternatives\x12\r\n\x05\x66irst\x18\x03 \x01(\r\"\xb7\x01\n\x04Load\x12\x19\n\x11sequences_running\x18\x01 \x01(\r\x12\x19\n\x11sequences_waiting\x18\x02 \x01(\r\x12\x16\n\x0etokens_waiting\x18\x03 \x01(\x04\x12\x12\n\npages_free\x18\x04 \x01(\r\x12\x13\n\x0bpages_total\x18\x05 \x01(\r\x12\x12\n\nslots_free\x18\x06 \x01(\r\x12\x13\n\x0bslots_total\x18\x07 \x01(\r\x12\x0f\n\x07step_ms\x18\x08 \x01(\x02\x32@\n\x06Worker\x12\x36\n\x07Session\x12\x13.rorqual.v1.Command\x1a\x12.rorqual.v1.Report(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rorqual/v1/worker.proto\x12\nrorqual.v1\"Y\n\tLeaseName\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"5\n\rAttachRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07wire_id\x18\x02 \x01(\t\"/\n\x0b\x41ttachReply\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\"4\n\x0cLeaseRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.rorqual.v1.LeaseName\"5\n\nLeaseReply\x12\x0c\n\x04live\x18\x01 \x01(\x08\x12\x19\n\x11remaining_seconds\x18\x02 \x01(\x02\"\xc6\x01\n\x07\x43ommand\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.rorqual.v1.HelloH\x00\x12 \n\x04open\x18\x02 \x01(\x0b\x32\x10.rorqual.v1.OpenH\x00\x12$\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x12.rorqual.v1.CancelH\x00\x12\"\n\x05renew\x18\x04 \x01(\x0b\x32\x11.rorqual.v1.RenewH\x00\x12 \n\x04take\x18\x05 \x01(\x0b\x32\x10.rorqual.v1.TakeH\x00\x42\t\n\x07\x63ommand\"\x1d\n\x05Renew\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\"P\n\x04Take\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12 \n\x05offer\x18\x02 \x01(\x0b\x32\x11.rorqual.v1.Offer\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"P\n\x06Source\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12$\n\x05lease\x18\x02 \x01(\x0b\x32\x15.rorqual.v1.LeaseName\x12\x0f\n\x07wire_id\x18\x03 \x01(\t\"\xb2\x01\n\x05Offer\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.rorqual.v1.LeaseName\x12\x0f\n\x07wire_id\x18\x02 \x01(\t\x12\x15\n\rlease_seconds\x18\x03 \x01(\x02\x12\x12\n\nfirst_page\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x03(\r\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x06\x12\'\n\x06record\x18\x07 \x01(\x0b\x32\x17.rorqual.v1.RecordOffer\"T\n\x0bRecordOffer\x12\x0e\n\x06record\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x06\",\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\x9d\x01\n\x04Open\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x10\n\x08sampling\x18\x06 \x01(\x0c\x12\"\n\x06source\x18\x07 \x01(\x0b\x32\x12.rorqual.v1.Source\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"b\n\x06Report\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.rorqual.v1.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.rorqual.v1.StepReportH\x00\x42\x08\n\x06report\"\xc1\x02\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x10\n\x08numerics\x18\x05 \x01(\t\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1b\n\x13sequence_tokens_max\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x15\n\rsequences_max\x18\n \x01(\r\x12\x1e\n\x04load\x18\x0b \x01(\x0b\x32\x10.rorqual.v1.Load\x12\x0c\n\x04role\x18\x0c \x01(\t\x12\x0f\n\x07wire_id\x18\r \x01(\t\x12\"\n\x06\x63redit\x18\x0e \x01(\x0b\x32\x12.rorqual.v1.Credit\"*\n\x06\x43redit\x12\x11\n\tsequences\x18\x01 \x01(\r\x12\r\n\x05pages\x18\x02 \x01(\r\"\xa1\x01\n\nStepReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.rorqual.v1.SequenceReport\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.rorqual.v1.Load\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\"\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x12.rorqual.v1.Credit\"\xaf\x02\n\x0eSequenceReport\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12.\n\x0c\x61lternatives\x18\x05 \x03(\x0b\x32\x18.rorqual.v1.Alternatives\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x33\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x1a.rorqual.v1.PromptLogprobs\x12\x12\n\nerror_code\x18\t \x01(\t\x12 \n\x05offer\x18\n \x01(\x0b\x32\x11.rorqual.v1.Offer\x12\r\n\x05\x62ound\x18\x0b \x01(\x08\"3\n\x0c\x41lternatives\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"a\n\x0ePromptLogprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\x12.\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x18.rorqual.v1.Alternatives\x12\r\n\x05\x66irst\x18\x03 \x01(\r\"\xf0\x01\n\x04Load\x12\x19\n\x11sequences_running\x18\x01 \x01(\r\x12\x19\n\x11sequences_waiting\x18\x02 \x01(\r\x12\x16\n\x0etokens_waiting\x18\x03 \x01(\x04\x12\x12\n\npages_free\x18\x04 \x01(\r\x12\x13\n\x0bpages_total\x18\x05 \x01(\r\x12\x12\n\nslots_free\x18\x06 \x01(\r\x12\x13\n\x0bslots_total\x18\x07 \x01(\r\x12\x0f\n\x07step_ms\x18\x08 \x01(\x02\x12!\n\x19prefill_tokens_per_second\x18\t \x01(\x02\x12\x14\n\x0cpages_leased\x18\n \x01(\r2@\n\x06Worker\x12\x36\n\x07Session\x12\x13.rorqual.v1.Command\x1a\x12.rorqual.v1.Report(\x01\x30\x01\x32\xbf\x01\n\x07Lending\x12<\n\x06\x41ttach\x12\x19.rorqual.v1.AttachRequest\x1a\x17.rorqual.v1.AttachReply\x12\x39\n\x05Renew\x12\x18.rorqual.v1.LeaseRequest\x1a\x16.rorqual.v1.LeaseReply\x12;\n\x07Release\x12\x18.rorqual.v1.LeaseRequest\x1a\x16.rorqual.v1.LeaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rorqual.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMMAND']._serialized_start=40
-  _globals['_COMMAND']._serialized_end=168
-  _globals['_HELLO']._serialized_start=170
-  _globals['_HELLO']._serialized_end=214
-  _globals['_OPEN']._serialized_start=216
-  _globals['_OPEN']._serialized_end=337
-  _globals['_CANCEL']._serialized_start=339
-  _globals['_CANCEL']._serialized_end=368
-  _globals['_REPORT']._serialized_start=370
-  _globals['_REPORT']._serialized_end=468
-  _globals['_WELCOME']._serialized_start=471
-  _globals['_WELCOME']._serialized_end=725
-  _globals['_STEPREPORT']._serialized_start=727
-  _globals['_STEPREPORT']._serialized_end=852
-  _globals['_SEQUENCEREPORT']._serialized_start=855
-  _globals['_SEQUENCEREPORT']._serialized_end=1109
-  _globals['_ALTERNATIVES']._serialized_start=1111
-  _globals['_ALTERNATIVES']._serialized_end=1162
-  _globals['_PROMPTLOGPROBS']._serialized_start=1164
-  _globals['_PROMPTLOGPROBS']._serialized_end=1261
-  _globals['_LOAD']._serialized_start=1264
-  _globals['_LOAD']._serialized_end=1447
-  _globals['_WORKER']._serialized_start=1449
-  _globals['_WORKER']._serialized_end=1513
+  _globals['_LEASENAME']._serialized_start=39
+  _globals['_LEASENAME']._serialized_end=128
+  _globals['_ATTACHREQUEST']._serialized_start=130
+  _globals['_ATTACHREQUEST']._serialized_end=183
+  _globals['_ATTACHREPLY']._serialized_start=185
+  _globals['_ATTACHREPLY']._serialized_end=232
+  _globals['_LEASEREQUEST']._serialized_start=234
+  _globals['_LEASEREQUEST']._serialized_end=286
+  _globals['_LEASEREPLY']._serialized_start=288
+  _globals['_LEASEREPLY']._serialized_end=341
+  _globals['_COMMAND']._serialized_start=344
+  _globals['_COMMAND']._serialized_end=542
+  _globals['_RENEW']._serialized_start=544
+  _globals['_RENEW']._serialized_end=573
+  _globals['_TAKE']._serialized_start=575
+  _globals['_TAKE']._serialized_end=655
+  _globals['_SOURCE']._serialized_start=657
+  _globals['_SOURCE']._serialized_end=737
+  _globals['_OFFER']._serialized_start=740
+  _globals['_OFFER']._serialized_end=918
+  _globals['_RECORDOFFER']._serialized_start=920
+  _globals['_RECORDOFFER']._serialized_end=1004
+  _globals['_HELLO']._serialized_start=1006
+  _globals['_HELLO']._serialized_end=1050
+  _globals['_OPEN']._serialized_start=1053
+  _globals['_OPEN']._serialized_end=1210
+  _globals['_CANCEL']._serialized_start=1212
+  _globals['_CANCEL']._serialized_end=1241
+  _globals['_REPORT']._serialized_start=1243
+  _globals['_REPORT']._serialized_end=1341
+  _globals['_WELCOME']._serialized_start=1344
+  _globals['_WELCOME']._serialized_end=1665
+  _globals['_CREDIT']._serialized_start=1667
+  _globals['_CREDIT']._serialized_end=1709
+  _globals['_STEPREPORT']._serialized_start=1712
+  _globals['_STEPREPORT']._serialized_end=1873
+  _globals['_SEQUENCEREPORT']._serialized_start=1876
+  _globals['_SEQUENCEREPORT']._serialized_end=2179
+  _globals['_ALTERNATIVES']._serialized_start=2181
+  _globals['_ALTERNATIVES']._serialized_end=2232
+  _globals['_PROMPTLOGPROBS']._serialized_start=2234
+  _globals['_PROMPTLOGPROBS']._serialized_end=2331
+  _globals['_LOAD']._serialized_start=2334
+  _globals['_LOAD']._serialized_end=2574
+  _globals['_WORKER']._serialized_start=2576
+  _globals['_WORKER']._serialized_end=2640
+  _globals['_LENDING']._serialized_start=2643
+  _globals['_LENDING']._serialized_end=2834
 # @@protoc_insertion_point(module_scope)

@@ -6,15 +6,117 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LeaseName(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "lease_id", "generation")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: int
+    lease_id: int
+    generation: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., lease_id: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("incarnation", "wire_id")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    WIRE_ID_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    wire_id: str
+    def __init__(self, incarnation: _Optional[int] = ..., wire_id: _Optional[str] = ...) -> None: ...
+
+class AttachReply(_message.Message):
+    __slots__ = ("endpoint", "digest")
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    endpoint: bytes
+    digest: int
+    def __init__(self, endpoint: _Optional[bytes] = ..., digest: _Optional[int] = ...) -> None: ...
+
+class LeaseRequest(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseName
+    def __init__(self, lease: _Optional[_Union[LeaseName, _Mapping]] = ...) -> None: ...
+
+class LeaseReply(_message.Message):
+    __slots__ = ("live", "remaining_seconds")
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    live: bool
+    remaining_seconds: float
+    def __init__(self, live: _Optional[bool] = ..., remaining_seconds: _Optional[float] = ...) -> None: ...
+
 class Command(_message.Message):
-    __slots__ = ("hello", "open", "cancel")
+    __slots__ = ("hello", "open", "cancel", "renew", "take")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    TAKE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open: Open
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    renew: Renew
+    take: Take
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., take: _Optional[_Union[Take, _Mapping]] = ...) -> None: ...
+
+class Renew(_message.Message):
+    __slots__ = ("sequence_ids",)
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Take(_message.Message):
+    __slots__ = ("sequence_id", "offer", "token_ids")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    offer: Offer
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_id: _Optional[int] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Source(_message.Message):
+    __slots__ = ("address", "lease", "wire_id")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_ID_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    lease: LeaseName
+    wire_id: str
+    def __init__(self, address: _Optional[str] = ..., lease: _Optional[_Union[LeaseName, _Mapping]] = ..., wire_id: _Optional[str] = ...) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("lease", "wire_id", "lease_seconds", "first_page", "pages", "digests", "record")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseName
+    wire_id: str
+    lease_seconds: float
+    first_page: int
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    digests: _containers.RepeatedScalarFieldContainer[int]
+    record: RecordOffer
+    def __init__(self, lease: _Optional[_Union[LeaseName, _Mapping]] = ..., wire_id: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., first_page: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ..., record: _Optional[_Union[RecordOffer, _Mapping]] = ...) -> None: ...
+
+class RecordOffer(_message.Message):
+    __slots__ = ("record", "num_tokens", "num_bytes", "digest")
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    record: int
+    num_tokens: int
+    num_bytes: int
+    digest: int
+    def __init__(self, record: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "router_id")
@@ -25,20 +127,22 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling")
+    __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling", "source")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     prompt: bytes
     max_tokens: int
     ignore_eos: bool
     sampling: bytes
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., sampling: _Optional[bytes] = ...) -> None: ...
+    source: Source
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., sampling: _Optional[bytes] = ..., source: _Optional[_Union[Source, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("sequence_id",)
@@ -55,7 +159,7 @@ class Report(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepReport, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "worker_id", "incarnation", "model_fingerprint", "numerics", "exact", "vocab_size", "sequence_tokens_max", "eos_token_ids", "sequences_max", "load")
+    __slots__ = ("protocol", "worker_id", "incarnation", "model_fingerprint", "numerics", "exact", "vocab_size", "sequence_tokens_max", "eos_token_ids", "sequences_max", "load", "role", "wire_id", "credit")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +171,9 @@ class Welcome(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_MAX_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_ID_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     worker_id: str
     incarnation: int
@@ -78,22 +185,35 @@ class Welcome(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sequences_max: int
     load: Load
-    def __init__(self, protocol: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics: _Optional[str] = ..., exact: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., sequence_tokens_max: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sequences_max: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    role: str
+    wire_id: str
+    credit: Credit
+    def __init__(self, protocol: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics: _Optional[str] = ..., exact: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., sequence_tokens_max: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sequences_max: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., role: _Optional[str] = ..., wire_id: _Optional[str] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
+
+class Credit(_message.Message):
+    __slots__ = ("sequences", "pages")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    sequences: int
+    pages: int
+    def __init__(self, sequences: _Optional[int] = ..., pages: _Optional[int] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("number", "sequences", "load", "draining")
+    __slots__ = ("number", "sequences", "load", "draining", "credit")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
     number: int
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceReport]
     load: Load
     draining: bool
-    def __init__(self, number: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceReport, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    credit: Credit
+    def __init__(self, number: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceReport, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
 
 class SequenceReport(_message.Message):
-    __slots__ = ("sequence_id", "first_index", "token_ids", "logprobs", "alternatives", "finish_reason", "error", "prompt_logprobs", "error_code")
+    __slots__ = ("sequence_id", "first_index", "token_ids", "logprobs", "alternatives", "finish_reason", "error", "prompt_logprobs", "error_code", "offer", "bound")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +223,8 @@ class SequenceReport(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -112,7 +234,9 @@ class SequenceReport(_message.Message):
     error: str
     prompt_logprobs: PromptLogprobs
     error_code: str
-    def __init__(self, sequence_id: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error_code: _Optional[str] = ...) -> None: ...
+    offer: Offer
+    bound: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error_code: _Optional[str] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., bound: _Optional[bool] = ...) -> None: ...
 
 class Alternatives(_message.Message):
     __slots__ = ("token_ids", "logprobs")
@@ -133,7 +257,7 @@ class PromptLogprobs(_message.Message):
     def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., first: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("sequences_running", "sequences_waiting", "tokens_waiting", "pages_free", "pages_total", "slots_free", "slots_total", "step_ms")
+    __slots__ = ("sequences_running", "sequences_waiting", "tokens_waiting", "pages_free", "pages_total", "slots_free", "slots_total", "step_ms", "prefill_tokens_per_second", "pages_leased")
     SEQUENCES_RUNNING_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +266,8 @@ class Load(_message.Message):
     SLOTS_FREE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    PAGES_LEASED_FIELD_NUMBER: _ClassVar[int]
     sequences_running: int
     sequences_waiting: int
     tokens_waiting: int
@@ -150,4 +276,6 @@ class Load(_message.Message):
     slots_free: int
     slots_total: int
     step_ms: float
-    def __init__(self, sequences_running: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., tokens_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_total: _Optional[int] = ..., step_ms: _Optional[float] = ...) -> None: ...
+    prefill_tokens_per_second: float
+    pages_leased: int
+    def __init__(self, sequences_running: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., tokens_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_total: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_second: _Optional[float] = ..., pages_leased: _Optional[int] = ...) -> None: ...

@@ -98,3 +98,170 @@ class Worker:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class LendingStub:
+    """Between decode and prefill workers: the control side of one-sided reads. State is read from memory the owner leases;
+    no call here carries any.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Attach = channel.unary_unary(
+                '/rorqual.v1.Lending/Attach',
+                request_serializer=rorqual_dot_v1_dot_worker__pb2.AttachRequest.SerializeToString,
+                response_deserializer=rorqual_dot_v1_dot_worker__pb2.AttachReply.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/rorqual.v1.Lending/Renew',
+                request_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseRequest.SerializeToString,
+                response_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseReply.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/rorqual.v1.Lending/Release',
+                request_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseRequest.SerializeToString,
+                response_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseReply.FromString,
+                _registered_method=True)
+
+
+class LendingServicer:
+    """Between decode and prefill workers: the control side of one-sided reads. State is read from memory the owner leases;
+    no call here carries any.
+    """
+
+    def Attach(self, request, context):
+        """What a reader needs to know of an owner's memory, once per incarnation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Renews a lease. The reader's proof, after reading, that what it read was still promised.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """The reader is done: the owner's pages are free at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_LendingServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Attach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=rorqual_dot_v1_dot_worker__pb2.AttachRequest.FromString,
+                    response_serializer=rorqual_dot_v1_dot_worker__pb2.AttachReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseRequest.FromString,
+                    response_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseReply.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseRequest.FromString,
+                    response_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'rorqual.v1.Lending', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('rorqual.v1.Lending', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Lending:
+    """Between decode and prefill workers: the control side of one-sided reads. State is read from memory the owner leases;
+    no call here carries any.
+    """
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rorqual.v1.Lending/Attach',
+            rorqual_dot_v1_dot_worker__pb2.AttachRequest.SerializeToString,
+            rorqual_dot_v1_dot_worker__pb2.AttachReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rorqual.v1.Lending/Renew',
+            rorqual_dot_v1_dot_worker__pb2.LeaseRequest.SerializeToString,
+            rorqual_dot_v1_dot_worker__pb2.LeaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rorqual.v1.Lending/Release',
+            rorqual_dot_v1_dot_worker__pb2.LeaseRequest.SerializeToString,
+            rorqual_dot_v1_dot_worker__pb2.LeaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
