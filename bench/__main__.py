@@ -17,6 +17,10 @@ RACES = {
         "bench.http_servers",
         "HTTP servers: requests, events, slow readers, vanished clients (1 minute)",
     ),
+    "transfer": (
+        "bench.transfer",
+        "reads of a hand-over between two processes beside plain NIXL (1 minute)",
+    ),
 }
 
 

@@ -169,7 +169,7 @@ async def http_side(options: SideOptions) -> AsyncGenerator[HttpSide]:
     with tempfile.TemporaryDirectory(prefix="rorqual-bench-") as folder:
         ready_file = Path(folder) / "ready.json"
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rorqual.cli", "up", "--model", str(options.model)),
+            *(sys.executable, "-m", "rorqual.cli", "up", "--model", str(options.model), "--both", "1"),
             *("--numerics", "float32", "--http", "0", "--grpc", "0", "--ready-file", str(ready_file)),
             *("--pages", str(NUM_PAGES), "--slots", str(NUM_SLOTS), "--threads", str(options.threads)),
             *("--prefill-tokens", str(options.prefill_tokens_max)),

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 
 import msgspec
 
@@ -64,6 +65,19 @@ def read_frame(connection: socket.socket) -> ToRank | None:
 def write_frame(connection: socket.socket, message: FromRank) -> None:
     """Send one message to the host. Blocks. Raises OSError (BrokenPipeError) when the host is gone."""
     connection.sendall(encode_frame(message))
+
+
+class FrameWriter:
+    """`write_frame` for several threads: their frames do not mix."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def write(self, message: FromRank) -> None:
+        frame = encode_frame(message)
+        with self._lock:
+            self._connection.sendall(frame)
 
 
 def encode_frame(message: ToRank | FromRank) -> bytes:

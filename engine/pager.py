@@ -19,9 +19,10 @@ from engine.model.attend import BLOCK_COLUMNS
 from engine.model.attention import exact_window_span, hidden_bias
 from engine.model.batch import BatchSegment, DecodeGroup, RaggedBatch
 from engine.model.state import Keys
-from kvstore.layout import KV_SCALE_BLOCK, Component, RowForm
+from kvstore.handover import OVERLAPPING
+from kvstore.layout import KV_SCALE_BLOCK, Component, Descriptor, RowForm
 from kvstore.pools import ComponentPool, Pools
-from rorqual.model_config import PAGE_TOKENS, LayerKind, ModelConfig
+from rorqual.model_config import PAGE_TOKENS, ModelConfig
 
 _UNFINISHED = (Component.C4_UNFINISHED, Component.C4_INDEX_UNFINISHED, Component.C128_UNFINISHED)
 
@@ -36,26 +37,30 @@ class SlotTables:
 
     def open(self, slot: int) -> None:
         """Start a sequence at position 0: no pages, and empty unfinished windows (K = 0, S = -inf)."""
-        self.num_pages[slot] = 0
+        self.restart(slot)
         for component in _UNFINISHED:
             descriptor = self.pools.layout.find(component)
             if descriptor is None:
                 continue
-            half = descriptor.width // 2
-            for layer in descriptor.layers:
-                ring = (
-                    self.pools[component]
-                    .rows_f32(layer)
-                    .view(-1, descriptor.num_rows, descriptor.width)[slot]
-                )
-                ring[:, :half] = 0
-                ring[:, half:] = -torch.inf
+            empty_unfinished(self.pools[component], slot)
+
+    def restart(self, slot: int) -> None:
+        """Start a sequence whose state is about to be put there: no pages, rings as they are."""
+        self.num_pages[slot] = 0
 
     def append(self, slot: int, pages: Sequence[int]) -> None:
         first = self.num_pages[slot]
         assert first + len(pages) <= self.pages_SP.shape[1], "sequence outgrew its page table"
         self.pages_SP[slot, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int64)
         self.num_pages[slot] = first + len(pages)
+
+
+def empty_unfinished(pool: ComponentPool, slot: int, rows: slice = slice(None)) -> None:
+    """Make rows of a slot's ring of unfinished windows what they are before the first token: they pool to nothing."""
+    rows_Lrw = pool.data_ulrb[slot, :, rows].view(torch.float32)
+    half = pool.descriptor.width // 2
+    rows_Lrw[..., :half] = 0
+    rows_Lrw[..., half:] = -torch.inf
 
 
 class PagedState:
@@ -70,10 +75,10 @@ class PagedState:
         self._batch = batch
         self._kernels = kernels
         self._exact = exact
-        self._ratios = {item.kind: item.ratio for item in config.layers}
-        self._rings: dict[int, _RingWrites] = {}
-        self._located: dict[tuple[int, DecodeGroup], _Located | None] = {}
-        self._new_rows: dict[int, Tensor] = {}
+        self._rings: dict[_Strides, _RingWrites] = {}
+        self._windows: dict[Component, tuple[Tensor, Tensor]] = {}
+        self._located: dict[tuple[_Strides, DecodeGroup], _Located | None] = {}
+        self._new_rows: dict[_Strides, Tensor] = {}
         self._finished: dict[Component, Tensor | None] = {}
         segments = (*batch.decodes, *batch.chunks)
         for segment in segments:
@@ -93,18 +98,19 @@ class PagedState:
     def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         pool = self._pools[component]
         positions = torch.arange(segment.start - num_past, segment.start)
-        return _read(pool, layer, _ring_ids(pool, segment.slot, positions), self._config)
+        return _read(pool, layer, _ring_ids(pool.descriptor, segment.slot, positions), self._config)
 
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
         self._put_ring(self._pools[component], layer, rows_Td)
 
     def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:
-        ids, bias = self._window_columns
+        if component not in self._windows:
+            self._windows[component] = self._window_columns(self._pools[component].descriptor)
+        ids, bias = self._windows[component]
         rows = _read(self._pools[component], layer, ids[group.rows], self._config)
         return Keys(rows=rows, bias=bias[group.rows])
 
-    @cached_property
-    def _window_columns(self) -> tuple[Tensor, Tensor]:
+    def _window_columns(self, item: Descriptor) -> tuple[Tensor, Tensor]:
         """Ring row ids [B, K] and bias; a hidden column reads the decode's own row, which was just written."""
         size = self._config.sliding_window
         own = self._decode_positions.unsqueeze(-1)
@@ -115,12 +121,11 @@ class PagedState:
             columns = own + torch.arange(1 - size, 1)
         hidden = (columns > own) | (columns <= own - size) | (columns < 0)
         columns = torch.where(hidden, own, columns)
-        ring = self._pools[Component.WINDOW].descriptor.num_rows
-        return self._decode_slots.unsqueeze(-1) * ring + columns % ring, hidden_bias(hidden)
+        return _ring_ids(item, self._decode_slots.unsqueeze(-1), columns), hidden_bias(hidden)
 
     def past_unfinished(self, component: Component, layer: int, segment: BatchSegment, first: int) -> Tensor:
         pool = self._pools[component]
-        ids = _ring_ids(pool, segment.slot, torch.arange(first, segment.start))
+        ids = _ring_ids(pool.descriptor, segment.slot, torch.arange(first, segment.start))
         return pool.rows_f32(layer).index_select(0, ids)
 
     def put_unfinished(self, component: Component, layer: int, rows_Tw: Tensor) -> None:
@@ -135,45 +140,52 @@ class PagedState:
         return self._pools[component].rows_f32(layer)[ids_CP]
 
     def _finished_ids(self, component: Component) -> Tensor | None:
-        ratio, pooled = self._pooling(component)
-        segments = [segment for segment in self._batch.decodes if segment.end % ratio == 0]
+        item = self._pools[component].descriptor
+        pooled = 2 * item.ratio if component in OVERLAPPING else item.ratio
+        segments = [segment for segment in self._batch.decodes if segment.end % item.ratio == 0]
         if not segments:
             return None
         ends = torch.tensor([segment.end for segment in segments]).unsqueeze(-1)
         slots = torch.tensor([segment.slot for segment in segments]).unsqueeze(-1)
-        ring = self._pools[component].descriptor.num_rows
-        return slots * ring + (ends + torch.arange(-pooled, 0)) % ring
+        return _ring_ids(item, slots, ends + torch.arange(-pooled, 0))
 
-    def _pooling(self, component: Component) -> tuple[int, int]:
-        """Ratio, and how many positions an entry pools."""
-        if component is Component.C128_UNFINISHED:
-            return self._ratios[LayerKind.HCA], self._ratios[LayerKind.HCA]
-        return self._ratios[LayerKind.CSA], 2 * self._ratios[LayerKind.CSA]
+    def put_streams(self, streams_TSD: Tensor) -> None:
+        """Keep the last layer's streams of the batch's newest positions, for the drafts."""
+        self._put_ring(self._pools[Component.DRAFT_STREAMS], 0, streams_TSD.flatten(1))
+
+    def kept_streams(self, slots_N: Tensor, positions_N: Tensor) -> Tensor:
+        """Streams [N, S, D] that a step before has put."""
+        pool = self._pools[Component.DRAFT_STREAMS]
+        rows = _read(pool, 0, _ring_ids(pool.descriptor, slots_N, positions_N), self._config)
+        return rows.unflatten(1, (self._config.hc_mult, -1))
 
     def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
-        ratio = self._ratio(component)
-        if ratio not in self._new_rows:
-            self._new_rows[ratio] = self._new_row_ids(ratio)
-        _write(self._pools[component], layer, self._new_rows[ratio], rows_Nw, self._config)
+        pool = self._pools[component]
+        strides = _strides(pool.descriptor)
+        if strides not in self._new_rows:
+            self._new_rows[strides] = self._new_row_ids(pool.descriptor)
+        _write(pool, layer, self._new_rows[strides], rows_Nw, self._config)
 
-    def _new_row_ids(self, ratio: int) -> Tensor:
+    def _new_row_ids(self, item: Descriptor) -> Tensor:
         """Rows of the entries that this step finishes, in batch order."""
-        finished = (self._decode_positions + 1) % ratio == 0
-        ids = [self._row_ids(ratio, self._decode_slots[finished], self._decode_positions[finished] // ratio)]
+        finished = (self._decode_positions + 1) % item.ratio == 0
+        entries = self._decode_positions[finished] // item.ratio
+        ids = [self._row_ids(item, self._decode_slots[finished], entries)]
         for segment in self._batch.chunks:
-            entries = torch.arange(segment.start // ratio, segment.end // ratio)
-            ids.append(self._row_ids(ratio, segment.slot, entries))
+            entries = torch.arange(segment.start // item.ratio, segment.end // item.ratio)
+            ids.append(self._row_ids(item, segment.slot, entries))
         return torch.cat(ids)
 
     def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
-        ids = self._row_ids(self._ratio(component), segment.slot, entries)
-        return _read(self._pools[component], layer, ids, self._config)
+        pool = self._pools[component]
+        ids = self._row_ids(pool.descriptor, segment.slot, entries)
+        return _read(pool, layer, ids, self._config)
 
     def decode_visible(self, component: Component, group: DecodeGroup) -> Tensor:
-        return (self._decode_positions[group.rows] + 1) // self._ratio(component)
+        return (self._decode_positions[group.rows] + 1) // self._pools[component].descriptor.ratio
 
     def decode_rows(self, component: Component, layer: int, group: DecodeGroup) -> Keys | None:
-        key = (self._ratio(component), group)
+        key = (_strides(self._pools[component].descriptor), group)
         if key not in self._located:
             self._located[key] = self._locate_all(component, group)
         found = self._located[key]
@@ -196,9 +208,9 @@ class PagedState:
         return self._keys(component, layer, self._locate(component, group, picks_Bk))
 
     def _locate(self, component: Component, group: DecodeGroup, entries_BK: Tensor) -> _Located:
-        per_page = PAGE_TOKENS // self._ratio(component)
+        item = self._pools[component].descriptor
         ids, bias, any_empty = self._kernels.locate_rows(
-            self._tables.pages_SP, self._decode_slots[group.rows], entries_BK, per_page
+            self._tables.pages_SP, self._decode_slots[group.rows], entries_BK, item.num_rows, item.unit_rows
         )
         empty = (entries_BK < 0).all(-1) if any_empty else None
         return _Located(ids_BK=ids, bias=bias, empty_B=empty)
@@ -207,29 +219,26 @@ class PagedState:
         rows = _read(self._pools[component], layer, found.ids_BK, self._config)
         return Keys(rows=found.clean(rows), bias=found.bias)
 
-    def _ratio(self, component: Component) -> int:
-        return self._ratios[LayerKind.HCA if component is Component.C128 else LayerKind.CSA]
-
-    def _row_ids(self, ratio: int, slot: int | Tensor, entries: Tensor) -> Tensor:
-        per_page = PAGE_TOKENS // ratio
-        return self._tables.pages_SP[slot, entries // per_page] * per_page + entries % per_page
+    def _row_ids(self, item: Descriptor, slot: int | Tensor, entries: Tensor) -> Tensor:
+        pages = self._tables.pages_SP[slot, entries // item.num_rows]
+        return pages * item.unit_rows + entries % item.num_rows
 
     def _put_ring(self, pool: ComponentPool, layer: int, rows_Tw: Tensor) -> None:
-        ring = pool.descriptor.num_rows
-        if ring not in self._rings:
-            self._rings[ring] = self._ring_writes(ring)
-        writes = self._rings[ring]
+        strides = _strides(pool.descriptor)
+        if strides not in self._rings:
+            self._rings[strides] = self._ring_writes(pool.descriptor)
+        writes = self._rings[strides]
         rows = rows_Tw if writes.rows is None else rows_Tw[writes.rows]
         _write(pool, layer, writes.ids, rows, self._config)
 
-    def _ring_writes(self, ring: int) -> _RingWrites:
-        """A chunk longer than the ring leaves only its last `ring` rows."""
+    def _ring_writes(self, item: Descriptor) -> _RingWrites:
+        """A chunk longer than the ring leaves only as many of its last rows."""
         rows = [torch.arange(self._batch.num_decodes)]
-        ids = [self._decode_slots * ring + self._decode_positions % ring]
+        ids = [_ring_ids(item, self._decode_slots, self._decode_positions)]
         for segment in self._batch.chunks:
-            kept = min(segment.count, ring)
+            kept = min(segment.count, item.num_rows)
             rows.append(torch.arange(segment.row + segment.count - kept, segment.row + segment.count))
-            ids.append(segment.slot * ring + torch.arange(segment.end - kept, segment.end) % ring)
+            ids.append(_ring_ids(item, segment.slot, torch.arange(segment.end - kept, segment.end)))
         kept_rows = torch.cat(rows)
         every_row = len(kept_rows) == self._batch.tokens_T.numel()
         return _RingWrites(rows=None if every_row else kept_rows, ids=torch.cat(ids))
@@ -256,9 +265,16 @@ class _Located:
         return rows_BKw.masked_fill(self.empty_B.view(-1, 1, 1), 0)
 
 
-def _ring_ids(pool: ComponentPool, slot: int, positions: Tensor) -> Tensor:
-    ring = pool.descriptor.num_rows
-    return slot * ring + positions % ring
+_Strides = tuple[int, int]
+"""Rows of a unit in one layer, and in all: components that agree in both have the same row ids."""
+
+
+def _strides(item: Descriptor) -> _Strides:
+    return item.num_rows, item.unit_rows
+
+
+def _ring_ids(item: Descriptor, slot: int | Tensor, positions: Tensor) -> Tensor:
+    return slot * item.unit_rows + positions % item.num_rows
 
 
 def _read(pool: ComponentPool, layer: int, ids: Tensor, config: ModelConfig) -> Tensor:
@@ -267,7 +283,7 @@ def _read(pool: ComponentPool, layer: int, ids: Tensor, config: ModelConfig) -> 
     if item.form is RowForm.F32:
         return pool.rows_f32(layer).index_select(0, ids.reshape(-1)).view(*ids.shape, item.width)
     data, scales = pool.data_and_scales(layer)
-    unit, row = ids // item.num_rows, ids % item.num_rows
+    unit, row = ids // item.unit_rows, ids % item.unit_rows
     return _DECODERS[item.form](data[unit, row], scales[unit, row], item.width, config.rope_head_dim)
 
 
@@ -277,7 +293,10 @@ def _write(pool: ComponentPool, layer: int, ids_N: Tensor, rows_Nw: Tensor, conf
         pool.rows_f32(layer).index_copy_(0, ids_N, rows_Nw)
         return
     data, scales = pool.data_and_scales(layer)
-    unit, row = ids_N // item.num_rows, ids_N % item.num_rows
+    unit, row = ids_N // item.unit_rows, ids_N % item.unit_rows
+    if item.form is RowForm.BF16:
+        data[unit, row] = rows_Nw.to(torch.bfloat16).view(torch.uint8)
+        return
     if item.form is RowForm.INDEX_FP4:
         data[unit, row], scales[unit, row] = formats.encode_fp4(rows_Nw)
         return
@@ -304,7 +323,13 @@ def _decode_index(data: Tensor, scales: Tensor, width: int, rope_head_dim: int) 
     return formats.decode_fp4(data, scales, num_columns=width)
 
 
+def _decode_bf16(data: Tensor, scales: Tensor, width: int, rope_head_dim: int) -> Tensor:
+    del scales, width, rope_head_dim
+    return data.view(torch.bfloat16).float()
+
+
 _DECODERS: dict[RowForm, Callable[[Tensor, Tensor, int, int], Tensor]] = {
     RowForm.KV_FP8: _decode_kv,
     RowForm.INDEX_FP4: _decode_index,
+    RowForm.BF16: _decode_bf16,
 }

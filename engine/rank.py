@@ -2,7 +2,8 @@
 
 Runs as `python -m engine.rank --fd N`, started by `engine.worker.rank_link`; reads `RankSettings`, answers
 `RankProgress` while loading and `RankReady`, then one `StepResult` per `StepPlan`, strictly in order, until `Shutdown`
-or the end of the host. It decides nothing: which pages, slots and tokens is the host's business.
+or the end of the host. With a transfer, others read from its pools and it reads from theirs meanwhile
+(`engine.rank_transfer`). It decides nothing: which pages, slots, records and tokens is the host's business.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import argparse
 import gc
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +25,13 @@ from torch import Tensor
 
 from engine.checkpoint.reader import Checkpoint, open_checkpoint
 from engine.exactness import check_exactness
-from engine.frames import join_host, read_frame, write_frame
+from engine.frames import FrameWriter, join_host, read_frame, write_frame
 from engine.kernels import registry
 from engine.kernels.suite import choose_kernels
 from engine.model.forward import Model
 from engine.model.weights import ModelWeights, allocate_weights
 from engine.plan import (
+    Lent,
     PromptScores,
     RankFailed,
     RankProgress,
@@ -39,9 +43,15 @@ from engine.plan import (
     StepPlan,
     StepResult,
 )
+from engine.rank_transfer import PageDigest, PlanQueue, RankTransfer, StateDigests, ThreadFailed, read_host
 from engine.runner import Runner, SegmentTokens
 from engine.sampler import Sampler
+from kvstore.handover import wire_id
 from kvstore.layout import Numerics, build_layout
+from kvstore.pools import plain_memory
+from kvstore.transfer.contract import Transfer
+from kvstore.transfer.opening import TransferBuilder, open_transfer
+from rorqual.clock import SystemClock
 from rorqual.errors import RorqualError
 from rorqual.model_config import PAGE_TOKENS, ModelConfig
 
@@ -71,27 +81,52 @@ def _serve(connection: socket.socket) -> int:
         return 0
     assert isinstance(settings, RankSettings), "the first frame must be the settings"
     try:
-        rank = _load(settings, connection)
+        loaded = _load(settings, connection)
     except RorqualError as error:
         write_frame(connection, RankFailed(message=str(error)))
         return 1
-    write_frame(connection, rank.ready)
+    write_frame(connection, loaded.ready)
     # Weights and code live as long as the process: the collector need not walk them again.
     gc.collect()
     gc.freeze()
+    if loaded.engine is not None:
+        return _serve_with_transfer(connection, loaded.rank, loaded.engine)
     while isinstance(plan := read_frame(connection), StepPlan):
-        write_frame(connection, rank.step(plan))
+        write_frame(connection, loaded.rank.step(plan))
     return 0
+
+
+def _serve_with_transfer(connection: socket.socket, rank: Rank, engine: Transfer) -> int:
+    """As `_serve`, with two threads beside this one, which computes."""
+    writer = FrameWriter(connection)
+    plans = PlanQueue()
+    transfer = RankTransfer(engine, rank.digests, tell=writer.write, fail=plans.fail, clock=SystemClock())
+    # A daemon: when a step fails here, the process does not wait for the host to say more.
+    threading.Thread(target=read_host, args=(connection, plans, transfer), name="host", daemon=True).start()
+    try:
+        while (plan := plans.next()) is not None:
+            writer.write(rank.step(plan))
+    except ThreadFailed as error:
+        writer.write(RankFailed(message=str(error)))
+        return 1
+    finally:
+        transfer.stop()
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    rank: Rank
+    ready: RankReady
+    engine: Transfer | None
 
 
 class Rank:
     """Everything between two frames. Tests drive it without a process."""
 
-    def __init__(
-        self, model: Model, *, num_pages: int, num_slots: int, sampler: Sampler, ready: RankReady
-    ) -> None:
-        self.ready = ready
-        self._runner = Runner(model, num_pages=num_pages, num_slots=num_slots)
+    def __init__(self, runner: Runner, *, sampler: Sampler, page_digest: PageDigest) -> None:
+        self.digests = StateDigests(runner.pools, runner.records, page_digest=page_digest)
+        self._runner = runner
         self._sampler = sampler
         self._slots: dict[int, _Slot] = {}
 
@@ -106,17 +141,22 @@ class Rank:
         scores: list[PromptScores] = []
         if plan.segments:
             sampled, scores = self._compute(plan.segments)
+        lent = self._lend([segment for segment in plan.segments if segment.lend])
         return StepResult(
             number=plan.number,
             sampled=tuple(sampled),
             prompt_scores=tuple(scores),
             step_ms=(time.perf_counter() - started) * 1e3,
+            lent=tuple(lent),
         )
 
     def _open(self, item: SlotOpen) -> None:
         assert item.slot not in self._slots, f"slot {item.slot} is open"
         self._sampler.open(item)
-        self._runner.open(item.slot)
+        if (known := item.restore) is None:
+            self._runner.open(item.slot)
+        else:
+            self._runner.restore(item.slot, known.num_computed, known.pages, known.record)
         tokens = np.frombuffer(item.tokens, dtype="<i4")
         buffer = torch.empty(len(tokens) + PAGE_TOKENS, dtype=torch.int64)
         buffer[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
@@ -159,6 +199,31 @@ class Rank:
         for item, position in zip(sampled, positions, strict=True):
             self._slots[item.slot].append(item.token_id, position)
         return sampled, scores
+
+    def _lend(self, segments: Sequence[Segment]) -> list[Lent]:
+        """What these segments have made readable: the full pages they completed, and records."""
+        completed = [
+            self._runner.tables.pages_SP[
+                item.slot, item.start // PAGE_TOKENS : (item.start + item.count) // PAGE_TOKENS
+            ].tolist()
+            for item in segments
+        ]
+        digests = iter(self.digests.of_pages([page for pages in completed for page in pages]))
+        lent: list[Lent] = []
+        for item, pages in zip(segments, completed, strict=True):
+            num_bytes = digest = 0
+            if item.record >= 0:
+                num_bytes = self._runner.pack(item.slot, item.start + item.count, item.record)
+                digest = self.digests.of_record(item.record, num_bytes)
+            lent.append(
+                Lent(
+                    slot=item.slot,
+                    page_digests=tuple(islice(digests, len(pages) * len(self.digests.components))),
+                    record_bytes=num_bytes,
+                    record_digest=digest,
+                )
+            )
+        return lent
 
     def _score_prompt(self, segment: Segment, streams: Tensor, rows: Tensor) -> list[PromptScores]:
         """Logprobs of the prompt tokens that follow this segment's tokens."""
@@ -214,7 +279,7 @@ def _make_model(
     )
 
 
-def _load(settings: RankSettings, connection: socket.socket) -> Rank:
+def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     # One thread in exact mode: with more, sums are cut by the number of threads.
     torch.set_num_threads(1 if settings.exact else settings.threads)
     checkpoint = open_checkpoint(Path(settings.model))
@@ -223,18 +288,31 @@ def _load(settings: RankSettings, connection: socket.socket) -> Rank:
     # What is wrong with an option is told before weights are read for minutes.
     implementations = registry.choose("cpu", settings.kernels)
     num_pages = settings.num_pages or _num_pages(config, numerics, settings)
-    layout = build_layout(config, numerics)
+    builder = _open_transfer(settings, connection)
     weights = _allocated("the weights", lambda: allocate_weights(config))
     checkpoint.load_into(weights.named.__getitem__, _Progress(connection, stage="weights").report)
     weights.check(config)
     model = _make_model(settings, numerics, checkpoint, weights)
     _tell(connection, "warming up")
-    _warm_up(model)
+    page_digest = implementations["page_digest"].function
+    _warm_up(model, page_digest)
     if settings.exact:
         _tell(connection, "testing exactness")
         check_exactness(model)
     sampler = Sampler(vocab_size=config.vocab_size, device=torch.device("cpu"), kernels=implementations)
     sampler.warm_up()
+    runner = _allocated(
+        "the pools (fewer --pages or --slots need less)",
+        lambda: Runner(
+            model,
+            num_pages=num_pages,
+            num_slots=settings.num_slots,
+            num_records=settings.num_records,
+            allocate=plain_memory if builder is None else builder.allocate,
+        ),
+    )
+    rank = Rank(runner, sampler=sampler, page_digest=page_digest)
+    engine = None if builder is None else builder.start()
     ready = RankReady(
         num_pages=num_pages,
         num_slots=settings.num_slots,
@@ -245,14 +323,25 @@ def _load(settings: RankSettings, connection: socket.socket) -> Rank:
         numerics=numerics.value,
         kernels=tuple((name, item.name) for name, item in implementations.items()),
         weight_bytes=weights.num_bytes,
-        state_bytes=layout.page_bytes * num_pages + layout.slot_bytes * settings.num_slots,
+        state_bytes=runner.pools.num_bytes + runner.records.nbytes,
         has_mtp=checkpoint.has_mtp,
+        wire_id="" if engine is None else wire_id(runner.layout, config.fingerprint(), drafts=runner.drafts),
+        endpoint=None if engine is None else engine.endpoint,
+        num_records=settings.num_records,
+        num_page_components=len(rank.digests.components),
         notices=checkpoint.notices,
     )
-    return _allocated(
-        "the pools (fewer --pages or --slots need less)",
-        lambda: Rank(model, num_pages=num_pages, num_slots=settings.num_slots, sampler=sampler, ready=ready),
-    )
+    return _Loaded(rank=rank, ready=ready, engine=engine)
+
+
+def _open_transfer(settings: RankSettings, connection: socket.socket) -> TransferBuilder | None:
+    if not settings.transfer:
+        assert settings.num_records == 0, "records without a transfer"
+        return None
+    assert settings.num_records > 0, "a transfer without records"
+    builder = open_transfer(settings.transfer, agent=settings.agent)
+    _tell(connection, f"state is read by {builder.reason}")
+    return builder
 
 
 def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) -> int:
@@ -270,14 +359,14 @@ def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) 
 
 
 def _allocated(what: str, make: Callable[[], Made]) -> Made:
-    """torch reports memory that is not to be had as a RuntimeError."""
+    """torch reports memory that is not to be had as a RuntimeError, shared memory as an OSError."""
     try:
         return make()
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         raise RorqualError(f"no memory for {what}: {str(error).splitlines()[0]}") from None
 
 
-def _warm_up(model: Model) -> None:
+def _warm_up(model: Model, page_digest: PageDigest) -> None:
     """Compile every kernel before the first request: one chunk, then a decode beside a chunk. With a small top-k, so
     that the indexer has to choose too."""
     config = replace(model.config, index_topk=1)
@@ -295,6 +384,7 @@ def _warm_up(model: Model) -> None:
             SegmentTokens(slot=1, start=0, tokens=tokens[:8]),
         ]
     )
+    page_digest(torch.zeros((1, 4), dtype=torch.uint8), torch.tensor([0]))
 
 
 def _tell(connection: socket.socket, stage: str) -> None:

@@ -1,6 +1,7 @@
 """A model together with its state: what a rank steps, and what tests and benchmarks drive directly.
 
-Owns the pools and page tables; page and slot ids come from the caller, who accounts for them.
+Owns the pools, page tables and hand-over records; page, slot and record ids come from the caller, who accounts for
+them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.model.batch import build_batch
+from engine.handover import pack_record, unpack_record
+from engine.model.batch import BatchSegment, RaggedBatch, build_batch
 from engine.model.context import PickHook
 from engine.model.forward import Model
 from engine.pager import PagedState, SlotTables
+from kvstore.handover import record_bytes_max
 from kvstore.layout import build_layout
-from kvstore.pools import Pools
+from kvstore.pools import Allocate, Pools, plain_memory
+from kvstore.transfer.runs import RECORDS
 from rorqual.model_config import PAGE_TOKENS
 
 
@@ -31,19 +35,56 @@ class SegmentTokens:
 
 
 class Runner:
-    def __init__(self, model: Model, *, num_pages: int, num_slots: int) -> None:
+    """`allocate` gives the memory that others may read: pages, a component each, and `num_records` hand-over records.
+    With `drafts` records hold the state of the MTP block too, which `advance_drafts` must then have kept up."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_pages: int,
+        num_slots: int,
+        num_records: int = 0,
+        drafts: bool = False,
+        allocate: Allocate = plain_memory,
+    ) -> None:
         self.model = model
+        self.drafts = drafts
         config = model.config
-        layout = build_layout(config, model.numerics)
-        self.pools = Pools(layout, num_pages=num_pages, num_slots=num_slots, device=torch.device("cpu"))
+        self.layout = build_layout(config, model.numerics)
+        self.pools = Pools(self.layout, num_pages=num_pages, num_slots=num_slots, allocate=allocate)
         longest = -(-config.max_position_embeddings // PAGE_TOKENS)
         self.tables = SlotTables(self.pools, pages_per_slot_max=min(num_pages, longest))
+        record_bytes = record_bytes_max(self.layout, drafts=drafts)
+        memory = allocate(RECORDS, record_bytes, num_records) if num_records else None
+        self.records = (
+            torch.empty((0, record_bytes), dtype=torch.uint8)
+            if memory is None
+            else torch.from_numpy(memory).view(num_records, record_bytes)
+        )
+        """uint8 [records, bytes of the longest record]."""
 
     def open(self, slot: int) -> None:
+        """Start a sequence at position 0 in `slot`."""
         self.tables.open(slot)
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Append pages to the slot's page table."""
         self.tables.append(slot, pages)
+
+    def pack(self, slot: int, num_tokens: int, record: int) -> int:
+        """Pack the state of the sequence in `slot`, exactly `num_tokens` of which have been computed, into a record.
+        Returns the record's bytes, a multiple of 4."""
+        return pack_record(self.tables, slot, num_tokens, self.records[record], drafts=self.drafts)
+
+    def restore(self, slot: int, num_tokens: int, pages: Sequence[int], record: int) -> None:
+        """Instead of `open`: start in `slot` a sequence of which `num_tokens` have been computed elsewhere. `pages`
+        hold them all: full ones as they were read, and last the partial one, if any, which the record fills."""
+        needed = -(-num_tokens // PAGE_TOKENS)
+        assert len(pages) == needed, f"{len(pages)} pages for {num_tokens} computed tokens, not {needed}"
+        self.tables.restart(slot)
+        self.tables.append(slot, pages)
+        unpack_record(self.tables, slot, num_tokens, self.records[record], drafts=self.drafts)
 
     @torch.inference_mode()
     def run(self, work: Sequence[SegmentTokens], *, hook: PickHook | None = None) -> list[Tensor]:
@@ -57,15 +98,76 @@ class Runner:
         self, work: Sequence[SegmentTokens], *, hook: PickHook | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The streams of all batch rows, and for each item of work the rows whose logits it wants."""
-        segments = [(item.slot, item.start, item.tokens) for item in work]
-        batch, placed = build_batch(segments)
+        batch, placed = _lay_out(work)
+        streams = self.model.streams(self.model.begin(batch, self._state(batch), hook=hook))
+        return streams, _wanted_rows(work, placed)
+
+    @torch.inference_mode()
+    def advance_drafts(self, work: Sequence[SegmentTokens], streams_TSD: Tensor) -> list[Tensor]:
+        """Take MTP block 0 to where the main model is, one index behind: of each item the indices start-1 ..
+        start+len-2, since index i takes the streams at i and the token at i+1; then keep the newest streams, from which
+        the next call goes on. `streams_TSD` is what `streams(work)` has just returned.
+
+        Returns the block's streams [indices, S, D] of each item, whose `draft_logits` at index i predict token i+2.
+        """
+        batch, placed = _lay_out(work)
+        state = self._state(batch)
+        behind = [_one_behind(item) for item in work]
+        advancing = [index for index, item in enumerate(behind) if len(item.tokens)]
+        drafted = [streams_TSD[:0]] * len(work)
+        if advancing:
+            draft_batch, places = _lay_out([behind[index] for index in advancing])
+            sources = [placed[index] for index in advancing]
+            inputs = _draft_inputs(state, streams_TSD, sources, places)
+            run = self.model.begin(draft_batch, self._state(draft_batch))
+            found = self.model.draft(run, 0, inputs, draft_batch.tokens_T)
+            for index, place in zip(advancing, places, strict=True):
+                drafted[index] = found[place.rows]
+        state.put_streams(streams_TSD)
+        return drafted
+
+    def _state(self, batch: RaggedBatch) -> PagedState:
         model = self.model
-        state = PagedState(model.config, self.tables, batch, kernels=model.kernels, exact=model.exact)
-        streams = model.streams(model.begin(batch, state, hook=hook))
-        rows = [
-            torch.arange(
-                place.row if item.all_logits else place.row + place.count - 1, place.row + place.count
-            )
-            for item, place in zip(work, placed, strict=True)
-        ]
-        return streams, rows
+        return PagedState(model.config, self.tables, batch, kernels=model.kernels, exact=model.exact)
+
+
+def _lay_out(work: Sequence[SegmentTokens]) -> tuple[RaggedBatch, list[BatchSegment]]:
+    return build_batch([(item.slot, item.start, item.tokens) for item in work])
+
+
+def _wanted_rows(work: Sequence[SegmentTokens], placed: Sequence[BatchSegment]) -> list[Tensor]:
+    return [
+        torch.arange(place.row if item.all_logits else place.row + place.count - 1, place.row + place.count)
+        for item, place in zip(work, placed, strict=True)
+    ]
+
+
+def _one_behind(item: SegmentTokens) -> SegmentTokens:
+    """Indices of the MTP block for an item, with the tokens that they take; none for the first token of a sequence."""
+    if item.start == 0:
+        return SegmentTokens(slot=item.slot, start=0, tokens=item.tokens[1:])
+    return SegmentTokens(slot=item.slot, start=item.start - 1, tokens=item.tokens)
+
+
+def _draft_inputs(
+    state: PagedState,
+    streams_TSD: Tensor,
+    sources: Sequence[BatchSegment],
+    places: Sequence[BatchSegment],
+) -> Tensor:
+    """Streams [T', S, D] for the batch of indices `places`, each a segment of `sources` shifted by one: the first
+    index's were kept by the step before, unless the sequence begins here."""
+    num_rows = sum(place.count for place in places)
+    inputs = torch.empty((num_rows, *streams_TSD.shape[1:]))
+    kept: list[tuple[int, int, int]] = []
+    for source, place in zip(sources, places, strict=True):
+        first = place.row
+        if source.start > 0:
+            kept.append((first, place.slot, place.start))
+            first += 1
+        count = place.row + place.count - first
+        inputs[first : first + count] = streams_TSD[source.row : source.row + count]
+    if kept:
+        rows, slots, positions = torch.tensor(kept).unbind(1)
+        inputs[rows] = state.kept_streams(slots, positions)
+    return inputs

@@ -2,12 +2,14 @@
 
 Cached state comes in components. Paged components hold compressed rows, addressed by page id; slot components belong
 to one running request and are rings addressed by absolute position (`position % ring_rows`), so that nothing is ever
-moved and rejected drafts are simply overwritten.
+moved and rejected drafts are simply overwritten. A **unit** is one page, or one slot's ring, over all layers of its
+component: its layers stand one behind the other, so that a page of a component is one run of bytes.
 
 Row forms. `float32` numerics keep f32 rows. `served` numerics keep what the quantisation points leave, in bytes:
 a KV row is (head_dim - rope_head_dim) e4m3 codes + rope_head_dim bf16 values of data, then one e8m0 scale per 64 codes
 padded to 8 bytes (584 bytes for 512 channels); an indexer row is e2m1 codes, two a byte, then one e8m0 scale per 32
-(68 bytes for 128 channels). Inside a page all data come first, then all scales: the page is the wire page.
+(68 bytes for 128 channels); the last streams, which the model leaves as bf16 values, are kept as such. Inside one
+layer of a unit all data come first, then all scales: the page is the wire page.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Component(enum.Enum):
     C4_INDEX_UNFINISHED = "c4_index_unfinished"
     C128_UNFINISHED = "c128_unfinished"
     DRAFT_WINDOW = "draft_window"
+    DRAFT_STREAMS = "draft_streams"
 
 
 class IndexSpace(enum.Enum):
@@ -48,6 +51,7 @@ class IndexSpace(enum.Enum):
 
 class RowForm(enum.Enum):
     F32 = "f32"
+    BF16 = "bf16"
     KV_FP8 = "kv_fp8"
     INDEX_FP4 = "index_fp4"
 
@@ -62,24 +66,31 @@ class Descriptor:
     component: Component
     space: IndexSpace
     layers: tuple[int, ...]
+    ratio: int  # tokens that the component's compressor pools into one row; 1 without a compressor
     width: int  # values of a row
     form: RowForm
     num_rows: int
     data_bytes: int  # of a row
-    scale_bytes: int  # of a row, 0 for f32
+    scale_bytes: int  # of a row, 0 for f32 and bf16
 
     @property
     def row_bytes(self) -> int:
         return self.data_bytes + self.scale_bytes
 
     @property
-    def unit_bytes(self) -> int:
+    def layer_bytes(self) -> int:
         """Bytes of one page, or of one slot's ring, in one layer."""
         return self.num_rows * self.row_bytes
 
     @property
-    def total_unit_bytes(self) -> int:
-        return self.unit_bytes * len(self.layers)
+    def unit_bytes(self) -> int:
+        """Bytes of one page, or of one slot's rings, in all layers."""
+        return self.layer_bytes * len(self.layers)
+
+    @property
+    def unit_rows(self) -> int:
+        """What a row id grows by from one unit to the next: row r of unit u has id u * unit_rows + r in every layer."""
+        return self.num_rows * len(self.layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +98,7 @@ class StateLayout:
     """All components of a model under one numerics. Empty components are left out."""
 
     numerics: Numerics
+    sliding_window: int
     descriptors: tuple[Descriptor, ...]
 
     def find(self, component: Component) -> Descriptor | None:
@@ -95,17 +107,17 @@ class StateLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page id over all paged components and layers."""
-        return sum(item.total_unit_bytes for item in self.descriptors if item.space is IndexSpace.PAGE)
+        return sum(item.unit_bytes for item in self.descriptors if item.space is IndexSpace.PAGE)
 
     @property
     def slot_bytes(self) -> int:
-        return sum(item.total_unit_bytes for item in self.descriptors if item.space is IndexSpace.SLOT)
+        return sum(item.unit_bytes for item in self.descriptors if item.space is IndexSpace.SLOT)
 
     def allocated_bytes(self, num_tokens: int) -> dict[str, int]:
         """Bytes one request of `num_tokens` tokens takes from the pools, by component."""
         num_pages = -(-num_tokens // PAGE_TOKENS)
         return {
-            item.component.value: item.total_unit_bytes * (num_pages if item.space is IndexSpace.PAGE else 1)
+            item.component.value: item.unit_bytes * (num_pages if item.space is IndexSpace.PAGE else 1)
             for item in self.descriptors
         }
 
@@ -124,31 +136,41 @@ def build_layout(config: ModelConfig, numerics: Numerics) -> StateLayout:
     window_rows = config.sliding_window + PAGE_TOKENS + DRAFTS_MAX
     kv, index = _kv_form(numerics), _index_form(numerics)
     every_layer = tuple(range(config.num_layers))
-    found = [_slot(Component.WINDOW, every_layer, config.head_dim, kv, window_rows)]
+    found = [_slot(Component.WINDOW, every_layer, 1, config.head_dim, kv, window_rows)]
     if by_kind[LayerKind.CSA]:
         layers = by_kind[LayerKind.CSA]
         ratio = config.layers[layers[0]].ratio
-        rows = PAGE_TOKENS // ratio
         ring = 2 * ratio + DRAFTS_MAX  # the overlapping window before, and the current one
         found += [
-            _paged(Component.C4, layers, config.head_dim, kv, rows),
-            _paged(Component.C4_INDEX, layers, config.index_head_dim, index, rows),
+            _paged(Component.C4, layers, ratio, config.head_dim, kv),
+            _paged(Component.C4_INDEX, layers, ratio, config.index_head_dim, index),
             # Unfinished rows: K and S (gate with ape added), each twice the width for the two halves.
-            _slot(Component.C4_UNFINISHED, layers, 4 * config.head_dim, RowForm.F32, ring),
-            _slot(Component.C4_INDEX_UNFINISHED, layers, 4 * config.index_head_dim, RowForm.F32, ring),
+            _slot(Component.C4_UNFINISHED, layers, ratio, 4 * config.head_dim, RowForm.F32, ring),
+            _slot(Component.C4_INDEX_UNFINISHED, layers, ratio, 4 * config.index_head_dim, RowForm.F32, ring),
         ]
     if by_kind[LayerKind.HCA]:
         layers = by_kind[LayerKind.HCA]
         ratio = config.layers[layers[0]].ratio
+        ring = ratio + DRAFTS_MAX
         found += [
-            _paged(Component.C128, layers, config.head_dim, kv, PAGE_TOKENS // ratio),
-            _slot(Component.C128_UNFINISHED, layers, 2 * config.head_dim, RowForm.F32, ratio + DRAFTS_MAX),
+            _paged(Component.C128, layers, ratio, config.head_dim, kv),
+            _slot(Component.C128_UNFINISHED, layers, ratio, 2 * config.head_dim, RowForm.F32, ring),
         ]
     if config.num_mtp_blocks:
         blocks = tuple(range(config.num_mtp_blocks))
-        found.append(_slot(Component.DRAFT_WINDOW, blocks, config.head_dim, kv, window_rows))
+        # The streams of the newest positions, which the next drafts are made from, whichever of them are accepted.
+        plain = RowForm.F32 if numerics is Numerics.FLOAT32 else RowForm.BF16
+        width = config.hc_mult * config.hidden_size
+        found += [
+            _slot(Component.DRAFT_WINDOW, blocks, 1, config.head_dim, kv, window_rows),
+            _slot(Component.DRAFT_STREAMS, (0,), 1, width, plain, DRAFTS_MAX + 1),
+        ]
     rope = config.rope_head_dim
-    return StateLayout(numerics=numerics, descriptors=tuple(_describe(item, rope) for item in found))
+    return StateLayout(
+        numerics=numerics,
+        sliding_window=config.sliding_window,
+        descriptors=tuple(_describe(item, rope) for item in found),
+    )
 
 
 def _check_served(config: ModelConfig) -> None:
@@ -168,20 +190,35 @@ class _Shape:
     component: Component
     space: IndexSpace
     layers: tuple[int, ...]
+    ratio: int
     width: int
     form: RowForm
     num_rows: int
 
 
-def _paged(component: Component, layers: tuple[int, ...], width: int, form: RowForm, rows: int) -> _Shape:
+def _paged(component: Component, layers: tuple[int, ...], ratio: int, width: int, form: RowForm) -> _Shape:
     return _Shape(
-        component=component, space=IndexSpace.PAGE, layers=layers, width=width, form=form, num_rows=rows
+        component=component,
+        space=IndexSpace.PAGE,
+        layers=layers,
+        ratio=ratio,
+        width=width,
+        form=form,
+        num_rows=PAGE_TOKENS // ratio,
     )
 
 
-def _slot(component: Component, layers: tuple[int, ...], width: int, form: RowForm, rows: int) -> _Shape:
+def _slot(
+    component: Component, layers: tuple[int, ...], ratio: int, width: int, form: RowForm, num_rows: int
+) -> _Shape:
     return _Shape(
-        component=component, space=IndexSpace.SLOT, layers=layers, width=width, form=form, num_rows=rows
+        component=component,
+        space=IndexSpace.SLOT,
+        layers=layers,
+        ratio=ratio,
+        width=width,
+        form=form,
+        num_rows=num_rows,
     )
 
 
@@ -191,6 +228,7 @@ def _describe(shape: _Shape, rope_head_dim: int) -> Descriptor:
         component=shape.component,
         space=shape.space,
         layers=shape.layers,
+        ratio=shape.ratio,
         width=shape.width,
         form=shape.form,
         num_rows=shape.num_rows,
@@ -202,6 +240,8 @@ def _describe(shape: _Shape, rope_head_dim: int) -> Descriptor:
 def _row_bytes(form: RowForm, width: int, rope_head_dim: int) -> tuple[int, int]:
     if form is RowForm.F32:
         return 4 * width, 0
+    if form is RowForm.BF16:
+        return 2 * width, 0
     if form is RowForm.INDEX_FP4:
         return -(-width // 2), -(-width // INDEX_SCALE_BLOCK)
     num_codes = width - rope_head_dim

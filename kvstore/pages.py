@@ -1,4 +1,4 @@
-"""Who owns which page and which slot: plain accounting of ids, no bytes.
+"""Who owns which page, slot and record: plain accounting of ids, no bytes.
 
 The scheduler owns one allocator of each kind and is the only one to call them; the rank's pools follow its
 plans. Every id is either free or in use, and giving back what is not in use is a broken invariant.
@@ -6,10 +6,14 @@ plans. Every id is either free or in use, and giving back what is not in use is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
-from rorqual.ids import PageId, SlotId
+from rorqual.ids import PageId
 from rorqual.model_config import PAGE_TOKENS
+
+Id = TypeVar("Id", bound=int)
 
 
 def pages_for(num_tokens: int) -> int:
@@ -19,13 +23,14 @@ def pages_for(num_tokens: int) -> int:
 
 class PageAllocator:
     """Ids 0 .. num_total-1. The page given back last is handed out first, since it is likeliest to be in a
-    cache."""
+    cache; or last, to those who want pages that no plan in flight can be using."""
 
     def __init__(self, num_total: int) -> None:
         assert num_total > 0
         self.num_total = num_total
-        self._free = [PageId(page) for page in reversed(range(num_total))]
+        self._free = deque(PageId(page) for page in reversed(range(num_total)))  # coldest first
         self._in_use: set[PageId] = set()
+        self._last_plans = [0] * num_total
 
     @property
     def num_free(self) -> int:
@@ -35,33 +40,41 @@ class PageAllocator:
     def num_in_use(self) -> int:
         return len(self._in_use)
 
-    def allocate(self, count: int) -> tuple[PageId, ...] | None:
-        """`count` pages, or None (and nothing taken) when fewer are free."""
+    def allocate(self, count: int, *, cold: bool = False) -> tuple[PageId, ...] | None:
+        """`count` pages, or None (and nothing taken) when fewer are free. With `cold` those that have been
+        free for longest."""
         assert count >= 0
         if count > len(self._free):
             return None
-        pages = tuple(self._free.pop() for _ in range(count))
+        take = self._free.popleft if cold else self._free.pop
+        pages = tuple(take() for _ in range(count))
         self._in_use.update(pages)
         return pages
 
-    def free(self, pages: Iterable[PageId]) -> None:
+    def free(self, pages: Iterable[PageId], *, last_plan: int = 0) -> None:
+        """`last_plan`: the number of the last plan that may use them; 0: none of this owner's may."""
         for page in pages:
             assert page in self._in_use, f"page {page} is given back but not in use"
             self._in_use.remove(page)
             self._free.append(page)
+            self._last_plans[page] = max(self._last_plans[page], last_plan)
+
+    def last_plan(self, pages: Iterable[PageId]) -> int:
+        """The last plan of former owners that may use any of these pages; 0 if there was none."""
+        return max((self._last_plans[page] for page in pages), default=0)
 
     def check(self) -> None:
         assert self.num_free + self.num_in_use == self.num_total, "pages free and in use do not add up"
 
 
-class SlotAllocator:
-    """Ids 0 .. num_total-1, the lowest free one first, so that live slots stay close together."""
+class IdAllocator(Generic[Id]):
+    """Ids 0 .. num_total-1 of one kind, the lowest free one first, so that live ones stay close together."""
 
-    def __init__(self, num_total: int) -> None:
-        assert num_total > 0
+    def __init__(self, num_total: int, *, make: Callable[[int], Id]) -> None:
+        assert num_total >= 0
         self.num_total = num_total
-        self._free = [SlotId(slot) for slot in reversed(range(num_total))]
-        self._in_use: set[SlotId] = set()
+        self._free = [make(number) for number in reversed(range(num_total))]
+        self._in_use: set[Id] = set()
 
     @property
     def num_free(self) -> int:
@@ -71,19 +84,19 @@ class SlotAllocator:
     def num_in_use(self) -> int:
         return len(self._in_use)
 
-    def allocate(self) -> SlotId | None:
-        """A slot, or None when all are in use."""
+    def allocate(self) -> Id | None:
+        """An id, or None when all are in use."""
         if not self._free:
             return None
-        slot = self._free.pop()
-        self._in_use.add(slot)
-        return slot
+        taken = self._free.pop()
+        self._in_use.add(taken)
+        return taken
 
-    def free(self, slot: SlotId) -> None:
-        assert slot in self._in_use, f"slot {slot} is given back but not in use"
-        self._in_use.remove(slot)
-        self._free.append(slot)
+    def free(self, taken: Id) -> None:
+        assert taken in self._in_use, f"{taken} is given back but not in use"
+        self._in_use.remove(taken)
+        self._free.append(taken)
         self._free.sort(reverse=True)
 
     def check(self) -> None:
-        assert self.num_free + self.num_in_use == self.num_total, "slots free and in use do not add up"
+        assert self.num_free + self.num_in_use == self.num_total, "ids free and in use do not add up"

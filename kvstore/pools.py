@@ -1,64 +1,91 @@
 """Pools: the memory behind every component, as bytes shaped by `kvstore.layout`.
 
-Owns one uint8 tensor a component, [layers, units, unit_bytes], where a unit is a page or a slot's ring. A unit of a
-paged component is byte for byte the wire page. Callers address rows by a global row id, `unit * num_rows + row`;
-the engine's pager turns rows into values and back. Nothing here allocates ids: `kvstore.pages` does.
+Owns one uint8 tensor a component, [units, layers, layer_bytes], where a unit is a page or a slot's ring. A unit of a
+paged component is one run of bytes, and in each layer byte for byte the wire page: a page is read by others as it
+lies there, one run a component. Callers address rows by a row id that is the same in every layer, `unit * unit_rows +
+row`; the engine's pager turns rows into values and back. Nothing here allocates ids: `kvstore.pages` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvstore.layout import Component, Descriptor, IndexSpace, RowForm, StateLayout
+from kvstore.transfer.contract import ByteArray
+
+Allocate = Callable[[str, int, int], ByteArray]
+"""Memory for what other processes may read: (name, bytes of a unit, units) to uint8 [units * bytes], zeroed, aligned to
+4 bytes at least. Called once a name; the memory stays for as long as the array is referenced."""
+
+
+def plain_memory(name: str, unit_bytes: int, num_units: int) -> ByteArray:
+    """Memory of this process alone."""
+    del name
+    return np.zeros(unit_bytes * num_units, dtype=np.uint8)
 
 
 class Pools:
-    """All pools of one rank. `num_pages` and `num_slots` are fixed for its life."""
+    """All pools of one rank, in host memory. `num_pages` and `num_slots` are fixed for its life.
 
-    def __init__(self, layout: StateLayout, *, num_pages: int, num_slots: int, device: torch.device) -> None:
+    Pages lie in memory that `allocate` gives, under the component's value as name; rings never leave the rank.
+    """
+
+    def __init__(
+        self, layout: StateLayout, *, num_pages: int, num_slots: int, allocate: Allocate = plain_memory
+    ) -> None:
         self.layout = layout
         self.num_pages = num_pages
         self.num_slots = num_slots
-        self._pools = {
-            item.component: ComponentPool(
-                item, num_units=num_pages if item.space is IndexSpace.PAGE else num_slots, device=device
-            )
-            for item in layout.descriptors
-        }
+        self._pools: dict[Component, ComponentPool] = {}
+        for item in layout.descriptors:
+            is_paged = item.space is IndexSpace.PAGE
+            num_units, source = (num_pages, allocate) if is_paged else (num_slots, plain_memory)
+            memory = source(item.component.value, item.unit_bytes, num_units)
+            self._pools[item.component] = ComponentPool(item, torch.from_numpy(memory), num_units=num_units)
 
     def __getitem__(self, component: Component) -> ComponentPool:
         return self._pools[component]
 
     @property
     def num_bytes(self) -> int:
-        return sum(pool.bytes_lub.numel() for pool in self._pools.values())
+        return sum(pool.bytes_ulb.numel() for pool in self._pools.values())
 
     def fill(self, value: int) -> None:
         """Overwrite every byte; 0xFF makes every float row NaN, so that a stray read shows."""
         for pool in self._pools.values():
-            pool.bytes_lub.fill_(value)
+            pool.bytes_ulb.fill_(value)
 
 
 class ComponentPool:
-    """Memory of one component. Suffixes: l layer, u unit, b byte, r row of all units."""
+    """Memory of one component. Suffixes: u unit, l layer, b byte, r row of a unit in one layer."""
 
-    def __init__(self, descriptor: Descriptor, *, num_units: int, device: torch.device) -> None:
+    def __init__(self, descriptor: Descriptor, memory: Tensor, *, num_units: int) -> None:
+        """`memory` is uint8 [num_units * unit_bytes]."""
+        assert memory.data_ptr() % 4 == 0, f"memory of {descriptor.component.value} is not aligned"
         self.descriptor = descriptor
-        shape = (len(descriptor.layers), num_units, descriptor.unit_bytes)
-        self.bytes_lub = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.bytes_ulb = memory.view(num_units, len(descriptor.layers), descriptor.layer_bytes)
+        self.data_ulrb, self.scales_ulrb = _split_layers(self.bytes_ulb, descriptor)
         # Views are made once: making one costs microseconds, and every layer of every step wants several.
-        layers = dict(zip(descriptor.layers, self.bytes_lub, strict=True))
         self._rows_f32: dict[int, Tensor] = {}
         self._data_and_scales: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer, bytes_ub in layers.items():
-            if descriptor.form is RowForm.F32:
-                self._rows_f32[layer] = bytes_ub.view(torch.float32).view(-1, descriptor.width)
-            else:
-                self._data_and_scales[layer] = _split_records(bytes_ub, descriptor)
+        if descriptor.form is RowForm.F32:
+            rows = memory.view(torch.float32).view(-1, descriptor.width)
+            self._rows_f32 = {
+                layer: rows[index * descriptor.num_rows :] for index, layer in enumerate(descriptor.layers)
+            }
+        else:
+            self._data_and_scales = {
+                layer: (self.data_ulrb[:, index], self.scales_ulrb[:, index])
+                for index, layer in enumerate(descriptor.layers)
+            }
 
     def rows_f32(self, layer: int) -> Tensor:
-        """A writable view [units * num_rows, width] f32. Only for RowForm.F32."""
+        """A writable view, f32 [.., width], whose row `unit * unit_rows + row` is the layer's. Rows between are other
+        layers'. Only for RowForm.F32."""
         return self._rows_f32[layer]
 
     def data_and_scales(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -66,9 +93,9 @@ class ComponentPool:
         return self._data_and_scales[layer]
 
 
-def _split_records(bytes_ub: Tensor, item: Descriptor) -> tuple[Tensor, Tensor]:
-    """All data of a unit come first, then all scales."""
+def _split_layers(bytes_ulb: Tensor, item: Descriptor) -> tuple[Tensor, Tensor]:
+    """Data [u, l, r, b] and scales [u, l, r, b] (b may be 0). In a layer of a unit all data come first."""
     split = item.num_rows * item.data_bytes
-    data = bytes_ub[:, :split].unflatten(1, (item.num_rows, item.data_bytes))
-    scales = bytes_ub[:, split:].unflatten(1, (item.num_rows, item.scale_bytes))
+    data = bytes_ulb[..., :split].unflatten(-1, (item.num_rows, item.data_bytes))
+    scales = bytes_ulb[..., split:].unflatten(-1, (item.num_rows, item.scale_bytes))
     return data, scales

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rorqual import up
+from rorqual import up, up_options
 from rorqual.errors import RorqualError
 
 MODEL_NAME = "rorqual-random"
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rorqual demo",
         description="Serve a small random model with the real DeepSeek-V4 tokenizer.",
-        epilog="every other option goes to `rorqual up`; example: rorqual demo --both 2 --http 8000",
+        epilog="every other option goes to `rorqual up`; example: rorqual demo --prefill 1 --decode 2 --http 8000",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the random weights (default 1)")
     args, rest = parser.parse_known_args(argv)
     # Bad options of `up` are told before anything is made.
-    options = up.parse_options(["--model", ".", *rest])
+    options = up_options.parse_options(["--model", ".", *rest])
     model = make_model(folder=args.models, seed=args.seed, tokenizer=args.tokenizer or find_tokenizer())
     name = [] if options.served_name else ["--served-name", MODEL_NAME]
     return up.main([*rest, "--model", str(model), *name])

@@ -1,14 +1,13 @@
-"""`rorqual up`: a whole local cluster in one command: N workers and a router as real child processes.
+"""`rorqual up`: a whole local cluster in one command: workers and a router as real child processes.
 
 Owns the children's lives and nothing else: it starts them, forwards their log lines, waits until a request
 would be answered, and stops them. It never speaks to the model and never restarts anything: a child's death
 ends the cluster with one clear line, because a supervisor that hides a crash hides the bug. Called by
-`rorqual.cli` and `rorqual.demo`.
+`rorqual.cli` and `rorqual.demo`; which workers there are, and what each is told, is `rorqual.up_options`'.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -17,67 +16,32 @@ import signal
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rorqual.api_keys import read_api_keys, write_api_key_file
+from rorqual.api_keys import write_api_key_file
 from rorqual.console import Console
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.model_config import load_model_config
 from rorqual.processes import Child, describe_exit, start_child, stop_children
-from rorqual.service import format_address, remove_ready_file, write_ready_file
-from rorqual.telemetry import LOG_LEVELS
+from rorqual.service import remove_ready_file, write_ready_file
+from rorqual.up_options import (
+    UpOptions,
+    WorkerPlan,
+    parse_options,
+    plan_workers,
+    router_arguments,
+    worker_arguments,
+    worker_environment,
+)
 
-WORKERS_MAX = 64
 READY_POLL_SECONDS = 0.05
 STILL_STARTING_SECONDS = 15.0
 
-# One number sets the threads of every numeric library: whichever a process loads, it must not fight its
-# neighbours.
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpOptions:
-    """What `rorqual up` was asked for. None: the child's own default."""
-
-    model: Path
-    num_both: int = 1
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    served_name: str | None = None
-    numerics: str | None = None
-    exact: bool = False
-    pages: int | None = None
-    kv_bytes: str | None = None
-    slots: int | None = None
-    prefill_tokens: int | None = None
-    threads: int | None = None
-    kernels: tuple[str, ...] = ()
-    api_keys: tuple[str, ...] = ()
-    log_level: str | None = None
-    ready_file: Path | None = None
-    start_seconds_max: float = 3600.0
-    stop_seconds_max: float = 15.0
-
-    @property
-    def drain_seconds(self) -> float:
-        """What a child may take to finish its requests: a little less than it is given before it is killed."""
-        return 0.8 * self.stop_seconds_max / 2
-
-
 Program = Callable[[str], Sequence[str]]
-"""The command line that starts a child of a role ("worker", "router"), before its options."""
+"""The command line that starts a child of a role ("prefill", "router"), before its options."""
 
 
 def main(argv: list[str]) -> int:
@@ -88,45 +52,6 @@ def main(argv: list[str]) -> int:
         return asyncio.run(Supervisor(options, console=console, environment=os.environ).run())
     finally:
         console.close()
-
-
-def parse_options(argv: list[str]) -> UpOptions:
-    """The options of a command line. Exits with status 2 as argparse does; raises ConfigError for a bad
-    value.
-    """
-    args = _parser().parse_args(argv)
-    if not 1 <= args.both <= WORKERS_MAX:
-        raise ConfigError(f"--both must be between 1 and {WORKERS_MAX}, not {args.both}")
-    for option in ("http", "grpc"):
-        if not 0 <= getattr(args, option) <= 65535:
-            raise ConfigError(f"--{option} must be a port between 0 and 65535, not {getattr(args, option)}")
-    for option in ("pages", "slots", "prefill_tokens", "threads"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
-    if args.exact and (args.threads or 1) > 1:
-        raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
-    return UpOptions(
-        model=args.model,
-        num_both=args.both,
-        host=args.host,
-        http_port=args.http,
-        grpc_port=args.grpc,
-        served_name=args.served_name,
-        numerics=args.numerics,
-        exact=args.exact,
-        pages=args.pages,
-        kv_bytes=args.kv_bytes,
-        slots=args.slots,
-        prefill_tokens=args.prefill_tokens,
-        threads=args.threads,
-        kernels=tuple(args.kernel),
-        api_keys=read_api_keys(args.api_key, args.api_key_file),
-        log_level=args.log_level,
-        ready_file=args.ready_file,
-        start_seconds_max=args.start_seconds,
-        stop_seconds_max=args.stop_seconds,
-    )
 
 
 def rorqual_program(role: str) -> Sequence[str]:
@@ -152,7 +77,8 @@ class Supervisor:
         self._console = console
         self._environment = dict(environment)
         self._program = program
-        self._num_cores = num_cores or _num_cores()
+        self._plans = plan_workers(options, num_cores=num_cores or _num_cores())
+        self._width = max(len(name) for name in ("router", *(plan.name for plan in self._plans)))
         self._workers: list[Child] = []
         self._routers: list[Child] = []
         self._runs: dict[Child, asyncio.Task[None]] = {}
@@ -189,17 +115,11 @@ class Supervisor:
         await self._watch(lambda: False, stage="serving", seconds_max=None)
 
     async def _start_workers(self, folder: Path) -> list[dict[str, Any]]:
-        options = self._options
-        threads = options.threads or threads_per_worker(
-            num_cores=self._num_cores, num_workers=options.num_both, exact=options.exact
-        )
-        self._console.line(
-            f"rorqual up: starting {options.num_both} worker(s) on {options.model}, {threads} thread(s) each"
-        )
-        files = [folder / f"both-{index}.json" for index in range(options.num_both)]
-        for file in files:
-            arguments = worker_arguments(options, threads=threads, ready_file=file)
-            self._workers.append(self._start("worker", file.stem, arguments, threads=threads))
+        self._console.line(f"rorqual up: starting {_told(self._plans)} on {self._options.model}")
+        files = [folder / f"{plan.name}.json" for plan in self._plans]
+        for plan, file in zip(self._plans, files, strict=True):
+            arguments = worker_arguments(self._options, plan, ready_file=file)
+            self._workers.append(self._start(plan.command, plan.name, arguments, threads=plan.threads))
         return await self._ready(files)
 
     async def _start_router(self, folder: Path, *, addresses: Sequence[str]) -> dict[str, Any]:
@@ -213,14 +133,11 @@ class Supervisor:
 
     def _start(self, role: str, name: str, arguments: Sequence[str], *, threads: int) -> Child:
         number = len(self._workers) + len(self._routers)
-        width = len(f"both-{self._options.num_both - 1}") if self._options.num_both > 10 else len("router")
         child = start_child(
             [*self._program(role), *arguments],
             name=name,
-            environment=self._environment
-            | {variable: str(threads) for variable in _THREAD_VARIABLES}
-            | {"PYTHONUNBUFFERED": "1"},
-            on_line=lambda text: self._console.prefixed(name, text, width=width, number=number),
+            environment=worker_environment(self._environment, threads=threads),
+            on_line=lambda text: self._console.prefixed(name, text, width=self._width, number=number),
         )
         # Owned by `_stop`, which gathers it; its end is news for `_watch`.
         task = asyncio.get_running_loop().create_task(child.run())
@@ -286,55 +203,6 @@ class Supervisor:
             await asyncio.gather(*self._runs.values())
 
 
-def threads_per_worker(*, num_cores: int, num_workers: int, exact: bool) -> int:
-    """Compute threads for each worker such that the processes of one host do not fight.
-
-    About one core stays with the router and the workers' hosts: a second torch thread on two busy cores
-    makes tiny steps ten times slower, not faster. Exact mode fixes the reduction order with one thread.
-    """
-    return 1 if exact else max(1, (num_cores - 1) // num_workers)
-
-
-def worker_arguments(options: UpOptions, *, threads: int, ready_file: Path) -> list[str]:
-    """The options of one worker that serves prefill and decode; it listens on loopback only."""
-    arguments = ["--model", str(options.model), "--listen", "127.0.0.1:0", "--ready-file", str(ready_file)]
-    arguments += ["--worker-id", ready_file.stem, "--threads", str(threads)]
-    for option, value in (
-        ("--numerics", options.numerics),
-        ("--pages", options.pages),
-        ("--kv-bytes", options.kv_bytes),
-        ("--slots", options.slots),
-        ("--prefill-tokens", options.prefill_tokens),
-        ("--log-level", options.log_level),
-        ("--drain-seconds", options.drain_seconds),
-    ):
-        if value is not None:
-            arguments += [option, str(value)]
-    for kernel in options.kernels:
-        arguments += ["--kernel", kernel]
-    return [*arguments, "--exact"] if options.exact else arguments
-
-
-def router_arguments(
-    options: UpOptions, *, addresses: Sequence[str], ready_file: Path, api_key_file: Path | None
-) -> list[str]:
-    """The options of the router. Keys come in a file: everyone on the machine can read a command line."""
-    arguments = ["--model", str(options.model), "--ready-file", str(ready_file)]
-    arguments += ["--http", format_address(options.host, options.http_port)]
-    arguments += ["--grpc", format_address(options.host, options.grpc_port)]
-    for address in addresses:
-        arguments += ["--worker", address]
-    for option, value in (
-        ("--served-name", options.served_name),
-        ("--log-level", options.log_level),
-        ("--drain-seconds", options.drain_seconds),
-        ("--api-key-file", api_key_file),
-    ):
-        if value is not None:
-            arguments += [option, str(value)]
-    return arguments
-
-
 class _Stopped(Exception):
     """SIGINT or SIGTERM asked for an orderly end."""
 
@@ -361,65 +229,6 @@ class _Signals:
     def _on_signal(self) -> None:
         self.num_requests += 1
         self.news.set()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rorqual up",
-        description="Start a local cluster: workers that prefill and decode, and a router before them.",
-        epilog="example: rorqual up --model models/demo --both 2 --http 8000",
-    )
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="checkpoint directory to serve")
-    add("--both", type=int, default=1, metavar="N", help="workers that prefill and decode (default 1)")
-    add("--host", default="127.0.0.1", help="address the router listens on (default 127.0.0.1)")
-    add("--http", type=int, default=8000, metavar="PORT", help="HTTP port (default 8000, 0 = any free one)")
-    add("--grpc", type=int, default=8001, metavar="PORT", help="gRPC port (default 8001, 0 = any free one)")
-    add("--served-name", metavar="NAME", help="model name of the API (default: the directory's name)")
-    add(
-        "--numerics",
-        choices=("float32", "served"),
-        help="rounding (default: served for a quantised checkpoint, else float32)",
-    )
-    add("--exact", action="store_true", help="logits bit-identical whatever the batch; slower")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--pages", type=int, metavar="N", help="pages of cached state per worker")
-    size.add_argument("--kv-bytes", metavar="SIZE", help="memory for pages per worker, such as 2GB")
-    add("--slots", type=int, metavar="N", help="sequences a worker runs at once")
-    add("--prefill-tokens", type=int, metavar="N", help="prompt tokens a worker computes in one step")
-    add("--threads", type=int, metavar="N", help="compute threads per worker (default: cores shared fairly)")
-    add("--kernel", action="append", default=[], metavar="OP=NAME", help="force a kernel (repeatable)")
-    add("--api-key", action="append", default=[], metavar="KEY", help="require this bearer key (repeatable)")
-    add(
-        "--api-key-file",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="require one of these bearer keys, one per line, that stand in no process list (repeatable)",
-    )
-    add("--log-level", choices=LOG_LEVELS, help="least severe log line (default info)")
-    add(
-        "--ready-file",
-        type=Path,
-        metavar="FILE",
-        help="written once a request would be answered: JSON of URLs, pids",
-    )
-    add(
-        "--start-seconds",
-        type=float,
-        default=3600.0,
-        metavar="S",
-        help="give up starting after this (default 3600)",
-    )
-    add(
-        "--stop-seconds",
-        type=float,
-        default=15.0,
-        metavar="S",
-        help="time to finish requests on stop (default 15)",
-    )
-    return parser
 
 
 def _check(options: UpOptions) -> None:
@@ -475,6 +284,15 @@ def _pid(value: object) -> int:
     if not isinstance(value, int) or value <= 0:
         raise RorqualError(f"a child's ready file names {value!r} as a process")
     return value
+
+
+def _told(plans: Sequence[WorkerPlan]) -> str:
+    """ "2 prefill workers of 3 threads, 1 decode worker of 1 thread", for a person."""
+    kinds = Counter((plan.name.rpartition("-")[0], plan.threads) for plan in plans)
+    return ", ".join(
+        f"{count} {kind} worker{'s' * (count > 1)} of {threads} thread{'s' * (threads > 1)}"
+        for (kind, threads), count in kinds.items()
+    )
 
 
 def _banner(options: UpOptions, *, http: str, grpc: str) -> list[str]:

@@ -1,35 +1,45 @@
 """The session on the wire: our dataclasses to protobuf bytes and back, and the names gRPC knows the session
 by.
 
-The only module that imports the stubs of worker.proto. The worker's session server and the router's fleet
-both send and receive plain bytes through gRPC and turn them here, so that bytes which do not decode are an
-error of ours with a clear line, never an exception inside gRPC.
+The worker's session server and the router's fleet both send and receive plain bytes through gRPC and turn
+them here, so that bytes which do not decode are an error of ours with a clear line, never an exception inside
+gRPC. Counts that must agree are compared here too: past this module a message is whole. The Lending service's
+messages, which only workers speak, are in `engine.worker.wire`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from rorqual.errors import RorqualError
-from rorqual.ids import Incarnation, SequenceId, WorkerId
+from rorqual.ids import Incarnation, LeaseName, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
 from rorqual.session import (
     PROTOCOL,
     Alternatives,
     Cancel,
+    Command,
+    Credit,
     ErrorCode,
     FinishReason,
     Hello,
     Load,
+    Offer,
     Open,
     PromptLogprobs,
+    RecordOffer,
+    Renew,
+    Role,
     SequenceReport,
+    Source,
     StepReport,
+    Take,
     TokenArray,
     Welcome,
 )
@@ -44,6 +54,8 @@ MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 one message beyond: a prompt of a million tokens is 4 MB up, and a host cuts its reports into messages of
 under a megabyte, or one step of one sequence, at most `rorqual.sampling.PROMPT_SCORES_MAX` values."""
 
+T = TypeVar("T")
+
 _sampling_encoder = msgspec.msgpack.Encoder()
 _sampling_decoder = msgspec.msgpack.Decoder(SamplingParams)
 
@@ -52,10 +64,14 @@ class WireError(RorqualError):
     """Bytes from a peer that are not a message of this protocol."""
 
 
-def encode_command(command: Hello | Open | Cancel) -> bytes:
+def encode_command(command: Hello | Command) -> bytes:
     match command:
         case Open():
             message = pb.Command(open=_open_to_pb(command))
+        case Take():
+            message = pb.Command(take=_take_to_pb(command))
+        case Renew():
+            message = pb.Command(renew=pb.Renew(sequence_ids=command.sequence_ids))
         case Cancel():
             message = pb.Command(cancel=pb.Cancel(sequence_id=command.sequence_id))
         case Hello():
@@ -63,13 +79,17 @@ def encode_command(command: Hello | Open | Cancel) -> bytes:
     return message.SerializeToString()
 
 
-def decode_command(data: bytes) -> Hello | Open | Cancel:
+def decode_command(data: bytes) -> Hello | Command:
     """Raises WireError when the bytes are no command."""
     message = pb.Command()
-    _parse(message, data, "command")
+    parse(message, data, "command")
     match message.WhichOneof("command"):
         case "open":
             return _open_from_pb(message.open)
+        case "take":
+            return _take_from_pb(message.take)
+        case "renew":
+            return Renew(sequence_ids=tuple(map(SequenceId, message.renew.sequence_ids)))
         case "cancel":
             return Cancel(sequence_id=SequenceId(message.cancel.sequence_id))
         case "hello":
@@ -90,7 +110,7 @@ def encode_report(report: Welcome | StepReport) -> bytes:
 def decode_report(data: bytes) -> Welcome | StepReport:
     """Raises WireError when the bytes are no report, or a welcome of another protocol."""
     message = pb.Report()
-    _parse(message, data, "report")
+    parse(message, data, "report")
     match message.WhichOneof("report"):
         case "step":
             return _step_from_pb(message.step)
@@ -116,11 +136,50 @@ def tokens_from_bytes(data: bytes) -> TokenArray:
     return tokens
 
 
-def _parse(message: Any, data: bytes, what: str) -> None:
+def parse(message: Any, data: bytes, what: str) -> None:
+    """Fill a protobuf message; `what` names it in the error. Raises WireError."""
     try:
         message.ParseFromString(data)
     except DecodeError as error:
         raise WireError(f"{what} does not decode: {error}") from None
+
+
+def unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+    """One of our structs that travels as msgpack within a message. Raises WireError."""
+    try:
+        return decoder.decode(data)
+    # Besides its own error msgspec lets these two through: a broken string, and deep nesting in a field too many.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"{what} do not decode: {error}") from None
+
+
+def lease_to_pb(lease: LeaseName) -> pb.LeaseName:
+    return pb.LeaseName(
+        worker_id=lease.worker_id,
+        incarnation=lease.incarnation,
+        lease_id=lease.lease_id,
+        generation=lease.generation,
+    )
+
+
+def lease_from_pb(message: pb.Source | pb.Offer | pb.LeaseRequest) -> LeaseName:
+    """The lease that a message names. Raises WireError when it names none."""
+    if not message.HasField("lease"):
+        raise WireError(f"{type(message).__name__} names no lease")
+    lease = message.lease
+    return LeaseName(
+        worker_id=WorkerId(lease.worker_id),
+        incarnation=Incarnation(lease.incarnation),
+        lease_id=lease.lease_id,
+        generation=lease.generation,
+    )
+
+
+def check_number(value: float, what: str) -> float:
+    """A duration or rate from a peer. Raises WireError: a NaN would make every later comparison false."""
+    if not (math.isfinite(value) and value >= 0):
+        raise WireError(f"{what} is {value}; it must be a number of at least 0")
+    return value
 
 
 def _open_to_pb(command: Open) -> pb.Open:
@@ -131,14 +190,12 @@ def _open_to_pb(command: Open) -> pb.Open:
         max_tokens=command.max_tokens,
         ignore_eos=command.ignore_eos,
         sampling=_sampling_encoder.encode(command.sampling),
+        source=None if command.source is None else _source_to_pb(command.source),
     )
 
 
 def _open_from_pb(message: pb.Open) -> Open:
-    try:
-        sampling = _sampling_decoder.decode(message.sampling)
-    except msgspec.DecodeError as error:
-        raise WireError(f"sampling parameters do not decode: {error}") from None
+    sampling = unpack(_sampling_decoder, message.sampling, "sampling parameters")
     return Open(
         sequence_id=SequenceId(message.sequence_id),
         request_id=message.request_id,
@@ -146,6 +203,84 @@ def _open_from_pb(message: pb.Open) -> Open:
         max_tokens=message.max_tokens,
         ignore_eos=message.ignore_eos,
         sampling=sampling,
+        source=_source_from_pb(message.source) if message.HasField("source") else None,
+    )
+
+
+def _source_to_pb(source: Source) -> pb.Source:
+    return pb.Source(address=source.address, lease=lease_to_pb(source.lease), wire_id=source.wire_id)
+
+
+def _source_from_pb(message: pb.Source) -> Source:
+    if not message.address or not message.wire_id:
+        raise WireError("source has no address or no wire id")
+    return Source(address=message.address, lease=lease_from_pb(message), wire_id=message.wire_id)
+
+
+def _take_to_pb(command: Take) -> pb.Take:
+    return pb.Take(
+        sequence_id=command.sequence_id, offer=_offer_to_pb(command.offer), token_ids=command.token_ids
+    )
+
+
+def _take_from_pb(message: pb.Take) -> Take:
+    offer = _offer_from_pb(message.offer)
+    if bool(message.token_ids) != (offer.record is not None):
+        has = "a" if offer.record is not None else "no"
+        raise WireError(f"take has {has} record and {len(message.token_ids)} tokens")
+    if message.token_ids and max(message.token_ids) >= 2**31:
+        raise WireError("take has a token id of 2**31 or more")
+    return Take(sequence_id=SequenceId(message.sequence_id), offer=offer, token_ids=tuple(message.token_ids))
+
+
+def _offer_to_pb(offer: Offer) -> pb.Offer:
+    record = offer.record
+    return pb.Offer(
+        lease=lease_to_pb(offer.lease),
+        wire_id=offer.wire_id,
+        lease_seconds=offer.lease_seconds,
+        first_page=offer.first_page,
+        pages=offer.pages,
+        digests=offer.digests,
+        record=None
+        if record is None
+        else pb.RecordOffer(
+            record=record.record,
+            num_tokens=record.num_tokens,
+            num_bytes=record.num_bytes,
+            digest=record.digest,
+        ),
+    )
+
+
+def _offer_from_pb(message: pb.Offer) -> Offer:
+    num_pages, num_digests = len(message.pages), len(message.digests)
+    # How many components are paged is the layout's business; that each page has as many digests is ours.
+    if num_digests % num_pages if num_pages else num_digests:
+        raise WireError(f"offer has {num_pages} pages and {num_digests} digests")
+    if num_pages and not num_digests:
+        raise WireError(f"offer has {num_pages} pages and no digests")
+    if not message.wire_id:
+        raise WireError("offer has no wire id")
+    return Offer(
+        lease=lease_from_pb(message),
+        wire_id=message.wire_id,
+        lease_seconds=check_number(message.lease_seconds, "lease_seconds of an offer"),
+        first_page=message.first_page,
+        pages=tuple(message.pages),
+        digests=tuple(message.digests),
+        record=_record_from_pb(message.record) if message.HasField("record") else None,
+    )
+
+
+def _record_from_pb(message: pb.RecordOffer) -> RecordOffer:
+    if not message.num_tokens or not message.num_bytes:
+        raise WireError(f"record has {message.num_tokens} tokens and {message.num_bytes} bytes")
+    return RecordOffer(
+        record=message.record,
+        num_tokens=message.num_tokens,
+        num_bytes=message.num_bytes,
+        digest=message.digest,
     )
 
 
@@ -155,6 +290,7 @@ def _step_to_pb(report: StepReport) -> pb.StepReport:
         sequences=[_sequence_to_pb(sequence) for sequence in report.sequences],
         load=_load_to_pb(report.load),
         draining=report.draining,
+        credit=_credit_to_pb(report.credit),
     )
 
 
@@ -164,6 +300,7 @@ def _step_from_pb(message: pb.StepReport) -> StepReport:
         sequences=tuple(_sequence_from_pb(sequence) for sequence in message.sequences),
         load=_load_from_pb(message.load),
         draining=message.draining,
+        credit=_credit_from_pb(message),
     )
 
 
@@ -177,6 +314,8 @@ def _sequence_to_pb(report: SequenceReport) -> pb.SequenceReport:
         finish_reason=report.finish_reason.value if report.finish_reason else "",
         error=report.error,
         error_code=report.error_code.value if report.error_code else "",
+        offer=_offer_to_pb(report.offer) if report.offer is not None else None,
+        bound=report.bound,
     )
     if report.prompt_logprobs is not None:
         message.prompt_logprobs.first = report.prompt_logprobs.first
@@ -197,6 +336,8 @@ def _sequence_from_pb(message: pb.SequenceReport) -> SequenceReport:
         error=message.error,
         error_code=_error_code(message.error_code),
         prompt_logprobs=_prompt_logprobs_from_pb(message) if message.HasField("prompt_logprobs") else None,
+        offer=_offer_from_pb(message.offer) if message.HasField("offer") else None,
+        bound=message.bound,
     )
     if len(report.logprobs) not in (0, len(report.token_ids)):
         raise WireError(f"report has {len(report.token_ids)} tokens and {len(report.logprobs)} logprobs")
@@ -261,12 +402,20 @@ def _welcome_to_pb(welcome: Welcome) -> pb.Welcome:
         eos_token_ids=welcome.eos_token_ids,
         sequences_max=welcome.sequences_max,
         load=_load_to_pb(welcome.load),
+        role=welcome.role.value,
+        wire_id=welcome.wire_id,
+        credit=_credit_to_pb(welcome.credit),
     )
 
 
 def _welcome_from_pb(message: pb.Welcome) -> Welcome:
     if message.protocol != PROTOCOL:
         raise WireError(f"worker speaks protocol {message.protocol}; this router speaks {PROTOCOL}")
+    role = _role(message.role)
+    if role is not Role.BOTH and not message.wire_id:
+        raise WireError(f"{role.value} worker names no wire id")
+    if role is Role.DECODE and not message.HasField("credit"):
+        raise WireError("decode worker grants no credit")
     return Welcome(
         worker_id=WorkerId(message.worker_id),
         incarnation=Incarnation(message.incarnation),
@@ -278,7 +427,27 @@ def _welcome_from_pb(message: pb.Welcome) -> Welcome:
         eos_token_ids=tuple(message.eos_token_ids),
         sequences_max=message.sequences_max,
         load=_load_from_pb(message.load),
+        role=role,
+        wire_id=message.wire_id,
+        credit=_credit_from_pb(message),
     )
+
+
+def _role(text: str) -> Role:
+    try:
+        return Role(text) if text else Role.BOTH
+    except ValueError:
+        raise WireError(f"unknown role {text!r}") from None
+
+
+def _credit_to_pb(credit: Credit | None) -> pb.Credit | None:
+    return None if credit is None else pb.Credit(sequences=credit.sequences, pages=credit.pages)
+
+
+def _credit_from_pb(message: pb.Welcome | pb.StepReport) -> Credit | None:
+    if not message.HasField("credit"):
+        return None
+    return Credit(sequences=message.credit.sequences, pages=message.credit.pages)
 
 
 def _load_to_pb(load: Load) -> pb.Load:
@@ -291,6 +460,8 @@ def _load_to_pb(load: Load) -> pb.Load:
         slots_free=load.slots_free,
         slots_total=load.slots_total,
         step_ms=load.step_ms,
+        prefill_tokens_per_second=load.prefill_tokens_per_second,
+        pages_leased=load.pages_leased,
     )
 
 
@@ -303,5 +474,9 @@ def _load_from_pb(message: pb.Load) -> Load:
         pages_total=message.pages_total,
         slots_free=message.slots_free,
         slots_total=message.slots_total,
-        step_ms=message.step_ms,
+        step_ms=check_number(message.step_ms, "step_ms"),
+        prefill_tokens_per_second=check_number(
+            message.prefill_tokens_per_second, "prefill_tokens_per_second"
+        ),
+        pages_leased=message.pages_leased,
     )

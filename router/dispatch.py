@@ -1,16 +1,18 @@
 """From a request to updates of its choices: the production `router.generation.Generator`.
 
-The gateways call `generate`. Each choice is a sequence, placed by the `Placement` policy and opened on a
-worker through the fleet; its numbered tokens come back as reports and leave as text. A stop string found
-here cancels the sequence on its worker at once. A worker that fails a sequence before its first token costs
-one retry elsewhere, while the request's other choices go on; after that the client has seen tokens, and the
-request fails. A client that reads too slowly fails its own request. Closing the generator cancels
-everything it has open.
+The gateways call `generate`. Each choice is a sequence, placed by the `Placement` policy and opened through
+the fleet, whole on one worker or split over two (`router.split`), for which a decode worker's credit is
+charged first. Its numbered tokens come back as reports and leave as text. A stop string found here cancels
+the sequence on its workers at once. A worker that fails a sequence before its first token costs one retry
+elsewhere, while the request's other choices go on; after that the client has seen tokens, and the request
+fails. A client that reads too slowly fails its own request. Every stage of a choice has a deadline. Closing
+the generator cancels everything it has open.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +30,16 @@ from rorqual.session import (
     SequenceReport,
     Welcome,
     check_sequence,
+    credit_pages,
 )
 from rorqual.telemetry import fields
-from router.fleet import Fleet, Mailbox, RemoteSequence, SequenceRequest
+from router.credit import Ticket
+from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
 from router.generation import ChoiceUpdate, Generation, ServedModel, TokenOut
-from router.placement import Demand, Placement, candidates
+from router.placement import Demand, Placement, Split, Whole, WorkerView, candidates, missing_roles
+from router.sequences import Mailbox, SequenceRequest
+from router.split import SplitSequence
 from router.text import TextDelta
 
 log = logging.getLogger(__name__)
@@ -51,13 +57,42 @@ class MakeTexts(Protocol):
     def __call__(self, generation: Generation) -> Sequence[ChoiceTextLike]: ...
 
 
+class OpenSequence(Protocol):
+    """A choice that is being served: a `RemoteSequence`, or a `SplitSequence` of two."""
+
+    @property
+    def failed_sessions(self) -> frozenset[int]:
+        """After a failure: the sessions on which it is not to be tried again."""
+        ...
+
+    @property
+    def is_handing_over(self) -> bool:
+        """Its first token is out and the worker that goes on with it has sent none yet."""
+        ...
+
+    def cancel(self) -> None: ...
+
+
+class Stage(enum.Enum):
+    """What a choice waits for."""
+
+    PLACE = "place"  # a worker to connect
+    CREDIT = "credit"  # room promised by a decode worker
+    FIRST_TOKEN = "first_token"
+    HAND_OVER = "hand_over"  # the first token of the decode worker
+    NEXT_TOKEN = "next_token"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchConfig:
     served_name: str
     created: int  # seconds since 1970, for /v1/models
     place_seconds_max: float = 10.0  # while no worker is connected
-    first_token_seconds_max: float = 600.0  # queue and prompt; a retry does not extend it
+    credit_seconds_max: float = 60.0  # while no decode worker has credit to give
+    first_token_seconds_max: float = 600.0  # place, credit, queue and prompt; a retry does not extend it
+    hand_over_seconds_max: float = 30.0  # from the first token to the decode worker's first one
     next_token_seconds_max: float = 120.0  # a preempted sequence is computed anew within this
+    bind_early_tokens: int = 8192  # prompts of so many are read by the decode worker while they are computed
     values_unread_max: int = 64 * 1024  # tokens and alternatives a client may leave unread: 4 MB
 
 
@@ -78,9 +113,9 @@ class Dispatcher:
         self._metrics = metrics
 
     def model(self) -> ServedModel | None:
-        """What every connected worker can serve; None while there is none."""
+        """What every connected worker can serve; None while they cannot serve anything between them."""
         welcomes = self._fleet.welcomes()
-        if not welcomes:
+        if self._fleet.missing():
             return None
         return ServedModel(
             name=self._config.served_name,
@@ -97,7 +132,9 @@ class Dispatcher:
         mailbox = Mailbox(values_max=self._config.values_unread_max + num_scores)
         start = asyncio.get_running_loop().time()
         choices = [
-            _Choice(number=number, text=text, deadline=start + self._config.first_token_seconds_max)
+            _Choice(
+                number=number, text=text, first_token_deadline=start + self._config.first_token_seconds_max
+            )
             for number, text in enumerate(self._make_texts(generation))
         ]
         assert len(choices) == generation.num_choices
@@ -117,50 +154,121 @@ class Dispatcher:
         finally:
             for choice in choices:
                 choice.cancel()
+                choice.give_credit_back(self._fleet)
 
     def _place(self, choice: _Choice, generation: Generation, mailbox: Mailbox) -> None:
-        """Open the choice on a worker, or leave it as it is while none is connected that has not failed it
-        yet. Raises Overloaded when waiting cannot help."""
+        """Open the choice on its workers, or let it wait: for a worker to connect that has not failed it yet, or for
+        credit. Raises Overloaded when waiting cannot help."""
         workers = self._fleet.view()
         able = candidates(workers, excluded=frozenset(choice.failed_sessions))
-        if not able:
-            if any(
-                not view.draining and view.session_number not in choice.failed_sessions for view in workers
-            ):
-                self._metrics.requests_overloaded.inc()
-                raise Overloaded("every worker is full; try again later")
-            if isinstance(choice.failure, Overloaded):
-                # The only workers there are have said that they are full.
-                self._metrics.requests_overloaded.inc()
-                raise choice.failure
-            if choice.place_deadline is None:
-                now = asyncio.get_running_loop().time()
-                choice.place_deadline = min(now + self._config.place_seconds_max, choice.deadline)
-            return
-        chosen = self._placement.choose(
-            able, Demand(prompt_tokens=len(generation.prompt), tokens_max=generation.max_tokens)
+        ticket = choice.ticket
+        if ticket is not None and not ticket.is_waiting and not self._fleet.credit.is_usable(ticket):
+            choice.give_credit_back(self._fleet)
+            choice.is_urgent, ticket = True, None
+        demand = Demand(
+            prompt_tokens=len(generation.prompt),
+            tokens_max=generation.max_tokens,
+            charged=ticket.address if ticket is not None else "",
+            is_queueing=self._fleet.credit.num_waiting > 0,
         )
-        request = SequenceRequest(
-            request_id=generation.request_id,
-            prompt=generation.prompt,
-            max_tokens=generation.max_tokens,
-            ignore_eos=generation.ignore_eos,
-            sampling=msgspec.structs.replace(generation.sampling, choice=choice.number),
+        match self._placement.choose(able, demand):
+            case Whole(worker=worker):
+                choice.give_credit_back(self._fleet)
+                request = _request(choice, generation)
+                choice.sequence = self._fleet.open(worker.address, request, sink=mailbox, tag=choice.number)
+                self._note_placed(choice, generation, worker.address, "whole")
+            case Split(prefill=prefill, decode=decode):
+                if ticket is None:
+                    ticket = self._ask_for_credit(choice, generation, mailbox, decode)
+                if ticket.is_granted:
+                    self._open_split(choice, generation, mailbox, prefill.address)
+                else:
+                    self._enter(choice, Stage.CREDIT)
+            case None:
+                self._check_waiting_helps(choice, workers)
+                self._enter(choice, Stage.PLACE)
+
+    def _ask_for_credit(
+        self, choice: _Choice, generation: Generation, mailbox: Mailbox, decode: WorkerView | None
+    ) -> Ticket:
+        """For one sequence of such a prompt, from before it is computed. Raises Overloaded when too many wait."""
+        try:
+            choice.ticket = self._fleet.credit.ask(
+                credit_pages(len(generation.prompt)),
+                on_grant=mailbox.wake,
+                preferred=decode.address if decode is not None else "",
+                is_urgent=choice.is_urgent,
+            )
+        except Overloaded:
+            self._metrics.requests_overloaded.inc()
+            raise
+        return choice.ticket
+
+    def _open_split(
+        self, choice: _Choice, generation: Generation, mailbox: Mailbox, prefill_address: str
+    ) -> None:
+        assert choice.ticket is not None
+        # A single token is the prefill worker's: nobody will have to go on.
+        is_early = generation.max_tokens > 1 and len(generation.prompt) >= self._config.bind_early_tokens
+        choice.sequence = SplitSequence(
+            fleet=self._fleet,
+            prefill_address=prefill_address,
+            ticket=choice.ticket,
+            request=_request(choice, generation),
+            is_early=is_early,
+            sink=mailbox,
+            tag=choice.number,
+            now=asyncio.get_running_loop().time,
         )
-        choice.sequence = self._fleet.open(chosen.address, request, mailbox=mailbox, tag=choice.number)
-        choice.place_deadline = None
+        choice.ticket = None
+        self._note_placed(choice, generation, prefill_address, "split")
+
+    def _note_placed(self, choice: _Choice, generation: Generation, address: str, kind: str) -> None:
+        self._enter(choice, Stage.FIRST_TOKEN)
+        self._metrics.sequences_placed.labels(kind).inc()
         log.debug(
             "placed a sequence %s",
-            fields(request=generation.request_id, choice=choice.number, worker=chosen.address),
+            fields(request=generation.request_id, choice=choice.number, worker=address, kind=kind),
         )
 
+    def _check_waiting_helps(self, choice: _Choice, workers: Sequence[WorkerView]) -> None:
+        """Raises Overloaded when the workers that are missing are there and full."""
+        there = [v for v in workers if not v.draining and v.session_number not in choice.failed_sessions]
+        if not missing_roles(view.role for view in there):
+            self._metrics.requests_overloaded.inc()
+            raise Overloaded("every worker is full; try again later")
+        if isinstance(choice.failure, Overloaded):
+            # The only workers there are have said that they are full.
+            self._metrics.requests_overloaded.inc()
+            raise choice.failure
+
+    def _enter(self, choice: _Choice, stage: Stage) -> None:
+        """Set the deadline of what the choice waits for now. Waiting on for the same does not extend it, but every
+        token begins a new wait."""
+        if choice.stage is stage and stage in (Stage.PLACE, Stage.CREDIT):
+            return
+        choice.stage = stage
+        now = asyncio.get_running_loop().time()
+        match stage:
+            case Stage.PLACE:
+                choice.deadline = min(now + self._config.place_seconds_max, choice.first_token_deadline)
+            case Stage.CREDIT:
+                choice.deadline = min(now + self._config.credit_seconds_max, choice.first_token_deadline)
+            case Stage.FIRST_TOKEN:
+                choice.deadline = choice.first_token_deadline
+            case Stage.HAND_OVER:
+                choice.deadline = now + self._config.hand_over_seconds_max
+            case Stage.NEXT_TOKEN:
+                choice.deadline = now + self._config.next_token_seconds_max
+
     async def _wait_for_news(self, live: Sequence[_Choice], mailbox: Mailbox) -> None:
-        """Until a report has come, or, while a choice has no worker, until there is another one to try."""
+        """Until a report or credit has come, or, while a choice has no worker, until there is another one to
+        try."""
         if not mailbox.has_news:
             change = self._fleet.next_change
-            overdue = min(live, key=_next_deadline)
+            overdue = min(live, key=lambda choice: choice.deadline)
             try:
-                async with asyncio.timeout_at(_next_deadline(overdue)):
+                async with asyncio.timeout_at(overdue.deadline):
                     if any(choice.sequence is None for choice in live):
                         await until_first(mailbox.wait(), change.wait())
                     else:
@@ -172,26 +280,33 @@ class Dispatcher:
 
     def _overdue(self, choice: _Choice) -> RorqualError:
         """What it means that a choice's next deadline has passed."""
-        if choice.place_deadline is not None:
-            self._metrics.stages_overdue.labels("place").inc()
-            return choice.failure or Overloaded("no worker is connected; try again later")
-        self._metrics.stages_overdue.labels("next_token" if choice.num_tokens else "first_token").inc()
-        what = f"token {choice.num_tokens}" if choice.num_tokens else "the first token"
-        return StageTimedOut(f"{what} of choice {choice.number} did not come in time")
+        self._metrics.stages_overdue.labels(choice.stage.value).inc()
+        number = choice.number
+        match choice.stage:
+            case Stage.PLACE:
+                text = self._fleet.missing() or "no worker that could serve this is connected"
+                return choice.failure or Overloaded(f"{text}; try again later")
+            case Stage.CREDIT:
+                return StageTimedOut(f"decode credit for choice {number} did not come in time")
+            case Stage.FIRST_TOKEN:
+                return StageTimedOut(f"the first token of choice {number} did not come in time")
+            case Stage.HAND_OVER:
+                return StageTimedOut(f"no decode worker went on with choice {number} in time")
+            case Stage.NEXT_TOKEN:
+                return StageTimedOut(f"token {choice.num_tokens} of choice {number} did not come in time")
 
     def _advance(
         self, choice: _Choice, reports: Sequence[SequenceReport], generation: Generation
     ) -> ChoiceUpdate | None:
         """Take a choice's reports in, as one update. One whose worker failed it early enough is left without
         a sequence, to be placed anew."""
+        assert choice.sequence is not None
         update = choice.take(reports)
         if update is not None and update.tokens:
-            now = asyncio.get_running_loop().time()
-            choice.deadline = now + self._config.next_token_seconds_max
+            self._enter(choice, Stage.HAND_OVER if choice.sequence.is_handing_over else Stage.NEXT_TOKEN)
         failure = _failure(reports[-1])
         if failure is None or choice.is_finished:
             return update
-        assert choice.sequence is not None
         is_first = choice.num_tokens == 0 and choice.failure is None
         if not is_first or isinstance(failure, InvalidRequest):
             if isinstance(failure, WorkerLost):
@@ -226,9 +341,12 @@ def check_generation(generation: Generation, welcomes: Sequence[Welcome]) -> Non
 class _Choice:
     number: int
     text: ChoiceTextLike
-    deadline: float  # of the next token, on the loop's clock
-    place_deadline: float | None = None  # while it waits for a worker to connect
-    sequence: RemoteSequence | None = None
+    first_token_deadline: float  # on the loop's clock
+    stage: Stage = Stage.FIRST_TOKEN
+    deadline: float = 0.0  # of the stage; set when it has been placed, or waits to be
+    ticket: Ticket | None = None  # until a split sequence has it
+    is_urgent: bool = False  # it had credit and lost it: others who wait come after it
+    sequence: OpenSequence | None = None
     num_tokens: int = 0
     is_finished: bool = False
     failure: RorqualError | None = None  # of the first attempt
@@ -239,10 +357,16 @@ class _Choice:
         if self.sequence is not None:
             self.sequence.cancel()
 
+    def give_credit_back(self, fleet: Fleet) -> None:
+        if self.ticket is not None:
+            fleet.credit.release(self.ticket)
+            self.ticket = None
+
     def start_over(self, failure: RorqualError) -> None:
         """Its worker has failed it: it needs another one."""
         assert self.sequence is not None
-        self.failed_sessions.add(self.sequence.session_number)
+        self.failed_sessions |= self.sequence.failed_sessions
+        self.is_urgent = True
         self.failure = failure
         self.sequence = None
         self.scores.clear()
@@ -283,8 +407,14 @@ class _Choice:
         )
 
 
-def _next_deadline(choice: _Choice) -> float:
-    return choice.deadline if choice.place_deadline is None else choice.place_deadline
+def _request(choice: _Choice, generation: Generation) -> SequenceRequest:
+    return SequenceRequest(
+        request_id=generation.request_id,
+        prompt=generation.prompt,
+        max_tokens=generation.max_tokens,
+        ignore_eos=generation.ignore_eos,
+        sampling=msgspec.structs.replace(generation.sampling, choice=choice.number),
+    )
 
 
 def _by_choice(reports: Iterable[tuple[int, SequenceReport]]) -> dict[int, list[SequenceReport]]:
@@ -298,6 +428,8 @@ def _failure(report: SequenceReport) -> RorqualError | None:
     """What a worker's last word on a sequence means for the request."""
     if report.finish_reason is FinishReason.CANCELLED:
         return WorkerLost("the worker cancelled the sequence")
+    if report.finish_reason is FinishReason.HANDED_OVER:
+        return WorkerLost("the worker handed over a sequence that it was to serve whole")
     if report.finish_reason is not FinishReason.ERROR:
         return None
     match report.error_code:

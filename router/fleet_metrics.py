@@ -1,13 +1,54 @@
-"""What the router tells Prometheus about its workers and sequences; counted into by `router.fleet` and
-`router.dispatch`. Every bound and deadline of theirs has a metric here."""
+"""What the router tells Prometheus about its workers and sequences; counted into by `router.worker_link`,
+`router.dispatch` and `router.split`. Every bound and deadline of theirs has a metric here."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
-class FleetMetrics:
+class HandOverMetrics:
+    """Of sequences that are split: credit, binding, leases."""
+
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.credit_waiting = Gauge(
+            "rorqual_router_credit_waiting",
+            "Sequences that wait for credit of a decode worker.",
+            registry=registry,
+        )
+        self.credit_sequences = Gauge(
+            "rorqual_router_credit_sequences",
+            "Sequences charged to a decode worker's credit.",
+            ["worker"],
+            registry=registry,
+        )
+        self.credit_pages = Gauge(
+            "rorqual_router_credit_pages",
+            "Pages charged to a decode worker's credit.",
+            ["worker"],
+            registry=registry,
+        )
+        self.binds = Counter(
+            "rorqual_router_binds",
+            "Decode workers told to read a prompt's state: early, late, or again after one was lost.",
+            ["kind"],
+            registry=registry,
+        )
+        self.hand_over_seconds = Histogram(
+            "rorqual_router_hand_over_seconds",
+            "From a split sequence's first token to its decode worker's first one.",
+            buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+            registry=registry,
+        )
+        self.leases_renewed = Counter(
+            "rorqual_router_leases_renewed",
+            "Renewals sent to prefill workers, one for each sequence.",
+            registry=registry,
+        )
+
+
+class FleetMetrics(HandOverMetrics):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
         self.workers_connected = Gauge(
             "rorqual_router_workers_connected", "Workers with a session.", registry=registry
         )
@@ -50,6 +91,12 @@ class FleetMetrics:
         )
         self.tokens_duplicate = Counter(
             "rorqual_router_tokens_duplicate", "Tokens that came twice and were dropped.", registry=registry
+        )
+        self.sequences_placed = Counter(
+            "rorqual_router_sequences_placed",
+            "Sequences opened whole on one worker, or split over a prefill and a decode worker.",
+            ["kind"],
+            registry=registry,
         )
         self.requests_overloaded = Counter(
             "rorqual_router_requests_overloaded",

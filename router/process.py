@@ -4,7 +4,7 @@ Owns the life of a router: options, the prompt side, the fleet, the dispatcher a
 readiness and the orderly end. It never imports torch or the engine.
 
 Exit status: 0 after SIGTERM or SIGINT, 1 with one clear line for a port in use, a bad model directory, or
-when no worker could be reached.
+when no workers could be reached that answer a request between them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from router.gateway.server import HttpGateway, HttpSettings
 from router.gateway_metrics import GatewayMetrics
 from router.generation import Generation
 from router.grpc_gateway import GrpcGateway, GrpcSettings
-from router.placement import LeastOutstandingTokens
+from router.placement import LeastPredictedWait
 from router.prompt import PromptEncoder
 from router.session_client import GrpcTransport
 from router.text import ChoiceText, StopStrings
@@ -62,9 +62,15 @@ class RouterOptions:
     ready_file: Path | None = None
     requests_max: int = 1024  # a request of several choices counts as that many
     sequences_per_worker_max: int = 1024
-    start_seconds_max: float = 30.0  # until the first worker is connected
+    credit_queue_max: int = 1024
+    bind_early_tokens: int = 8192
+    start_seconds_max: float = 30.0  # until enough workers are connected to answer a request
+    connect_seconds_max: float = 10.0
+    silence_seconds_max: float = 20.0
     place_seconds_max: float = 10.0
+    credit_seconds_max: float = 60.0
     first_token_seconds_max: float = 600.0
+    hand_over_seconds_max: float = 30.0
     next_token_seconds_max: float = 120.0
     drain_seconds_max: float = 30.0
 
@@ -80,10 +86,11 @@ def main(argv: list[str]) -> int:
 def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
     """The options of a command line, and the log level. Raises ConfigError naming the option."""
     args = _parser().parse_args(argv)
-    seconds = ("start_seconds", "place_seconds", "first_token_seconds", "next_token_seconds", "drain_seconds")
-    for option in (*seconds, "requests_max", "sequences_per_worker"):
-        if getattr(args, option) <= 0:
+    for option in _ABOVE_0:
+        if not getattr(args, option) > 0:
             raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {getattr(args, option)}")
+    if args.bind_early_tokens < 0:
+        raise ConfigError(f"--bind-early-tokens must be 0 or more, not {args.bind_early_tokens}")
     workers = tuple(format_address(*parse_address(text, option="--worker")) for text in args.worker)
     if len(set(workers)) != len(workers):
         raise ConfigError("--worker names the same address twice")
@@ -97,9 +104,15 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
         ready_file=args.ready_file,
         requests_max=args.requests_max,
         sequences_per_worker_max=args.sequences_per_worker,
+        credit_queue_max=args.credit_queue,
+        bind_early_tokens=args.bind_early_tokens,
         start_seconds_max=args.start_seconds,
+        connect_seconds_max=args.connect_seconds,
+        silence_seconds_max=args.silence_seconds,
         place_seconds_max=args.place_seconds,
+        credit_seconds_max=args.credit_seconds,
         first_token_seconds_max=args.first_token_seconds,
+        hand_over_seconds_max=args.hand_over_seconds,
         next_token_seconds_max=args.next_token_seconds,
         drain_seconds_max=args.drain_seconds,
     )
@@ -124,7 +137,7 @@ async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
         await until_first(_until_connected(fleet, options), keeping_sessions, signals.stop.wait())
         _raise_if_ended(keeping_sessions)
         if not signals.stop.is_set():
-            if not fleet.welcomes():
+            if fleet.missing():
                 raise _no_worker(fleet, options)
             write_ready_file(options.ready_file, {"http": http_url, "grpc": grpc_address, "pid": os.getpid()})
             log.info("became ready %s", fields(http=http_url, grpc=grpc_address))
@@ -154,7 +167,12 @@ def build_dispatcher(
     fleet = Fleet(
         addresses=options.workers,
         transport=GrpcTransport(),
-        config=FleetConfig(sequences_per_worker_max=options.sequences_per_worker_max),
+        config=FleetConfig(
+            connect_seconds_max=options.connect_seconds_max,
+            silence_seconds_max=options.silence_seconds_max,
+            sequences_per_worker_max=options.sequences_per_worker_max,
+            credit_waiting_max=options.credit_queue_max,
+        ),
         metrics=metrics,
         router_id=f"router-{os.getpid()}",
         randomness=random.Random(),
@@ -171,12 +189,14 @@ def build_dispatcher(
         served_name=options.served_name or options.model.resolve().name,
         created=int(clock.wall()),
         place_seconds_max=options.place_seconds_max,
+        credit_seconds_max=options.credit_seconds_max,
         first_token_seconds_max=options.first_token_seconds_max,
+        hand_over_seconds_max=options.hand_over_seconds_max,
         next_token_seconds_max=options.next_token_seconds_max,
+        bind_early_tokens=options.bind_early_tokens,
     )
-    placement = LeastOutstandingTokens()
     dispatcher = Dispatcher(
-        fleet=fleet, placement=placement, make_texts=make_texts, config=config, metrics=metrics
+        fleet=fleet, placement=LeastPredictedWait(), make_texts=make_texts, config=config, metrics=metrics
     )
     return fleet, dispatcher
 
@@ -233,15 +253,17 @@ async def _listen(start: Awaitable[str], *, option: str, address: tuple[str, int
 async def _until_connected(fleet: Fleet, options: RouterOptions) -> None:
     try:
         async with asyncio.timeout(options.start_seconds_max):
-            while not fleet.welcomes():
+            while fleet.missing():
                 await fleet.wait_for_change()
     except TimeoutError:
-        pass  # the caller sees that there is no worker
+        pass  # the caller sees what is missing
 
 
 def _no_worker(fleet: Fleet, options: RouterOptions) -> RorqualError:
-    why = "; ".join(fleet.failures())
-    return RorqualError(f"no worker could be reached within {options.start_seconds_max:g} s: {why}")
+    # Every worker may be there and none of the role that is missing.
+    what = fleet.missing() if fleet.welcomes() else "no worker could be reached"
+    why = "; ".join(fleet.failures()) or "none of --worker is one"
+    return RorqualError(f"{what} within {options.start_seconds_max:g} s: {why}")
 
 
 def _freeze_what_stays() -> None:
@@ -261,12 +283,36 @@ async def _stop_gateways(http: HttpGateway, grpc: GrpcGateway) -> None:
     await asyncio.gather(http.stop(), grpc.stop())
 
 
+_ABOVE_0 = (
+    "requests_max",
+    "sequences_per_worker",
+    "credit_queue",
+    "start_seconds",
+    "connect_seconds",
+    "silence_seconds",
+    "place_seconds",
+    "credit_seconds",
+    "first_token_seconds",
+    "hand_over_seconds",
+    "next_token_seconds",
+    "drain_seconds",
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rorqual router", description="Run the router: HTTP and gRPC in front of workers."
+        prog="rorqual router",
+        description="Run the router: HTTP and gRPC in front of workers. A worker says itself what it does: a request"
+        " is served by one of both roles, or split over a prefill and a decode worker.",
     )
     add = parser.add_argument
-    add("--worker", action="append", required=True, metavar="HOST:PORT", help="a worker; repeatable")
+    add(
+        "--worker",
+        action="append",
+        required=True,
+        metavar="HOST:PORT",
+        help="a worker of any role; repeatable",
+    )
     add("--model", type=Path, required=True, metavar="DIR", help="model directory, for its tokenizer")
     add("--served-name", default="", metavar="NAME", help="model name in the API (default: the directory's)")
     add("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="OpenAI-style API; port 0: any")
@@ -283,10 +329,53 @@ def _parser() -> argparse.ArgumentParser:
     add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once a request would be answered")
     add("--requests-max", type=int, default=1024, metavar="N", help="choices at once (default 1024)")
     add("--sequences-per-worker", type=int, default=1024, metavar="N", help="sequences open on one worker")
-    add("--start-seconds", type=float, default=30.0, metavar="S", help="for the first worker to be reached")
-    add("--place-seconds", type=float, default=10.0, metavar="S", help="while no worker is connected")
-    add("--first-token-seconds", type=float, default=600.0, metavar="S", help="deadline of a first token")
-    add("--next-token-seconds", type=float, default=120.0, metavar="S", help="deadline between tokens")
-    add("--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests at the end")
     add_log_options(parser)
+    _add_split_options(parser)
+    _add_deadlines(parser)
     return parser
+
+
+def _add_split_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prefill and decode workers")
+    group.add_argument(
+        "--credit-queue",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="sequences that may wait until a decode worker has room for them, before their prompts are computed;"
+        " beyond it requests are refused with 503 (default 1024)",
+    )
+    group.add_argument(
+        "--bind-early-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="decode workers read the state of prompts of so many tokens while they are computed, of shorter ones"
+        " when they are done; 0: always while (default 8192)",
+    )
+
+
+def _add_deadlines(parser: argparse.ArgumentParser) -> None:
+    text = "Each stage of a request has one, and rorqual_router_stages_overdue counts those missed."
+    group = parser.add_argument_group("deadlines", text)
+
+    def add(option: str, seconds: float, text: str) -> None:
+        group.add_argument(
+            option, type=float, default=seconds, metavar="S", help=f"{text} (default {seconds:g})"
+        )
+
+    add("--start-seconds", 30.0, "until workers are reached that can answer a request")
+    add("--connect-seconds", 10.0, "for a worker to welcome us; then it is tried again")
+    add(
+        "--silence-seconds", 20.0, "without a word from a worker, which reports every second; then it is lost"
+    )
+    add("--place-seconds", 10.0, "a request waits while no worker is connected that could serve it")
+    add("--credit-seconds", 60.0, "a request waits until a decode worker has room for it")
+    add("--first-token-seconds", 600.0, "to the first token, all waiting before it included")
+    add(
+        "--hand-over-seconds",
+        30.0,
+        "from the first token, of the prefill worker, to the decode worker's first",
+    )
+    add("--next-token-seconds", 120.0, "from one token to the next")
+    add("--drain-seconds", 30.0, "for running requests at the end")

@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from rorqual.session import Cancel, Hello, Open, StepReport, Welcome
+from rorqual.session import Command, Hello, StepReport, Welcome
 from rorqual.wire import MESSAGE_BYTES_MAX, SESSION_PATH, WireError, decode_report, encode_command
-from router.fleet import SessionLost
+from router.worker_link import SessionLost
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -42,7 +42,7 @@ class GrpcChannel:
         self._channel: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._call: Any = self._channel.stream_stream(SESSION_PATH, None, None)()
 
-    async def send(self, command: Hello | Open | Cancel) -> None:
+    async def send(self, command: Hello | Command) -> None:
         try:
             await self._call.write(encode_command(command))
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:

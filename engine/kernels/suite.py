@@ -7,11 +7,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.kernels import compress, matmul, mhc, paging, registry, rotary, rounding, route, select, swiglu
+from engine.kernels import (
+    compress,
+    digest,
+    matmul,
+    mhc,
+    paging,
+    registry,
+    rotary,
+    rounding,
+    route,
+    select,
+    swiglu,
+)
 from engine.kernels.matmul import Groups
 
 _MODULES = (  # importing them registers their kernels
     compress,
+    digest,
     matmul,
     mhc,
     paging,
@@ -43,7 +56,7 @@ class Kernels:
     route_experts: Callable[[Tensor, Tensor | None, Tensor | None, int, float], tuple[Tensor, Tensor]]
     group_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, list[int]]]
     add_pairs: Callable[[Tensor, Tensor, Tensor], Tensor]
-    locate_rows: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, bool]]
+    locate_rows: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, bool]]
     round_bf16: Callable[[Tensor], Tensor]
     round_fp8: Callable[[Tensor, int], Tensor]
     names: tuple[tuple[str, str], ...]

@@ -2,8 +2,8 @@
 
 Made by `engine.worker.process` once the rank is ready; sessions come from `engine.worker.session_server`, or
 straight from tests. It owns the scheduler: only its own tasks touch it, so a broken invariant there ends the process
-instead of one call. One report per engine step goes down each session with that session's sequences. It
-never imports torch or gRPC.
+instead of one call. One report per engine step goes down each session with that session's sequences. What the
+worker's role adds is behind a `RoleHandler`. It never imports torch or gRPC.
 """
 
 from __future__ import annotations
@@ -11,32 +11,57 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from engine.plan import FromRank, RankFailed, RankReady, StepPlan, StepResult, ToRank
+from engine.plan import (
+    Fetched,
+    FetchOverdue,
+    FromRank,
+    PeerOpened,
+    RankFailed,
+    RankReady,
+    StepPlan,
+    StepResult,
+    ToRank,
+    ToTransfer,
+)
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.rank_link import RankLost
-from engine.worker.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
+from engine.worker.role import BothRole, RoleHandler
+from engine.worker.scheduler import (
+    LentEvent,
+    PagesEvent,
+    Scheduler,
+    SchedulerConfig,
+    ScoresEvent,
+    SequenceKey,
+    TokenEvent,
+)
+from engine.worker.session import Session, SessionBounds, SessionRefused
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import (
-    Cancel,
-    Command,
+    Credit,
     ErrorCode,
     FinishReason,
     Load,
+    Offer,
     Open,
+    Renew,
+    Role,
     SequenceReport,
-    StepReport,
+    Take,
     Welcome,
     alternatives_of,
 )
 from rorqual.telemetry import fields
 
 log = logging.getLogger(__name__)
+
+RATED_TOKENS_MIN = 64
 
 
 class RankLink(Protocol):
@@ -50,7 +75,7 @@ class RankLink(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostConfig:
+class HostConfig(SessionBounds):
     worker_id: WorkerId
     incarnation: Incarnation
     exact: bool
@@ -58,29 +83,27 @@ class HostConfig:
     plans_inflight_max: int = 2
     sequences_waiting_max: int = 1024
     sessions_max: int = 64
-    session_sequences_max: int = 4096  # open at once on one session
-    session_reports_max: int = 32768  # unread by the router; at the bound the session is closed as slow
-    session_values_max: int = 2 * 1024 * 1024  # of those reports, tokens and alternatives: 150 MB
-    message_values_max: int = 32 * 1024  # of one message, or one report: 0.3 MB, 25 ms to encode
-    heartbeat_seconds: float = 1.0
     step_seconds_max: float = 600.0
-
-
-class SessionRefused(RorqualError):
-    """The host does not take this session, or ends it: the router broke a rule or the worker has no room."""
 
 
 class Host:
     """Serves sessions until its rank is lost. `run` must be awaited by a task of the caller."""
 
     def __init__(
-        self, *, link: RankLink, ready: RankReady, config: HostConfig, metrics: WorkerMetrics
+        self,
+        *,
+        link: RankLink,
+        ready: RankReady,
+        config: HostConfig,
+        metrics: WorkerMetrics,
+        handler: RoleHandler | None = None,
     ) -> None:
         self.config = config
         self.metrics = metrics
         self._ready = ready
         self._link = link
-        self._scheduler = Scheduler(scheduler_config(ready, config))
+        self._handler = handler or BothRole()
+        self._scheduler = Scheduler(scheduler_config(ready, config, role=self._handler.role))
         self._sessions: set[Session] = set()
         self._owners: dict[SequenceKey, tuple[Session, SequenceId]] = {}
         self._next_key = 1
@@ -92,7 +115,14 @@ class Host:
         self._step_deadline: asyncio.Timeout | None = None
         self._draining = False
         self._failure = ""
-        metrics.watch(load=self._scheduler.load, num_preemptions=lambda: self._scheduler.num_preemptions)
+        self._prefill_rate = PrefillRate()
+        self._handler.attach(self)
+        metrics.watch(
+            load=self.load,
+            num_preemptions=lambda: self._scheduler.num_preemptions,
+            num_records=ready.num_records,
+            num_records_free=lambda: self._scheduler.num_records_free,
+        )
 
     @property
     def draining(self) -> bool:
@@ -101,16 +131,24 @@ class Host:
     @property
     def is_idle(self) -> bool:
         """Nothing open, in flight, or left open on the rank."""
-        return not self._owners and not self._commands and self._scheduler.is_idle
+        return not self._owners and not self._commands and self._scheduler.is_idle and self._handler.is_idle
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For the role handler."""
+        return self._scheduler
 
     def load(self) -> Load:
-        return self._scheduler.load()
+        return replace(self._scheduler.load(), prefill_tokens_per_second=self._prefill_rate.tokens_per_second)
+
+    def credit(self, session: Session) -> Credit | None:
+        return self._handler.credit(num_sessions=len(self._sessions), keys=session.keys.values())
 
     def connect(self, router_id: str) -> Session:
         """A new session. Raises SessionRefused when there are too many."""
         if len(self._sessions) >= self.config.sessions_max:
             raise SessionRefused(f"worker has {len(self._sessions)} sessions already")
-        session = Session(self, router_id)
+        session = Session(self, router_id, bounds=self.config, metrics=self.metrics)
         self._sessions.add(session)
         self.metrics.sessions.inc()
         log.info("opened a session %s", fields(router=router_id))
@@ -120,19 +158,23 @@ class Host:
         """Plan, send, receive, report; returns only by raising: RorqualError when the rank is lost, after
         every open sequence has been given its error report.
         """
-        planning = asyncio.create_task(self._plan_when_there_is_work())
-        receiving = asyncio.create_task(self._receive_results())
+        work: list[Coroutine[Any, Any, None]] = [
+            self._handler.run(),  # first, since the others call the handler
+            self._plan_when_there_is_work(),
+            self._receive_results(),
+        ]
+        tasks = [asyncio.create_task(item) for item in work]
         try:
-            done, _ = await asyncio.wait({planning, receiving}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         except RorqualError as error:
             self._fail_all(f"the worker failed: {error}")
             raise
         finally:
-            planning.cancel()
-            receiving.cancel()
-            await asyncio.gather(planning, receiving, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def drain(self, *, seconds_max: float) -> bool:
         """Take no more sequences, let the open ones finish; after the deadline the rest end with an error.
@@ -173,14 +215,23 @@ class Host:
             eos_token_ids=ready.eos_token_ids,
             sequences_max=ready.num_slots,
             load=self.load(),
+            role=self._handler.role,
+            wire_id=ready.wire_id,
+            credit=self._handler.credit(num_sessions=len(self._sessions), keys=()),
         )
 
     def open(self, session: Session, command: Open) -> None:
         """From a session: queued, since only the host's own tasks touch the scheduler."""
-        self._enqueue(lambda: self._open(session, command))
+        self.enqueue(lambda: self._open(session, command))
 
     def cancel(self, session: Session, sequence_id: SequenceId) -> None:
-        self._enqueue(lambda: self._cancel(session, sequence_id))
+        self.enqueue(lambda: self._cancel(session, sequence_id))
+
+    def renew(self, session: Session, command: Renew) -> None:
+        self.enqueue(lambda: self._renew(session, command))
+
+    def take(self, session: Session, command: Take) -> None:
+        self.enqueue(lambda: self._take_offer(session, command))
 
     def forget(self, session: Session) -> None:
         """The session has ended, however it ended: so does every sequence opened on it."""
@@ -189,11 +240,38 @@ class Host:
         self._sessions.remove(session)
         self.metrics.sessions.dec()
         log.info("closed a session %s", fields(router=session.router_id, sequences=len(session.keys)))
-        self._enqueue(lambda: self._cancel_all(session))
+        self.enqueue(lambda: self._cancel_all(session))
 
-    def _enqueue(self, effect: Callable[[], None]) -> None:
+    def enqueue(self, effect: Callable[[], None]) -> None:
+        """Carry `effect` out in the host's own task. Bounded by what sessions and the handler have open."""
         self._commands.append(effect)
         self._work.set()
+
+    def send(self, message: ToTransfer) -> None:
+        """From the role handler, to the rank."""
+        self._link.send(message)
+
+    def tell_bound(self, key: SequenceKey) -> None:
+        """From the role handler, as the next two."""
+        session, sequence_id = self._owners[key]
+        session.push([SequenceReport(sequence_id=sequence_id, first_index=0, bound=True)])
+
+    def hand_over(self, key: SequenceKey) -> None:
+        if key not in self._owners:
+            return  # cancelled while its reader's word was on its way
+        session, sequence_id = self._drop(key, FinishReason.HANDED_OVER.value)
+        report = SequenceReport(
+            sequence_id=sequence_id, first_index=0, finish_reason=FinishReason.HANDED_OVER
+        )
+        session.push([report])
+
+    def fail(self, key: SequenceKey, code: ErrorCode, text: str) -> None:
+        if key not in self._owners:
+            return
+        self._scheduler.cancel(key)
+        session, sequence_id = self._drop(key, "error")
+        log.info("failed a sequence %s", fields(sequence=sequence_id, code=code.value, error=text))
+        session.push([_error_report(sequence_id, code, text)])
 
     async def _plan_when_there_is_work(self) -> None:
         while True:
@@ -220,8 +298,12 @@ class Host:
                 self._num_inflight -= 1
                 self._set_step_deadline()
                 self.metrics.step_seconds.observe(message.step_ms / 1000)
+                self._prefill_rate.landed(message.step_ms / 1000)
                 # Before the turn: a cancel in it would take away the owner of an event.
                 self._report(self._scheduler.apply(message))
+                self._turn()
+            case PeerOpened() | FetchOverdue() | Fetched():
+                self._handler.take_from_rank(message)
                 self._turn()
             case RankFailed():
                 raise RankLost(f"the rank failed: {message.message}")
@@ -232,6 +314,7 @@ class Host:
         """Carry out what sessions have asked for, then keep the rank fed."""
         while self._commands:
             self._commands.popleft()()
+        self._handler.turned()
         while (plan := self._scheduler.plan()) is not None:
             self._link.send(plan)
             self._num_inflight += 1
@@ -248,6 +331,7 @@ class Host:
     def _count(self, plan: StepPlan) -> None:
         num_decode = sum(1 for segment in plan.segments if segment.count == 1)
         num_all = sum(segment.count for segment in plan.segments)
+        self._prefill_rate.planned(num_all - num_decode)
         self.metrics.tokens_computed.labels("decode").inc(num_decode)
         self.metrics.tokens_computed.labels("prefill").inc(num_all - num_decode)
 
@@ -260,12 +344,14 @@ class Host:
             return
         key = SequenceKey(self._next_key)
         try:
+            self._handler.check(command)
             self._scheduler.open(
                 key,
                 prompt=command.prompt,
                 max_tokens=command.max_tokens,
                 ignore_eos=command.ignore_eos,
                 sampling=command.sampling,
+                adopt=self._handler.role is Role.DECODE,
             )
         except InvalidRequest as error:
             self._refuse(session, command, ErrorCode.INVALID, str(error))
@@ -276,6 +362,7 @@ class Host:
         self._next_key += 1
         self._owners[key] = (session, command.sequence_id)
         session.keys[command.sequence_id] = key
+        self._handler.opened(key, command)
         self._idle.clear()
         self.metrics.sequences_opened.inc()
         log.debug(
@@ -293,12 +380,26 @@ class Host:
         key = session.keys.get(sequence_id)
         if key is None:
             return  # its last report is on its way to the router, or already there
-        was_open = self._scheduler.cancel(key)
-        assert was_open, f"sequence {key} has an owner and is not open"
+        self._scheduler.cancel(key)  # which does not know one that is lent any more
         self._drop(key, "cancelled")
         session.push(
             [SequenceReport(sequence_id=sequence_id, first_index=0, finish_reason=FinishReason.CANCELLED)]
         )
+
+    def _renew(self, session: Session, command: Renew) -> None:
+        for sequence_id in command.sequence_ids:
+            key = session.keys.get(sequence_id)
+            if key is not None:
+                self._handler.renew(key)
+
+    def _take_offer(self, session: Session, command: Take) -> None:
+        key = session.keys.get(command.sequence_id)
+        if key is None:
+            return  # it has ended, and the router is about to hear of it
+        try:
+            self._handler.take(key, command)
+        except InvalidRequest as error:
+            self.fail(key, ErrorCode.INVALID, str(error))
 
     def _cancel_all(self, session: Session) -> None:
         keys = list(session.keys.values())
@@ -319,139 +420,61 @@ class Host:
         for session, items in reports.items():
             session.push(items)
 
-    def _drop(self, key: SequenceKey, reason: str) -> None:
+    def _drop(self, key: SequenceKey, reason: str) -> tuple[Session, SequenceId]:
         session, sequence_id = self._owners.pop(key)
         del session.keys[sequence_id]
         session.release(sequence_id)
         self.metrics.sequences_ended.labels(reason).inc()
+        self._handler.ended(key)
         if not self._owners:
             self._idle.set()
+        return session, sequence_id
 
-    def _report(self, events: Iterable[ScoresEvent | TokenEvent]) -> None:
+    def _report(self, events: Iterable[ScoresEvent | PagesEvent | TokenEvent | LentEvent]) -> None:
         reports: dict[Session, list[SequenceReport]] = {}
         num_tokens = 0
         for event in events:
             session, sequence_id = self._owners[event.key]
             items = reports.setdefault(session, [])
-            if isinstance(event, ScoresEvent):
-                items.append(_scores_report(sequence_id, event))
-                continue
-            num_tokens += 1
-            items.append(_token_report(sequence_id, event))
-            if event.finish_reason is not None:
-                self._drop(event.key, event.finish_reason.value)
+            match event:
+                case ScoresEvent():
+                    items.append(_scores_report(sequence_id, event))
+                case PagesEvent() | LentEvent():
+                    offer = self._handler.lend(event)
+                    if offer is not None:
+                        items.append(_offer_report(sequence_id, offer))
+                case TokenEvent():
+                    num_tokens += 1
+                    items.append(_token_report(sequence_id, event))
+                    self._handler.landed(event.key)
+                    if event.finish_reason is not None:
+                        self._drop(event.key, event.finish_reason.value)
         self.metrics.tokens_generated.inc(num_tokens)
         for session, items in reports.items():
             session.push(items)
 
 
-class Session:
-    """One router's stream, without the wire: commands go in, reports come out.
+class PrefillRate:
+    """Prompt tokens per second of the rank, over steps with a chunk. Steps land in the order they were planned in, so a
+    queue of their token counts is enough; it is as long as plans are in flight."""
 
-    Reports wait here until the router takes them; those of several steps then leave together, in messages of
-    `message_values_max` at most. A router that lets `session_reports_max` of them pile up, or
-    `session_values_max` in them, is slow: its session is closed and its sequences are cancelled.
-    """
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+        self._planned: deque[int] = deque()
 
-    def __init__(self, host: Host, router_id: str) -> None:
-        self.router_id = router_id
-        self.keys: dict[SequenceId, SequenceKey] = {}  # kept by the host
-        self.flushed = asyncio.Event()  # everything pushed has been taken, and more was asked for
-        self._host = host
-        self._open_ids: set[SequenceId] = set()
-        self._outbox: deque[SequenceReport] = deque()
-        self._num_values = 0  # in the outbox
-        self._news = asyncio.Event()
-        self._number = 0
-        self.closed_because = ""
-        self.closed = asyncio.Event()
+    def planned(self, num_prefill: int) -> None:
+        self._planned.append(num_prefill)
 
-    def submit(self, command: Command) -> None:
-        """Raises SessionRefused when the router breaks a rule; the session is then to be closed."""
-        match command:
-            case Open():
-                if command.sequence_id in self._open_ids:
-                    raise SessionRefused(f"sequence {command.sequence_id} is open already")
-                if len(self._open_ids) >= self._host.config.session_sequences_max:
-                    raise SessionRefused(f"session has {len(self._open_ids)} sequences open already")
-                self._open_ids.add(command.sequence_id)
-                self._host.open(self, command)
-            case Cancel():
-                self._host.cancel(self, command.sequence_id)
-
-    async def next_report(self) -> StepReport:
-        """What happened since the last one. Waits for news at most a heartbeat: then it carries the load
-        alone.
-        """
-        if not self._outbox:
-            self.flushed.set()
-            try:
-                async with asyncio.timeout(self._host.config.heartbeat_seconds):
-                    await self._news.wait()
-            except TimeoutError:
-                pass
-        self._news.clear()
-        self._number += 1
-        return StepReport(
-            number=self._number,
-            sequences=self._take_reports(),
-            load=self._host.load(),
-            draining=self._host.draining,
-        )
-
-    def close(self) -> None:
-        """End the session and cancel everything opened on it. May be called twice."""
-        self._outbox.clear()
-        self._num_values = 0
-        self.flushed.set()
-        self.closed.set()
-        self._host.forget(self)
-
-    def push(self, reports: Iterable[SequenceReport]) -> None:
-        """From the host, once per step."""
-        if self.closed.is_set():
-            return
-        for report in reports:
-            self._outbox.append(report)
-            self._num_values += report.num_values
-        config = self._host.config
-        if len(self._outbox) > config.session_reports_max or self._num_values > config.session_values_max:
-            num_reports, num_values = len(self._outbox), self._num_values
-            self.closed_because = f"router left {num_reports} reports unread, with {num_values} values"
-            self._host.metrics.sessions_slow.inc()
-            log.warning(
-                "closed a slow session %s",
-                fields(router=self.router_id, reports=num_reports, values=num_values),
-            )
-            self.close()
-            return
-        self.flushed.clear()
-        self._news.set()
-
-    def announce(self) -> None:
-        """Send a report now, with or without sequences: something in its head changed."""
-        self.flushed.clear()
-        self._news.set()
-
-    def release(self, sequence_id: SequenceId) -> None:
-        self._open_ids.discard(sequence_id)
-
-    def _take_reports(self) -> tuple[SequenceReport, ...]:
-        """The oldest reports, as many as one message may carry, and one at least. The rest leaves with the
-        next message, which does not wait."""
-        taken: list[SequenceReport] = []
-        num_values = 0
-        while self._outbox:
-            more = self._outbox[0].num_values
-            if taken and num_values + more > self._host.config.message_values_max:
-                break
-            num_values += more
-            taken.append(self._outbox.popleft())
-        self._num_values -= num_values
-        return tuple(taken)
+    def landed(self, seconds: float) -> None:
+        num_prefill = self._planned.popleft()
+        if num_prefill < RATED_TOKENS_MIN or seconds <= 0:
+            return  # a step of few tokens says little about one of many
+        rate = num_prefill / seconds
+        old = self.tokens_per_second or rate
+        self.tokens_per_second = old + 0.25 * (rate - old)
 
 
-def scheduler_config(ready: RankReady, config: HostConfig) -> SchedulerConfig:
+def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.BOTH) -> SchedulerConfig:
     """What the rank has, as the scheduler's bounds."""
     return SchedulerConfig(
         num_pages=ready.num_pages,
@@ -462,6 +485,9 @@ def scheduler_config(ready: RankReady, config: HostConfig) -> SchedulerConfig:
         prefill_tokens_max=config.prefill_tokens_max,
         plans_inflight_max=config.plans_inflight_max,
         sequences_waiting_max=config.sequences_waiting_max,
+        role=role,
+        num_records=ready.num_records,
+        num_page_components=ready.num_page_components,
     )
 
 
@@ -478,6 +504,10 @@ def _token_report(sequence_id: SequenceId, event: TokenEvent) -> SequenceReport:
 
 def _scores_report(sequence_id: SequenceId, event: ScoresEvent) -> SequenceReport:
     return SequenceReport(sequence_id=sequence_id, first_index=0, prompt_logprobs=event.prompt_logprobs)
+
+
+def _offer_report(sequence_id: SequenceId, offer: Offer) -> SequenceReport:
+    return SequenceReport(sequence_id=sequence_id, first_index=0, offer=offer)
 
 
 def _error_report(sequence_id: SequenceId, code: ErrorCode, text: str) -> SequenceReport:

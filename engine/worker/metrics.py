@@ -58,14 +58,31 @@ class WorkerMetrics:
         )
         self.draining = Gauge("rorqual_worker_draining_bool", "1 while draining.", registry=registry)
 
-    def watch(self, *, load: Callable[[], Load], num_preemptions: Callable[[], int]) -> None:
+    def watch(
+        self,
+        *,
+        load: Callable[[], Load],
+        num_preemptions: Callable[[], int],
+        num_records: int,
+        num_records_free: Callable[[], int],
+    ) -> None:
         """Export the scheduler's own counts, read when scraped."""
+        records = Gauge("rorqual_worker_records_total", "Hand-over records.", registry=self.registry)
+        records.set(num_records)
+        records_free = Gauge("rorqual_worker_records_free", "Hand-over records free.", registry=self.registry)
+        records_free.set_function(lambda: float(num_records_free()))
         for name, text, field in (
             ("sequences_running", "Sequences that hold a slot.", "sequences_running"),
             ("sequences_waiting", "Sequences in the queue.", "sequences_waiting"),
             ("tokens_waiting", "Known tokens not yet computed.", "tokens_waiting"),
             ("pages_free", "Pages free.", "pages_free"),
             ("pages_total", "Pages in the pools.", "pages_total"),
+            (
+                "pages_leased",
+                "Pages lent out, or kept until nobody can be reading or writing them.",
+                "pages_leased",
+            ),
+            ("prefill_tokens_per_second", "Prompt tokens, measured lately.", "prefill_tokens_per_second"),
             ("slots_free", "Slots free.", "slots_free"),
             ("slots_total", "Slots.", "slots_total"),
         ):

@@ -1,7 +1,7 @@
-"""The worker process: `rorqual worker`.
+"""The worker process: `rorqual worker`, and what the commands of the single roles share with it.
 
-Owns the life of a worker: options, gRPC door, metrics, the rank process, the host between them, and the
-orderly end. A worker here takes both roles, prefill and decode. It never imports torch: the rank does.
+Owns the life of a worker: gRPC door, metrics, the rank process, the host between them, and the orderly end. What a
+role adds comes as a `RoleSetup`. It never imports torch: the rank does.
 
 Exit status: 0 after a drain (SIGTERM, SIGINT), 1 with one clear line when something is wrong with the
 model, a port or the rank.
@@ -9,63 +9,72 @@ model, a port or the rank.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import logging
 import os
-import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
 
 from engine.plan import RankFailed, RankProgress, RankReady, RankSettings
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.rank_link import RANK_COMMAND, RankLost, RankProcess, start_rank
+from engine.worker.options import WorkerOptions, parse_options
+from engine.worker.rank_link import RankLost, RankProcess, start_rank
+from engine.worker.role import BothRole, RoleHandler
 from engine.worker.session_server import SessionServer
 from rorqual.errors import ConfigError
 from rorqual.ids import WorkerId, draw_incarnation
 from rorqual.metrics_endpoint import MetricsEndpoint
-from rorqual.model_config import PAGE_TOKENS
 from rorqual.service import (
     StopSignals,
     end_task,
-    parse_address,
     remove_ready_file,
     run_service,
     until_first,
     write_ready_file,
 )
-from rorqual.telemetry import add_log_options, configure_logging, fields
+from rorqual.session import Role
+from rorqual.telemetry import configure_logging, fields
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS_MAX = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions:
-    model: Path
-    listen: tuple[str, int] = ("127.0.0.1", 0)
-    numerics: str | None = None  # None: as the checkpoint is
-    exact: bool = False
-    num_pages: int | None = None  # with kv_bytes None too: the rank sizes its pools
-    kv_bytes: int | None = None
-    num_slots: int = 16
-    prefill_tokens_max: int = 1024
-    threads: int = 1
-    kernels: dict[str, str] = field(default_factory=dict[str, str])
-    metrics_port: int = 0
-    ready_file: Path | None = None
-    worker_id: str = ""  # empty: host name and process id
-    drain_seconds_max: float = 30.0
-    load_seconds_max: float = 1800.0  # without a word from the rank
-    step_seconds_max: float = 600.0
-    rank_stop_seconds_max: float = 5.0  # then it is killed
-    plans_inflight_max: int = 2
-    rank_command: Sequence[str] = RANK_COMMAND
+class RoleSetup(Protocol):
+    """What the command of one role brings into the worker it starts."""
+
+    @property
+    def role(self) -> Role: ...
+
+    def services(self) -> Sequence[grpc.GenericRpcHandler[Any, Any]]:
+        """More services of the worker's gRPC door. They answer UNAVAILABLE before `make` was called."""
+        ...
+
+    def make(self, ready: RankReady, config: HostConfig, metrics: WorkerMetrics) -> RoleHandler:
+        """The rank is ready. Raises RorqualError."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class BothSetup:
+    """A worker that computes prompts and decodes."""
+
+    role = Role.BOTH
+
+    def services(self) -> Sequence[grpc.GenericRpcHandler[Any, Any]]:
+        return ()
+
+    def make(self, ready: RankReady, config: HostConfig, metrics: WorkerMetrics) -> RoleHandler:
+        return BothRole()
+
+    async def close(self) -> None:
+        pass
 
 
 def main(argv: list[str]) -> int:
@@ -76,52 +85,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
-    """The options of a command line, and the log level. Raises ConfigError naming the option."""
-    args = _parser().parse_args(argv)
-    for option in ("pages", "slots", "prefill_tokens", "threads", "drain_seconds"):
-        value = getattr(args, option)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}")
-    if args.prefill_tokens % PAGE_TOKENS:
-        raise ConfigError(f"--prefill-tokens must be a multiple of {PAGE_TOKENS}, not {args.prefill_tokens}")
-    if args.exact and args.threads > 1:
-        raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
-    if not 0 <= args.metrics_port <= 65535:
-        raise ConfigError(f"--metrics-port must be between 0 and 65535, not {args.metrics_port}")
-    options = WorkerOptions(
-        model=args.model,
-        listen=parse_address(args.listen, option="--listen"),
-        numerics=args.numerics,
-        exact=args.exact,
-        num_pages=args.pages,
-        kv_bytes=None if args.kv_bytes is None else parse_bytes(args.kv_bytes, option="--kv-bytes"),
-        num_slots=args.slots,
-        prefill_tokens_max=args.prefill_tokens,
-        threads=args.threads,
-        kernels=_parse_kernels(args.kernel),
-        metrics_port=args.metrics_port,
-        ready_file=args.ready_file,
-        worker_id=args.worker_id,
-        drain_seconds_max=args.drain_seconds,
-    )
-    return options, args.log_level
-
-
-async def serve(options: WorkerOptions) -> None:
+async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
     """Run a worker until a signal or its rank's end. Raises RorqualError for the latter, with nothing left
     running.
     """
+    setup = setup or BothSetup()
     if not (options.model / "config.json").is_file():
         raise ConfigError(f"--model: {options.model / 'config.json'}: no such file")
     signals = StopSignals()
     metrics = WorkerMetrics()
-    server, endpoint = SessionServer(), MetricsEndpoint(metrics.registry)
+    server, endpoint = SessionServer(services=setup.services()), MetricsEndpoint(metrics.registry)
+    config = _host_config(options)
     rank: RankProcess | None = None
     try:
         address = await server.start(host=options.listen[0], port=options.listen[1])
         metrics_url = await endpoint.start(host=options.listen[0], port=options.metrics_port)
-        rank = await start_rank(rank_settings(options), command=options.rank_command)
+        rank = await start_rank(rank_settings(options, config, setup.role), command=options.rank_command)
         log.info("started the rank %s", fields(process=rank.pid, model=options.model))
         loading = asyncio.create_task(_load(rank, options))
         await until_first(loading, signals.stop.wait())
@@ -129,7 +108,8 @@ async def serve(options: WorkerOptions) -> None:
             await end_task(loading)
             return
         ready = loading.result()
-        host = Host(link=rank, ready=ready, config=_host_config(options), metrics=metrics)
+        handler = setup.make(ready, config, metrics)
+        host = Host(link=rank, ready=ready, config=config, metrics=metrics, handler=handler)
         # Modules and stubs live as long as the process: the collector need not walk them again.
         gc.collect()
         gc.freeze()
@@ -141,13 +121,15 @@ async def serve(options: WorkerOptions) -> None:
     finally:
         signals.close()
         await server.stop()
+        await setup.close()
         await endpoint.stop()
         if rank is not None:
             await rank.stop(seconds_max=options.rank_stop_seconds_max)
         remove_ready_file(options.ready_file)
 
 
-def rank_settings(options: WorkerOptions) -> RankSettings:
+def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> RankSettings:
+    is_single = role is not Role.BOTH
     return RankSettings(
         model=str(options.model),
         numerics=options.numerics,
@@ -158,18 +140,10 @@ def rank_settings(options: WorkerOptions) -> RankSettings:
         prefill_tokens_max=options.prefill_tokens_max,
         threads=options.threads,
         kernels=options.kernels,
+        transfer=options.transfer if is_single else "",
+        num_records=(options.num_records or 2 * options.num_slots) if is_single else 0,
+        agent=f"{config.worker_id}#{config.incarnation:x}",
     )
-
-
-def parse_bytes(text: str, *, option: str) -> int:
-    """A size: 1500000000, 1.5GB or 1.4GiB. Raises ConfigError naming the option."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if found is None or (found[3] and not found[2]):
-        raise ConfigError(f"{option} must be a size such as 2GB or 512MiB, not {text!r}")
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
-    if size <= 0:
-        raise ConfigError(f"{option} must be above 0, not {text!r}")
-    return size
 
 
 async def _load(rank: RankProcess, options: WorkerOptions) -> RankReady:
@@ -243,44 +217,3 @@ def _host_config(options: WorkerOptions) -> HostConfig:
         plans_inflight_max=options.plans_inflight_max,
         step_seconds_max=options.step_seconds_max,
     )
-
-
-def _parse_kernels(choices: list[str]) -> dict[str, str]:
-    kernels: dict[str, str] = {}
-    for choice in choices:
-        operation, equals, name = choice.partition("=")
-        if not (operation and equals and name):
-            raise ConfigError(f"--kernel must be OPERATION=NAME, not {choice!r}")
-        kernels[operation] = name
-    return kernels
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rorqual worker",
-        description="Run one worker: a host, which schedules, and its rank, which computes.",
-    )
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="model directory")
-    add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="session address; port 0: any")
-    add(
-        "--numerics",
-        choices=["float32", "served"],
-        help="rounding (default: served for a quantised checkpoint)",
-    )
-    add("--exact", action="store_true", help="bit-identical logits whatever the batch")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--pages", type=int, metavar="N", help="pages of 256 tokens (default: the rank decides)"
-    )
-    size.add_argument("--kv-bytes", metavar="SIZE", help="memory for pages, such as 2GB")
-    add("--slots", type=int, default=16, metavar="N", help="sequences that run at once (default 16)")
-    add("--prefill-tokens", type=int, default=1024, metavar="N", help="prompt tokens per step (default 1024)")
-    add("--threads", type=int, default=1, metavar="N", help="compute threads of the rank (default 1)")
-    add("--kernel", action="append", default=[], metavar="OP=NAME", help="choose a kernel; repeatable")
-    add("--metrics-port", type=int, default=0, metavar="PORT", help="port of /metrics (default: any)")
-    add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once the worker is ready")
-    add("--worker-id", default="", metavar="NAME", help="name in logs (default: host name and process id)")
-    add("--drain-seconds", type=float, default=30.0, metavar="S", help="for running sequences at the end")
-    add_log_options(parser)
-    return parser

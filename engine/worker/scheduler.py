@@ -11,52 +11,53 @@ next decode segment can be planned before the token it reads is known here. The 
 therefore known ahead; the end by an end-of-sequence token is seen one step late, and the extra token is
 dropped.
 
-Running sequences are always older than waiting ones: admission takes the head of the queue, and a preempted
-sequence, the youngest running one, returns to the head. The oldest one can thus always get the pages it
-needs.
+Admission takes the head of the queue; it looks at slots, pages and records alone, and the rank hears of a
+sequence with its first chunk. A preempted sequence, the youngest running one (that started to run last), returns
+to the head. The oldest one can thus always get the pages it needs. How prompts share a step is told in
+`engine.worker.chunks`.
 
-Prompts share the tokens of a step (`prefill_tokens_max`) so that a long one does not hold up the short ones
-behind it, and is not held up by them either: half of the budget, in whole pages, is kept for the oldest
-unfinished prompt; the rest goes to the others, the shortest remainder first; what they leave is the oldest
-one's again. With an odd number of pages the half is rounded up in every second step, so with a budget of one
-page the oldest and the others take turns. The oldest is thus done after twice its own time at most, however
-many come after it, and every prompt is the oldest one day. Each chunk ends at a page boundary or the
-prompt's end. Admission looks at slots and pages alone; the rank hears of a sequence with its first chunk.
+On a prefill worker a sequence **lends**: its first token is its last one here. The host is told of every full page
+as it is computed and, with the token, of the record that holds the rest of the state. What the host has been told of
+may have been lent and is never free again by itself: it is surrendered to the host when the sequence ends, however
+it ends, and comes back by `take_back`. All else of a lending sequence is free as usual. A sequence of a single token
+needs nobody else, and lends nothing.
+
+On a decode worker a sequence **adopts**: it is given a slot, pages and a record, others read the state of its prompt
+into them, and after `adopted` it runs like any other; preempted, it computes its prompt itself. Bytes from elsewhere
+are written outside the order of plans, so an adoption says which plan must be done before; and it cannot be
+preempted, since a read cannot be stopped. A running sequence that finds no page and nobody younger to take it from
+therefore waits, without losing its own, as long as pages are adopting or in quarantine. Cancelled, it leaves pages
+and record in quarantine until the host settles them.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NewType
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
-import numpy as np
 
-from engine.plan import PromptScores, Sampled, Segment, SlotOpen, StepPlan, StepResult
-from kvstore.pages import PageAllocator, SlotAllocator, pages_for
-from rorqual.errors import Overloaded
-from rorqual.ids import PageId, SlotId
+from engine.plan import Lent, PromptScores, Sampled, StepPlan, StepResult
+from engine.worker.chunks import chunk_counts
+from engine.worker.events import (
+    Adoption,
+    Event,
+    LentEvent,
+    PagesEvent,
+    ScoresEvent,
+    SequenceKey,
+    Surrender,
+    TokenEvent,
+)
+from engine.worker.holdings import Holdings
+from engine.worker.sequences import Phase, Sequence, Step
+from rorqual.errors import InvalidRequest, Overloaded
+from rorqual.ids import PageId, RecordId, SlotId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
-from rorqual.session import (
-    Alternatives,
-    FinishReason,
-    Load,
-    PromptLogprobs,
-    TokenArray,
-    alternatives_of,
-    check_sequence,
-)
-
-SequenceKey = NewType("SequenceKey", int)
-"""A sequence on this worker, whatever session it came by. Keys of later sequences are larger."""
-
-RESERVE_TOKENS = PAGE_TOKENS // 4
-"""A running sequence within this many tokens of a page boundary keeps one free page from being given to a
-newcomer, who would be preempted again within a few steps."""
+from rorqual.session import FinishReason, Load, Role, TokenArray, check_sequence, credit_pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,58 +71,57 @@ class SchedulerConfig:
     plans_inflight_max: int = 2
     sequences_waiting_max: int = 1024
     tokens_waiting_max: int = 8 * 1024 * 1024  # 32 MB of prompts; a single prompt may always wait
+    role: Role = Role.BOTH
+    num_records: int = 0  # hand-over records; none is needed with Role.BOTH
+    num_page_components: int = 0  # digests of a lent page
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens_max > 0
         assert self.prefill_tokens_max % PAGE_TOKENS == 0, "a chunk ends at a page boundary"
         assert self.sequence_tokens_max <= self.num_pages * PAGE_TOKENS
         assert self.plans_inflight_max > 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
-    """One token of one sequence has landed. The last one has a finish reason; no event follows it."""
-
-    key: SequenceKey
-    index: int
-    token_id: int
-    logprob: float | None
-    alternatives: tuple[tuple[int, float], ...]
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoresEvent:
-    """A chunk of a prompt has been scored, where that was asked for. The last one comes before token 0."""
-
-    key: SequenceKey
-    prompt_logprobs: PromptLogprobs
+        assert self.role is Role.BOTH or self.num_records > 0, "state is handed over through records"
 
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.num_preemptions = 0
-        self._pages = PageAllocator(config.num_pages)
-        self._slots = SlotAllocator(config.num_slots)
-        self._sequences: dict[SequenceKey, _Sequence] = {}
-        self._waiting: deque[_Sequence] = deque()  # oldest first
+        self.last_applied = 0  # number of the newest plan whose result is in
+        self._holdings = Holdings(
+            num_pages=config.num_pages, num_slots=config.num_slots, num_records=config.num_records
+        )
+        self._sequences: dict[SequenceKey, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()  # oldest first
         self._tokens_waiting = 0  # of those, prompt and generated; does not change while they wait
-        self._running: dict[SequenceKey, _Sequence] = {}  # oldest first
+        self._tokens_awaited = 0  # of those, what is computed elsewhere
+        self._running: dict[SequenceKey, Sequence] = {}  # oldest first
+        self._adopting: dict[SequenceKey, Sequence] = {}
+        self._adoptions: dict[SequenceKey, Adoption] = {}  # of those, not taken yet
+        self._lending: dict[SequenceKey, Sequence] = {}  # landing, with what they lend
         self._closes: list[SlotId] = []  # slots to close on the rank with the next plan
-        self._inflight: deque[_Step] = deque()
+        self._inflight: deque[Step] = deque()
         self._next_number = 1
         self._step_ms = 0.0
 
     @property
     def num_sequences(self) -> int:
-        """Opened and not ended: waiting, running and landing."""
+        """Opened and not ended: waiting, adopting, running and landing."""
         return len(self._sequences)
 
     @property
+    def num_lent_pages(self) -> int:
+        """Surrendered to the host and not taken back."""
+        return self._holdings.num_lent_pages
+
+    @property
+    def num_records_free(self) -> int:
+        return self._holdings.num_records_free
+
+    @property
     def is_idle(self) -> bool:
-        """Nothing to compute, nothing on its way, nothing left open on the rank."""
-        return not (self._sequences or self._inflight or self._closes)
+        """Nothing to compute, nothing on its way, nothing left open on the rank, nothing with others."""
+        return self._holdings.is_clear and not (self._sequences or self._inflight or self._closes)
 
     def open(
         self,
@@ -131,10 +131,12 @@ class Scheduler:
         max_tokens: int,
         ignore_eos: bool,
         sampling: SamplingParams,
+        adopt: bool = False,
     ) -> None:
-        """Queue a sequence. Raises InvalidRequest if it can never be served here, Overloaded if the queue is
-        full."""
+        """Queue a sequence; with `adopt` one whose prompt is computed elsewhere, and scored there. Raises
+        InvalidRequest if it can never be served here, Overloaded if the queue is full."""
         assert key not in self._sequences, f"sequence {key} opened twice"
+        assert not adopt or self.config.role is Role.DECODE
         check_sequence(
             prompt=prompt,
             max_tokens=max_tokens,
@@ -142,22 +144,32 @@ class Scheduler:
             vocab_size=self.config.vocab_size,
             sequence_tokens_max=self.config.sequence_tokens_max,
         )
+        if adopt and max_tokens < 2:
+            raise InvalidRequest("a sequence of one token ends where its prompt is", field="max_tokens")
         if len(self._waiting) >= self.config.sequences_waiting_max or (
             self._waiting and self._tokens_waiting + len(prompt) > self.config.tokens_waiting_max
         ):
             raise Overloaded(
                 f"{len(self._waiting)} sequences with {self._tokens_waiting} tokens are waiting already"
             )
-        sequence = _Sequence(
-            key=key, prompt=prompt, max_tokens=max_tokens, ignore_eos=ignore_eos, sampling=sampling
+        if adopt:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        sequence = Sequence(
+            key=key,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            sampling=sampling,
+            is_lending=self.config.role is Role.PREFILL and max_tokens > 1,
+            is_adopting=adopt,
         )
         self._sequences[key] = sequence
         self._waiting.append(sequence)
-        self._tokens_waiting += sequence.num_known
+        self._count_waiting(sequence, +1)
 
     def cancel(self, key: SequenceKey) -> bool:
-        """End a sequence now; its pages and slot are free for the next plan. False when it has ended
-        already."""
+        """End a sequence now; its pages and slot are free for the next plan, but for what others may be reading or
+        writing. False when it has ended already."""
         return self.cancel_all((key,)) == 1
 
     def cancel_all(self, keys: Iterable[SequenceKey]) -> int:
@@ -172,7 +184,7 @@ class Scheduler:
         """The next step to send; None when there is nothing to do or enough is in flight."""
         if len(self._inflight) >= self.config.plans_inflight_max:
             return None
-        step = _Step(number=self._next_number)
+        step = Step(number=self._next_number)
         self._plan_decodes(step)
         self._admit()
         self._plan_chunks(step)
@@ -192,71 +204,165 @@ class Scheduler:
             sequence.num_inflight += 1
             if sequence.is_planned_to_the_end:
                 # Not before the plan is complete: what is freed now may be given away from the next plan on.
-                self._release(sequence)
-                sequence.phase = _Phase.LANDING
+                self._land_soon(sequence)
         self._check()
         return plan
 
-    def apply(self, result: StepResult) -> list[ScoresEvent | TokenEvent]:
-        """Take in the oldest plan's result; what it did to each sequence that is still wanted, a sequence's
-        scores before its token."""
+    def apply(self, result: StepResult) -> list[Event]:
+        """Take in the oldest plan's result; what it did to each sequence that is still wanted: its scores, its full
+        pages, its token, and then that it can go on elsewhere."""
         assert self._inflight, f"result {result.number} answers no plan"
         step = self._inflight.popleft()
         assert step.number == result.number, f"result {result.number} came for plan {step.number}"
         sampled = {SlotId(item.slot) for item in result.sampled}
         assert sampled == step.sampling, f"slots sampled {sampled}, planned {step.sampling}"
         assert len(result.sampled) == len(step.sampling), "a slot was sampled twice"
+        lent = {SlotId(item.slot): item for item in result.lent}
+        assert lent.keys() == step.lending.keys(), "slots lent are not those planned"
+        assert len(result.lent) == len(step.lending), "a slot was lent twice"
         self._step_ms = result.step_ms
+        self.last_applied = step.number
         for sequence in step.sequences.values():
             sequence.num_inflight -= 1
-        scored = self._score(step, result.prompt_scores) if result.prompt_scores else ()
-        landed = [self._land(step.sequences[SlotId(item.slot)], item) for item in result.sampled]
+        for record in step.restoring:
+            self._holdings.free_record(record)
+        events: list[Event] = []
+        if result.prompt_scores:
+            events.extend(self._score(step, result.prompt_scores))
+        for slot, item in lent.items():
+            events.extend(self._tell(step, slot, item))
+        for item in result.sampled:
+            sequence = step.sequences[SlotId(item.slot)]
+            token = self._land(sequence, item)
+            if token is not None:
+                events.append(token)
+                if sequence.is_lending and token.finish_reason is None:
+                    events.append(self._lend(sequence, lent[SlotId(item.slot)]))
         self._check()
-        return [*scored, *(event for event in landed if event is not None)]
+        return events
 
     def load(self) -> Load:
+        holdings = self._holdings
         remaining = (sequence.num_remaining for sequence in self._running.values())
+        tokens_waiting = self._tokens_waiting - self._tokens_awaited
         return Load(
-            sequences_running=len(self._running),
+            sequences_running=len(self._running) + len(self._adopting),
             sequences_waiting=len(self._waiting),
-            tokens_waiting=self._tokens_waiting + sum(count for count in remaining if count > 1),
-            pages_free=self._pages.num_free,
-            pages_total=self._pages.num_total,
-            slots_free=self._slots.num_free,
-            slots_total=self._slots.num_total,
+            tokens_waiting=tokens_waiting + sum(count for count in remaining if count > 1),
+            pages_free=holdings.num_pages_free,
+            pages_total=self.config.num_pages,
+            slots_free=holdings.num_slots_free,
+            slots_total=self.config.num_slots,
             step_ms=self._step_ms,
+            pages_leased=holdings.num_lent_pages + holdings.num_quarantined_pages,
         )
 
-    def _plan_decodes(self, step: _Step) -> None:
+    def take_surrendered(self) -> list[Surrender]:
+        """Sequences that have left lent state to the host since the last time: after `apply` and cancels."""
+        return self._holdings.take_surrendered()
+
+    def take_back(self, pages: Collection[PageId], record: RecordId | None) -> None:
+        """Surrendered state nobody can be reading any more: free for the next plan."""
+        self._holdings.take_back(pages, record, last_plan=self._newest_number)
+        self._check()
+
+    def take_adoptions(self) -> list[Adoption]:
+        """Sequences that have been given room for their state since the last time; whoever can start, starts. To be
+        asked after everything that frees something. Each one taken ends in `adopted`, or in a cancel and `settle`."""
+        self._admit()
+        taken = list(self._adoptions.values())
+        self._adoptions.clear()
+        return taken
+
+    def adopted(self, key: SequenceKey, token_ids: tuple[int, ...]) -> None:
+        """The state of the prompt is in the adoption's pages and record, and nothing writes there any more;
+        `token_ids` is what was generated so far. Raises InvalidRequest, and nothing has changed, when it cannot go
+        on from there."""
+        assert key in self._adopting, f"sequence {key} is not adopting"
+        assert key not in self._adoptions, f"state of sequence {key} came before its adoption was taken"
+        sequence = self._adopting[key]
+        self._check_generated(sequence, token_ids)
+        del self._adopting[key]
+        sequence.adopt(token_ids)
+        self._running[key] = sequence
+        self._check()
+
+    def settle(self, key: SequenceKey) -> None:
+        """Nothing is read any more into what a sequence held that was cancelled while it adopted, or nothing ever
+        was. Due once for every adoption taken that did not come to `adopted`."""
+        self._holdings.settle(key)
+        self._check()
+
+    def num_pages_grown(self, keys: Iterable[SequenceKey]) -> int:
+        """Pages that these sequences hold beyond what they are charged for by `rorqual.session.credit_pages`."""
+        found = (sequence for key in keys if (sequence := self._sequences.get(key)) is not None)
+        return sum(max(0, len(item.pages) - credit_pages(len(item.prompt))) for item in found)
+
+    @property
+    def _newest_number(self) -> int:
+        """Of the plans made so far."""
+        return self._next_number - 1
+
+    def _plan_decodes(self, step: Step) -> None:
         """One token for every running sequence whose next token is the only one missing. Oldest first, so
         that a victim of preemption is never in the step yet."""
         for sequence in list(self._running.values()):
-            if sequence.phase is not _Phase.RUNNING or sequence.num_remaining != 1:
+            if sequence.phase is not Phase.RUNNING or (sequence.num_remaining != 1 and sequence.is_paged):
                 continue
-            if self._grow(sequence):
+            if self._grow(sequence) and sequence.num_remaining == 1:
                 step.add(sequence, 1)
 
     def _admit(self) -> None:
-        """Start waiting sequences, first come first served, while slots and pages last."""
+        """Start waiting sequences, first come first served, while slots, pages and records last."""
         if not self._waiting:
             return
-        reserve = sum(1 for sequence in self._running.values() if sequence.is_near_page_end)
+        holders = chain(self._running.values(), self._adopting.values())
+        reserve = sum(1 for sequence in holders if sequence.is_near_page_end)
         while self._waiting:
             sequence = self._waiting[0]
             if sequence.num_inflight:
                 return  # preempted: tokens it will resume from are still on their way
-            num_pages = pages_for(sequence.num_known)
-            if not self._slots.num_free or num_pages + reserve > self._pages.num_free:
+            if not self._holdings.start(sequence, pages_reserved=reserve):
                 return
             self._waiting.popleft()
-            self._tokens_waiting -= sequence.num_known
-            self._start(sequence, num_pages)
+            self._count_waiting(sequence, -1)
+            if sequence.is_adopting:
+                self._adopt_from_now(sequence)
+            else:
+                self._running[sequence.key] = sequence
             reserve += sequence.is_near_page_end
 
-    def _plan_chunks(self, step: _Step) -> None:
+    def _adopt_from_now(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        assert sequence.record is not None
+        last_plan = self._holdings.last_plan(sequence)
+        self._adopting[sequence.key] = sequence
+        self._adoptions[sequence.key] = Adoption(
+            key=sequence.key,
+            slot=sequence.slot,
+            pages=tuple(sequence.pages),
+            record=sequence.record,
+            after=last_plan if last_plan > self.last_applied else 0,
+        )
+
+    def _check_generated(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
+        """At most a page: so many are computed in one chunk, wherever in a page it begins."""
+        num_max = min(sequence.max_tokens - 1, PAGE_TOKENS)
+        if not 1 <= len(token_ids) <= num_max:
+            text = f"{len(token_ids)} tokens came with the state; it can go on from 1 to {num_max}"
+            raise InvalidRequest(text, field="token_ids")
+        if min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
+            text = f"a token that came with the state is not one of {self.config.vocab_size}"
+            raise InvalidRequest(text, field="token_ids")
+
+    def _plan_chunks(self, step: Step) -> None:
         """The next chunk of every running sequence that is still in its prompt, as far as the budget goes."""
-        unfinished = [sequence for sequence in self._running.values() if sequence.slot not in step.sequences]
-        counts = _chunk_counts(
+        unfinished = [
+            sequence
+            for sequence in self._running.values()
+            if sequence.slot not in step.sequences and sequence.is_paged
+        ]
+        counts = chunk_counts(
             [sequence.num_remaining for sequence in unfinished],
             budget=self.config.prefill_tokens_max,
             step_number=step.number,
@@ -265,49 +371,51 @@ class Scheduler:
             if count:
                 step.add(sequence, count)
 
-    def _start(self, sequence: _Sequence, num_pages: int) -> None:
-        """All pages of the known tokens are taken now: taking them chunk by chunk would admit too many."""
-        slot, pages = self._slots.allocate(), self._pages.allocate(num_pages)
-        assert slot is not None
-        assert pages is not None
-        sequence.start(slot, pages)
-        self._running[sequence.key] = sequence
-
-    def _grow(self, sequence: _Sequence) -> bool:
-        """Make room for the next token, at the cost of the youngest if need be. False when that was the
-        sequence."""
-        while len(sequence.pages) < pages_for(sequence.num_computed + 1):
-            pages = self._pages.allocate(1)
-            if pages is not None:
-                sequence.pages.extend(pages)
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the known tokens, at the cost of the youngest if need be. False when that was the sequence,
+        or when it waits for pages that come back by themselves."""
+        while not sequence.is_paged:
+            if self._holdings.grow(sequence):
                 continue
             victim = self._running[next(reversed(self._running))]
+            if victim is sequence and (self._adopting or self._holdings.num_quarantined):
+                return False
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Take everything away and requeue at the head. Prompt and generated tokens are computed anew later;
         since sampling is a function of the position, the answer stays the same."""
-        self._release(sequence)
-        sequence.phase = _Phase.WAITING
+        assert not sequence.is_lending, "a lending sequence has all its pages from the start"
+        self._vacate(sequence)
+        self._holdings.free_state(sequence, last_plan=self._newest_number)
+        sequence.phase = Phase.WAITING
         self._waiting.appendleft(sequence)
-        self._tokens_waiting += sequence.num_known
+        self._count_waiting(sequence, +1)
         self.num_preemptions += 1
 
-    def _release(self, sequence: _Sequence) -> None:
-        assert sequence.phase is _Phase.RUNNING
-        assert sequence.slot is not None
+    def _vacate(self, sequence: Sequence) -> None:
+        """It runs no more."""
+        assert sequence.phase is Phase.RUNNING
         del self._running[sequence.key]
-        self._pages.free(sequence.pages)
-        self._slots.free(sequence.slot)
+        slot = self._holdings.free_slot(sequence)
         if sequence.is_opened:
-            self._closes.append(sequence.slot)
-        sequence.pages = []
-        sequence.slot = None
+            self._closes.append(slot)
 
-    def _score(self, step: _Step, items: Iterable[PromptScores]) -> list[ScoresEvent]:
+    def _land_soon(self, sequence: Sequence) -> None:
+        """Its last token is planned. What it lends it keeps; the rows of a page that is not full are in the record
+        before a later plan can overwrite them."""
+        self._vacate(sequence)
+        if sequence.is_lending:
+            self._holdings.free_pages(sequence, first=sequence.num_full_pages, last_plan=self._newest_number)
+            self._lending[sequence.key] = sequence
+        else:
+            self._holdings.free_state(sequence, last_plan=self._newest_number)
+        sequence.phase = Phase.LANDING
+
+    def _score(self, step: Step, items: Iterable[PromptScores]) -> list[ScoresEvent]:
         """One event for each sequence whose scores are news: the rank sends them in small parts."""
         parts: dict[int, list[PromptScores]] = {}
         for item in items:
@@ -315,16 +423,55 @@ class Scheduler:
         events: list[ScoresEvent] = []
         for slot, own in parts.items():
             sequence = step.sequences[SlotId(slot)]
-            if sequence.phase is _Phase.ENDED:
+            if sequence.phase is Phase.ENDED:
                 continue
             found = sequence.take_scores(own)
             if found is not None:
                 events.append(ScoresEvent(key=sequence.key, prompt_logprobs=found))
         return events
 
-    def _land(self, sequence: _Sequence, sampled: Sampled) -> TokenEvent | None:
+    def _tell(self, step: Step, slot: SlotId, item: Lent) -> list[PagesEvent]:
+        """The full pages that a segment has completed, if any. From now on others may be reading them."""
+        sequence, segment = step.sequences[slot], step.lending[slot]
+        first, end = segment.start // PAGE_TOKENS, (segment.start + segment.count) // PAGE_TOKENS
+        num_digests = (end - first) * self.config.num_page_components
+        assert len(item.page_digests) == num_digests, f"{len(item.page_digests)} digests, not {num_digests}"
+        assert (item.record_bytes > 0) == (segment.record >= 0), "a record was packed that was not planned"
+        if sequence.phase is Phase.ENDED or first == end:
+            return []
+        assert sequence.num_pages_told == first
+        assert sequence.record is not None
+        sequence.num_pages_told = end
+        sequence.is_told = True
+        pages = tuple(sequence.pages[first:end])
+        return [
+            PagesEvent(
+                key=sequence.key,
+                record=sequence.record,
+                first_page=first,
+                pages=pages,
+                digests=item.page_digests,
+            )
+        ]
+
+    def _lend(self, sequence: Sequence, item: Lent) -> LentEvent:
+        """It goes on elsewhere, from what the host is told of now at the latest."""
+        assert sequence.record is not None
+        assert sequence.num_pages_told == sequence.num_full_pages
+        sequence.is_told = True
+        event = LentEvent(
+            key=sequence.key,
+            record=sequence.record,
+            num_tokens=len(sequence.prompt),
+            record_bytes=item.record_bytes,
+            record_digest=item.record_digest,
+        )
+        self._end(sequence)
+        return event
+
+    def _land(self, sequence: Sequence, sampled: Sampled) -> TokenEvent | None:
         sequence.num_promised -= 1
-        if sequence.phase is _Phase.ENDED:
+        if sequence.phase is Phase.ENDED:
             return None  # cancelled, or sampled beyond its end-of-sequence token
         assert sequence.is_scored, f"a token came after {sequence.num_scored} of the prompt's scores"
         index = len(sequence.generated)
@@ -341,179 +488,49 @@ class Scheduler:
             finish_reason=finish_reason,
         )
 
-    def _finish_reason(self, sequence: _Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         if token_id in self.config.eos_token_ids and not sequence.ignore_eos:
             return FinishReason.STOP
         if len(sequence.generated) == sequence.max_tokens:
             return FinishReason.LENGTH
         return None
 
-    def _end(self, sequence: _Sequence) -> None:
-        if sequence.phase is _Phase.WAITING:
-            self._waiting.remove(sequence)
-            self._tokens_waiting -= sequence.num_known
-        elif sequence.phase is _Phase.RUNNING:
-            self._release(sequence)
-        sequence.phase = _Phase.ENDED
-        del self._sequences[sequence.key]
+    def _end(self, sequence: Sequence) -> None:
+        key = sequence.key
+        match sequence.phase:
+            case Phase.WAITING:
+                self._waiting.remove(sequence)
+                self._count_waiting(sequence, -1)
+            case Phase.ADOPTING:
+                self._abandon(sequence)
+            case Phase.RUNNING:
+                self._vacate(sequence)
+                self._holdings.free_state(sequence, last_plan=self._newest_number)
+            case Phase.LANDING:
+                if self._lending.pop(key, None) is not None:
+                    self._holdings.free_state(sequence, last_plan=self._newest_number)
+            case Phase.ENDED:
+                raise AssertionError(f"sequence {key} ended twice")
+        sequence.phase = Phase.ENDED
+        del self._sequences[key]
+
+    def _abandon(self, sequence: Sequence) -> None:
+        """Nobody wants the state any more that is read into what it holds; unless nobody has heard of the room."""
+        del self._adopting[sequence.key]
+        self._holdings.free_slot(sequence)
+        if self._adoptions.pop(sequence.key, None) is None:
+            self._holdings.quarantine(sequence)
+        else:
+            self._holdings.free_state(sequence, last_plan=0)
+
+    def _count_waiting(self, sequence: Sequence, sign: int) -> None:
+        self._tokens_waiting += sign * sequence.num_known
+        if sequence.is_adopting:
+            self._tokens_awaited += sign * sequence.num_known
 
     def _check(self) -> None:
-        self._pages.check()
-        self._slots.check()
-        held = sum(len(sequence.pages) for sequence in self._running.values())
         assert not self._tokens_waiting or self._waiting, "tokens wait without a sequence"
-        assert held == self._pages.num_in_use, "pages in use are not the running sequences'"
-        assert len(self._running) == self._slots.num_in_use, "slots in use are not the running sequences'"
-
-
-class _Phase(enum.Enum):
-    WAITING = "waiting"  # in the queue, holds nothing
-    RUNNING = "running"  # holds a slot and pages
-    LANDING = "landing"  # its last token is planned, holds nothing
-    ENDED = "ended"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Sequence:
-    key: SequenceKey
-    prompt: TokenArray
-    max_tokens: int
-    ignore_eos: bool
-    sampling: SamplingParams
-    phase: _Phase = _Phase.WAITING
-    generated: list[int] = field(default_factory=list[int])  # tokens that have landed
-    num_promised: int = 0  # tokens sampled by plans in flight
-    num_inflight: int = 0  # plans in flight that compute something of it
-    num_computed: int = 0  # positions computed by the plans made so far, since it last started
-    slot: SlotId | None = None
-    pages: list[PageId] = field(default_factory=list[PageId])
-    is_opened: bool = False  # the rank knows that it has the slot
-    num_pages_sent: int = 0
-    num_scored: int = 0  # prompt tokens whose scores have been passed on
-
-    @property
-    def num_known(self) -> int:
-        """Tokens here or on their way."""
-        return len(self.prompt) + len(self.generated) + self.num_promised
-
-    @property
-    def num_remaining(self) -> int:
-        """Tokens known and not computed. One: a decode step, or the last token of a prompt, which is the
-        same."""
-        return self.num_known - self.num_computed
-
-    @property
-    def is_planned_to_the_end(self) -> bool:
-        return len(self.generated) + self.num_promised == self.max_tokens
-
-    @property
-    def is_scored(self) -> bool:
-        return self.sampling.prompt_logprobs is None or self.num_scored == len(self.prompt) - 1
-
-    @property
-    def is_near_page_end(self) -> bool:
-        """It will ask for another page soon, unless it ends before."""
-        num_last = min(self.num_known + RESERVE_TOKENS, len(self.prompt) + self.max_tokens - 1)
-        return pages_for(num_last) > len(self.pages)
-
-    def start(self, slot: SlotId, pages: Iterable[PageId]) -> None:
-        assert self.num_inflight == 0
-        assert self.num_promised == 0
-        self.phase = _Phase.RUNNING
-        self.slot = slot
-        self.pages = list(pages)
-        self.is_opened = False
-        self.num_pages_sent = 0
-        self.num_computed = 0
-
-    def slot_open(self) -> SlotOpen:
-        assert self.slot is not None
-        assert not self.is_opened
-        self.is_opened = True
-        tokens = np.concatenate((self.prompt, np.asarray(self.generated, dtype=np.int32)))
-        # A resumed sequence whose scores are all out does not pay for them again.
-        prompt_logprobs = None if self.is_scored else self.sampling.prompt_logprobs
-        return SlotOpen(
-            slot=self.slot,
-            tokens=tokens.astype("<i4", copy=False).tobytes(),
-            num_prompt=len(self.prompt),
-            sampling=msgspec.structs.replace(self.sampling, prompt_logprobs=prompt_logprobs),
+        self._holdings.check(
+            chain(self._running.values(), self._adopting.values(), self._lending.values()),
+            num_records_restoring=sum(len(step.restoring) for step in self._inflight),
         )
-
-    def next_segment(self, count: int) -> Segment:
-        """The next `count` tokens, with the pages they need that the rank does not know yet."""
-        assert self.slot is not None
-        assert self.is_opened
-        assert count == 1 or self.num_computed % PAGE_TOKENS == 0
-        end = self.num_computed + count
-        num_pages = pages_for(end)
-        segment = Segment(
-            slot=self.slot,
-            start=self.num_computed,
-            count=count,
-            pages=tuple(self.pages[self.num_pages_sent : num_pages]),
-            sample=end == self.num_known,
-        )
-        self.num_pages_sent = num_pages
-        self.num_computed = end
-        self.num_promised += segment.sample
-        return segment
-
-    def take_scores(self, parts: Iterable[PromptScores]) -> PromptLogprobs | None:
-        """What is new of them: a preempted prompt is scored again from its beginning, in other chunks."""
-        first = self.num_scored + 1
-        logprobs: list[float] = []
-        alternatives: list[Alternatives] = []
-        for part in parts:
-            num_old = self.num_scored + 1 - part.first
-            assert num_old >= 0, f"scores from {part.first} after {self.num_scored}"
-            if num_old < len(part.logprobs):
-                logprobs.extend(part.logprobs[num_old:])
-                alternatives.extend(alternatives_of(pairs) for pairs in part.alternatives[num_old:])
-                self.num_scored = part.first - 1 + len(part.logprobs)
-        if not logprobs:
-            return None
-        return PromptLogprobs(first=first, logprobs=tuple(logprobs), alternatives=tuple(alternatives))
-
-
-@dataclass(slots=True, kw_only=True)
-class _Step:
-    """A plan while it is made, and what must be remembered of it while it is in flight."""
-
-    number: int
-    opens: list[SlotOpen] = field(default_factory=list[SlotOpen])
-    segments: list[Segment] = field(default_factory=list[Segment])
-    sequences: dict[SlotId | None, _Sequence] = field(default_factory=dict["SlotId | None", "_Sequence"])
-    sampling: set[SlotId] = field(default_factory=set[SlotId])
-
-    def add(self, sequence: _Sequence, count: int) -> None:
-        if not sequence.is_opened:
-            self.opens.append(sequence.slot_open())
-        segment = sequence.next_segment(count)
-        slot = SlotId(segment.slot)
-        assert slot not in self.sequences, f"slot {slot} has two segments in step {self.number}"
-        self.segments.append(segment)
-        self.sequences[slot] = sequence
-        if segment.sample:
-            self.sampling.add(slot)
-
-
-def _chunk_counts(remaining: Sequence[int], *, budget: int, step_number: int) -> list[int]:
-    """How much of each unfinished prompt the step computes, by what remains of them, oldest first. The rule
-    is in the module's docstring."""
-    if not remaining:
-        return []
-    counts = [0] * len(remaining)
-    half = (budget // PAGE_TOKENS + step_number % 2) // 2 * PAGE_TOKENS
-    kept = min(remaining[0], half)
-    budget -= kept
-    for index in sorted(range(1, len(remaining)), key=remaining.__getitem__):
-        counts[index] = _chunk_tokens(remaining[index], budget)
-        budget -= counts[index]
-    counts[0] = _chunk_tokens(remaining[0], budget + kept)
-    return counts
-
-
-def _chunk_tokens(num_remaining: int, budget: int) -> int:
-    """The rest if it fits the budget, else as many whole pages as do."""
-    return num_remaining if num_remaining <= budget else budget // PAGE_TOKENS * PAGE_TOKENS

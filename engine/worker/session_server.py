@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from engine.worker.host import Host, Session, SessionRefused
+from engine.worker.host import Host
+from engine.worker.session import Session, SessionRefused
 from rorqual.errors import ConfigError
 from rorqual.grpc_health import HealthService
 from rorqual.service import format_address
@@ -53,7 +54,13 @@ ServicerContext = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class SessionServer:
-    def __init__(self, *, write_seconds_max: float = WRITE_SECONDS_MAX) -> None:
+    def __init__(
+        self,
+        *,
+        write_seconds_max: float = WRITE_SECONDS_MAX,
+        services: Sequence[grpc.GenericRpcHandler[Any, Any]] = (),
+    ) -> None:
+        """`services` are what the worker's role answers beside the session."""
         self._write_seconds_max = write_seconds_max
         self._host: Host | None = None
         self._stopping = asyncio.Event()
@@ -63,6 +70,7 @@ class SessionServer:
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {SESSION_METHOD: handler}),)
         )
+        self._server.add_generic_rpc_handlers(tuple(services))
         self._health.add_to(self._server)
 
     async def start(self, *, host: str, port: int) -> str:

@@ -2,38 +2,62 @@
 
 The next token is a hash of (the token before, its position, seed, choice). `FakeRank` answers plans in the process;
 run as a program (`python fake_rank.py --fd N [--step-ms M]`) it is the other end of `engine.worker.rank_link`.
+
+Its memory is what the pages and records of a real one would be a function of: a page holds its tokens and a hash of
+all that came before them. Every step checks that a sequence's pages still hold what it has put there; so a page or
+record that was given away too early, read into while a plan used it, or overwritten while it was lent, is found.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from engine.frames import join_host, read_frame, write_frame
 from engine.plan import (
+    Expose,
+    Fetch,
+    Fetched,
+    FromTransfer,
+    Lent,
+    PeerClose,
+    PeerOpen,
+    PeerOpened,
     PromptScores,
     RankFailed,
     RankProgress,
     RankReady,
     RankSettings,
+    RecordFetch,
+    Restore,
     Sampled,
     Segment,
     Shutdown,
     SlotOpen,
     StepPlan,
     StepResult,
+    ToTransfer,
 )
+from kvstore.transfer.contract import Endpoint
 from rorqual.sampling import SamplingParams
 
 PAGE_TOKENS = 256
 VOCAB_SIZE = 97
 EOS = 1
 POSITIONS_MAX = 4096
+NUM_PAGE_COMPONENTS = 2
+WIRE_ID = "fake-wire"
+ROOT = b"root"  # what comes before a sequence's first page
+
+Rows = tuple[bytes, bytes]
+"""Content of a page: a hash of all tokens before it, and its own tokens, little-endian int32."""
 
 
 def next_token(last: int, position: int, sampling: SamplingParams) -> int:
@@ -62,6 +86,25 @@ def answer(
     return tokens[len(prompt) :]
 
 
+def digest(*parts: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "big")
+
+
+def page_digests(rows: Rows) -> tuple[int, ...]:
+    """Of a page one for each component."""
+    return tuple(digest(*rows, bytes([component])) for component in range(NUM_PAGE_COMPONENTS))
+
+
+def next_hash(rows: Rows) -> bytes:
+    """What comes before the page that follows a full one."""
+    assert len(rows[1]) == 4 * PAGE_TOKENS
+    return hashlib.blake2b(b"".join(rows), digest_size=8).digest()
+
+
+def num_pages_of(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_TOKENS)
+
+
 @dataclass
 class Slot:
     tokens: list[int]
@@ -69,18 +112,72 @@ class Slot:
     sampling: SamplingParams
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)  # what `pages` must hold
+    lends: bool | None = None  # known with the first segment
+    has_left: bool = False  # its state is packed: it goes on elsewhere
+
+    def rows_before(self) -> bytes:
+        """Of the page that comes next."""
+        return next_hash(self.rows[-1]) if self.rows else ROOT
+
+    def compute(self, count: int) -> list[int]:
+        """Numbers within the sequence of the pages that have changed."""
+        start, end = self.num_computed, self.num_computed + count
+        changed = list(range(start // PAGE_TOKENS, num_pages_of(end)))
+        for number in changed:
+            if number == len(self.rows):
+                self.rows.append((self.rows_before(), b""))
+            before, old = self.rows[number]
+            new = self.tokens[number * PAGE_TOKENS + len(old) // 4 : min(end, (number + 1) * PAGE_TOKENS)]
+            self.rows[number] = (before, old + struct.pack(f"<{len(new)}i", *new))
+        self.num_computed = end
+        return changed
+
+    def pack(self) -> bytes:
+        """All state but the full pages. Its length differs from sequence to sequence."""
+        is_partial = self.num_computed % PAGE_TOKENS > 0
+        before, tokens = self.rows[-1] if is_partial else (self.rows_before(), b"")
+        return msgspec.msgpack.encode((self.num_computed, before, tokens))
 
 
 class FakeRank:
-    def __init__(self, *, num_pages: int, num_slots: int, prefill_tokens_max: int) -> None:
+    """`agent`: its name as an owner of memory that others read."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        num_slots: int,
+        prefill_tokens_max: int,
+        num_records: int = 0,
+        agent: str = "fake",
+    ) -> None:
         self.num_pages = num_pages
         self.num_slots = num_slots
         self.prefill_tokens_max = prefill_tokens_max
+        self.num_records = num_records
+        self.agent = agent
         self.slots: dict[int, Slot] = {}
+        self.memory: list[Rows | None] = [None] * num_pages
+        self.records: list[bytes | None] = [None] * num_records
+        self.lent_pages: set[int] = set()  # others may read them: whoever tests says so, with `lend`
+        self.lent_records: set[int] = set()
+        self.fetches: dict[int, Fetch] = {}  # begun, not ended
+        self.peers: dict[int, str] = {}  # agent names
+        self.is_exposed = False
         self.num_steps = 0
         self.num_tokens_computed = 0
+        self.num_tokens_restored = 0
 
     def ready(self) -> RankReady:
+        transfer = {}
+        if self.num_records:
+            transfer = {
+                "wire_id": WIRE_ID,
+                "endpoint": Endpoint(backend="fake", agent=self.agent, metadata=b"", regions=()),
+                "num_records": self.num_records,
+                "num_page_components": NUM_PAGE_COMPONENTS,
+            }
         return RankReady(
             num_pages=self.num_pages,
             num_slots=self.num_slots,
@@ -94,6 +191,7 @@ class FakeRank:
             state_bytes=0,
             has_mtp=False,
             notices=("no MTP weights: served without drafts",),
+            **transfer,
         )
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -113,44 +211,184 @@ class FakeRank:
         # All page tables first: a page must belong to one sequence among all of the step.
         for segment in plan.segments:
             self._map(segment)
-        self._check_pages()
-        sampled, scores = [], []
+        self._check_pages(plan)
+        sampled, scores, lent = [], [], []
         for segment in plan.segments:
             self._compute(segment, sampled, scores)
+            if segment.lend:
+                lent.append(self._lend(segment))
         return StepResult(
-            number=plan.number, sampled=tuple(sampled), prompt_scores=tuple(scores), step_ms=1.0
+            number=plan.number,
+            sampled=tuple(sampled),
+            prompt_scores=tuple(scores),
+            step_ms=1.0,
+            lent=tuple(lent),
         )
+
+    def transfer(self, message: ToTransfer, owners: Mapping[str, FakeRank]) -> FromTransfer | None:
+        """What the rank answers, at once; `owners` are the ranks that can be reached, by their agents' names."""
+        match message:
+            case PeerOpen():
+                assert message.peer not in self.peers, f"peer {message.peer} is used again"
+                self.peers[message.peer] = message.endpoint.agent
+                gone = message.endpoint.agent not in owners
+                return PeerOpened(peer=message.peer, error="nobody answers" if gone else "")
+            case PeerClose():
+                del self.peers[message.peer]
+                return None
+            case Fetch():
+                self.begin_fetch(message)
+                return self.end_fetch(message.fetch, owners.get(self.peers[message.peer]))
+            case Expose():
+                assert message.active != self.is_exposed, "exposed twice"
+                self.is_exposed = message.active
+                return None
+
+    def begin_fetch(self, message: Fetch) -> None:
+        """From now on until its end the targets are written into, at any time."""
+        assert message.fetch not in self.fetches, f"fetch {message.fetch} is used again"
+        assert len(message.source_pages) == len(message.target_pages)
+        assert len(message.digests) == len(message.target_pages) * NUM_PAGE_COMPONENTS
+        assert message.source_pages or message.record, "a fetch of nothing"
+        targets = set(message.target_pages)
+        assert len(targets) == len(message.target_pages), "a page is read into twice"
+        assert not targets & (self._fetched_pages() | self.lent_pages), "a page is read into while in use"
+        assert all(0 <= page < self.num_pages for page in targets), "a page beyond the pool"
+        if message.record is not None:
+            self._check_record(message.record.target)
+        self.fetches[message.fetch] = message
+
+    def end_fetch(self, fetch: int, owner: FakeRank | None) -> Fetched:
+        """The bytes have come, or the owner is gone."""
+        message = self.fetches.pop(fetch)
+        error = "" if owner is not None else "the peer is gone"
+        num_bytes = 0
+        if owner is not None:
+            for number, (source, target) in enumerate(
+                zip(message.source_pages, message.target_pages, strict=True)
+            ):
+                self.memory[target] = rows = owner.memory[source]
+                first = number * NUM_PAGE_COMPONENTS
+                expected = message.digests[first : first + NUM_PAGE_COMPONENTS]
+                if rows is None or page_digests(rows) != expected:
+                    error = f"page {source} is not what was offered"
+                num_bytes += 4 * PAGE_TOKENS
+            if message.record is not None:
+                error = error or self._fetch_record(message.record, owner)
+                num_bytes += message.record.num_bytes
+        return Fetched(fetch=fetch, error=error, num_bytes=num_bytes, transfer_ms=1.0, verify_ms=0.5)
+
+    def lend(self, pages: tuple[int, ...], record: int | None = None) -> None:
+        """Others may read these from now on, until they are taken back: nothing may be written there."""
+        assert not self.lent_pages & set(pages), "a page is lent twice"
+        self.lent_pages.update(pages)
+        if record is not None:
+            assert record not in self.lent_records, f"record {record} is lent twice"
+            self.lent_records.add(record)
+
+    def take_back(self, pages: tuple[int, ...], record: int | None = None) -> None:
+        self.lent_pages.difference_update(pages)
+        self.lent_records.discard(record if record is not None else -1)
+
+    def _fetch_record(self, item: RecordFetch, owner: FakeRank) -> str:
+        self.records[item.target] = packed = owner.records[item.source]
+        if packed is None or len(packed) != item.num_bytes or digest(packed) != item.digest:
+            return f"record {item.source} is not what was offered"
+        return ""
+
+    def _fetched_pages(self) -> set[int]:
+        return {page for fetch in self.fetches.values() for page in fetch.target_pages}
+
+    def _check_record(self, record: int) -> None:
+        """It may be written into."""
+        assert 0 <= record < self.num_records, f"record {record} of {self.num_records}"
+        assert record not in self.lent_records, f"record {record} is written while it is lent"
+        targets = {fetch.record.target for fetch in self.fetches.values() if fetch.record is not None}
+        assert record not in targets, f"record {record} is used while it is read into"
 
     def _open(self, item: SlotOpen) -> None:
         assert 0 <= item.slot < self.num_slots, f"slot {item.slot} of {self.num_slots}"
         assert item.slot not in self.slots, f"slot {item.slot} opened while open"
         tokens = [token for (token,) in struct.iter_unpack("<i", item.tokens)]
         assert 1 <= item.num_prompt <= len(tokens)
-        self.slots[item.slot] = Slot(tokens=tokens, num_prompt=item.num_prompt, sampling=item.sampling)
+        slot = Slot(tokens=tokens, num_prompt=item.num_prompt, sampling=item.sampling)
+        self.slots[item.slot] = slot
+        if item.restore is not None:
+            self._restore(slot, item.restore)
+
+    def _restore(self, slot: Slot, restore: Restore) -> None:
+        assert restore.num_computed == slot.num_prompt < len(slot.tokens)
+        assert len(restore.pages) == num_pages_of(restore.num_computed)
+        assert slot.sampling.prompt_logprobs is None, "scores of a prompt that was computed elsewhere"
+        slot.compute(restore.num_computed)
+        slot.pages = list(restore.pages)
+        self._check_record(restore.record)
+        assert self.records[restore.record] == slot.pack(), "the record holds another state"
+        if restore.num_computed % PAGE_TOKENS:
+            self._write(restore.pages[-1], slot.rows[-1])
+        self._check_memory(slot)
+        self.num_tokens_restored += restore.num_computed
 
     def _map(self, segment: Segment) -> None:
         slot = self.slots[segment.slot]
+        self._check_memory(slot)
         slot.pages.extend(segment.pages)
         end = segment.start + segment.count
         assert segment.start == slot.num_computed, f"start {segment.start}, computed {slot.num_computed}"
         assert segment.count >= 1
         assert end <= len(slot.tokens), "computes tokens that are not known"
-        assert len(slot.pages) == -(-end // PAGE_TOKENS), f"{len(slot.pages)} pages for {end} tokens"
+        assert len(slot.pages) == num_pages_of(end), f"{len(slot.pages)} pages for {end} tokens"
         assert end % PAGE_TOKENS == 0 or end == len(slot.tokens), (
             "chunk ends neither at a page nor at the end"
         )
         assert segment.sample == (end == len(slot.tokens)), "sample flag is wrong"
+        assert not slot.has_left, "a sequence goes on here and elsewhere"
+        assert slot.lends in (None, segment.lend), "a sequence lends a part of its prompt"
+        slot.lends = segment.lend
+        assert (segment.record >= 0) == (segment.lend and segment.sample), "a record at the wrong time"
 
-    def _check_pages(self) -> None:
+    def _check_pages(self, plan: StepPlan) -> None:
         owned = [page for slot in self.slots.values() for page in slot.pages]
         assert len(owned) == len(set(owned)), "a page belongs to two sequences"
         assert all(0 <= page < self.num_pages for page in owned), "a page beyond the pool"
+        used = {page for segment in plan.segments for page in self.slots[segment.slot].pages}
+        assert not used & self._fetched_pages(), "a page is used while it is read into"
+        records = [segment.record for segment in plan.segments if segment.record >= 0]
+        records += [item.restore.record for item in plan.opens if item.restore is not None]
+        assert len(records) == len(set(records)), "a record is used twice"
+
+    def _check_memory(self, slot: Slot) -> None:
+        for page, rows in zip(slot.pages, slot.rows, strict=True):
+            assert self.memory[page] == rows, f"page {page} does not hold what its sequence has put there"
+
+    def _write(self, page: int, rows: Rows) -> None:
+        assert page not in self.lent_pages, f"page {page} is written while it is lent"
+        self.memory[page] = rows
+
+    def _lend(self, segment: Segment) -> Lent:
+        """After the segment is computed, and before its token is known."""
+        slot = self.slots[segment.slot]
+        end = segment.start + segment.count
+        full = slot.rows[segment.start // PAGE_TOKENS : end // PAGE_TOKENS]
+        digests = tuple(item for rows in full for item in page_digests(rows))
+        if segment.record < 0:
+            return Lent(slot=segment.slot, page_digests=digests)
+        self._check_record(segment.record)
+        slot.has_left = True
+        self.records[segment.record] = packed = slot.pack()
+        return Lent(
+            slot=segment.slot,
+            page_digests=digests,
+            record_bytes=len(packed),
+            record_digest=digest(packed),
+        )
 
     def _compute(self, segment: Segment, sampled: list[Sampled], scores: list[PromptScores]) -> None:
         slot = self.slots[segment.slot]
         end = segment.start + segment.count
         self.num_tokens_computed += segment.count
-        slot.num_computed = end
+        for number in slot.compute(segment.count):
+            self._write(slot.pages[number], slot.rows[number])
         wanted = slot.sampling.prompt_logprobs
         last_scored = min(end + 1, slot.num_prompt)
         if wanted is not None and segment.start + 1 < last_scored:
@@ -197,6 +435,8 @@ def main() -> None:
         num_pages=settings.num_pages or 64,
         num_slots=settings.num_slots,
         prefill_tokens_max=settings.prefill_tokens_max,
+        num_records=settings.num_records if settings.transfer else 0,
+        agent=settings.agent,
     )
     write_frame(connection, RankProgress(stage="weights", done=1.0, total=2.0, unit="GB"))
     write_frame(connection, rank.ready())
@@ -205,6 +445,11 @@ def main() -> None:
             if args.fail == "ignore-shutdown":
                 time.sleep(60)
             return
+        if isinstance(message, ToTransfer):
+            answered = rank.transfer(message, {})
+            if answered is not None:
+                write_frame(connection, answered)
+            continue
         assert isinstance(message, StepPlan), message
         if message.segments and args.fail == "at-step":
             write_frame(connection, RankFailed(message="out of memory"))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 
-from engine.worker.host import Host, Session, SessionRefused
-from rorqual.session import Cancel, Hello, Open, StepReport, Welcome
-from router.fleet import SessionLost
+from fake_split import FakeSession, FakeSplitWorker
+
+from engine.worker.host import Host
+from engine.worker.session import Session, SessionRefused
+from rorqual.session import Command, Hello, StepReport, Welcome
+from router.worker_link import SessionLost
 
 
 class FakeTransport:
     """Addresses to hosts; an address without one refuses connections."""
 
-    def __init__(self, hosts: dict[str, Host]) -> None:
+    def __init__(self, hosts: dict[str, Host | FakeSplitWorker]) -> None:
         self.hosts = hosts
         self.channels: list[FakeChannel] = []
+        self.latest: dict[str, FakeChannel] = {}  # by address
         self.num_attempts = 0
 
     async def connect(self, address: str) -> FakeChannel:
@@ -24,15 +28,16 @@ class FakeTransport:
             raise SessionLost(f"{address}: connection refused")
         channel = FakeChannel(host)
         self.channels.append(channel)
+        self.latest[address] = channel
         return channel
 
 
 class FakeChannel:
-    def __init__(self, host: Host) -> None:
-        self.sent: list[Hello | Open | Cancel] = []
+    def __init__(self, host: Host | FakeSplitWorker) -> None:
+        self.sent: list[Hello | Command] = []
         self.is_mute = False  # the worker is there and says nothing
         self._host = host
-        self._session: Session | None = None
+        self._session: Session | FakeSession | None = None
         self._welcome: Welcome | None = None
         self._broken = asyncio.Event()
 
@@ -42,7 +47,7 @@ class FakeChannel:
         if self._session is not None:
             self._session.close()
 
-    async def send(self, command: Hello | Open | Cancel) -> None:
+    async def send(self, command: Hello | Command) -> None:
         if self._broken.is_set():
             raise SessionLost("the network failed")
         self.sent.append(command)

@@ -7,7 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from engine.worker.process import parse_options, serve
+from engine.worker.options import parse_options
+from engine.worker.process import serve
 from rorqual.errors import RorqualError
 from rorqual.processes import die_with_parent
 from rorqual.service import run_service

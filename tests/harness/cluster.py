@@ -1,4 +1,5 @@
-"""A dispatcher over a fleet over real hosts with strict fake ranks, all in one process; and what requests answer."""
+"""A dispatcher over a fleet, all in one process: over real hosts with strict fake ranks, or over fake prefill and
+decode workers; and what requests answer."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import msgspec
 import numpy as np
 from fake_link import FakeLink
 from fake_rank import EOS, VOCAB_SIZE, FakeRank, answer
+from fake_split import FakeDecode, FakeLenders, FakePrefill
 from fake_transport import FakeTransport
 from prometheus_client import CollectorRegistry
 
@@ -26,7 +28,7 @@ from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig
 from router.fleet_metrics import FleetMetrics
 from router.generation import ChoiceUpdate, Generation
-from router.placement import LeastOutstandingTokens
+from router.placement import LeastPredictedWait
 from router.text import ChoiceText, StopStrings
 
 
@@ -57,6 +59,25 @@ class Cluster:
     registry: CollectorRegistry
     links: dict[str, FakeLink] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    lenders: FakeLenders = field(default_factory=FakeLenders)
+    prefills: dict[str, FakePrefill] = field(default_factory=dict)
+    decodes: dict[str, FakeDecode] = field(default_factory=dict)
+
+    def start_prefill(self, address: str, **options: float) -> FakePrefill:
+        worker = FakePrefill(address, **options)
+        self.prefills[address] = self.lenders.workers[address] = self.transport.hosts[address] = worker
+        return worker
+
+    def start_decode(self, address: str, **options: object) -> FakeDecode:
+        worker = FakeDecode(address, self.lenders, **options)
+        self.decodes[address] = self.transport.hosts[address] = worker
+        return worker
+
+    def lose(self, address: str) -> None:
+        """The worker dies, and nothing answers at its address any more."""
+        del self.transport.hosts[address]
+        self.lenders.workers.pop(address, None)
+        self.transport.latest[address].cut()
 
     def start_worker(
         self,
@@ -95,13 +116,22 @@ class Cluster:
         for host in self.transport.hosts.values():
             load = host.load()
             assert (load.pages_free, load.slots_free) == (load.pages_total, load.slots_total)
+        await until(lambda: all(view.sequences_outstanding == 0 for view in self.fleet.view()))
         for view in self.fleet.view():
-            assert (view.sequences_outstanding, view.tokens_outstanding) == (0, 0)
+            assert (view.tokens_outstanding, view.prompt_tokens_outstanding) == (0, 0)
+        assert self.fleet.credit.num_waiting == self.count("credit_waiting") == 0
+        for address in self.decodes:
+            use = self.fleet.credit.use_of(address)
+            assert use is None or (use.sequences, use.pages) == (0, 0)
+            assert self.count("credit_sequences", worker=address) == 0
+            assert self.count("credit_pages", worker=address) == 0
 
 
 @asynccontextmanager
 async def a_cluster(
     *addresses: str,
+    prefills: Sequence[str] = (),
+    decodes: Sequence[str] = (),
     start: bool = True,
     fleet: FleetConfig | None = None,
     **stages: float,
@@ -110,7 +140,7 @@ async def a_cluster(
     metrics = FleetMetrics(registry)
     transport = FakeTransport({})
     the_fleet = Fleet(
-        addresses=addresses,
+        addresses=(*addresses, *prefills, *decodes),
         transport=transport,
         config=fleet or FleetConfig(backoff_seconds_min=0.005, backoff_seconds_max=0.02),
         metrics=metrics,
@@ -119,7 +149,7 @@ async def a_cluster(
     )
     dispatcher = Dispatcher(
         fleet=the_fleet,
-        placement=LeastOutstandingTokens(),
+        placement=LeastPredictedWait(),
         make_texts=make_texts,
         config=DispatchConfig(served_name="fake", created=5, **stages),
         metrics=metrics,
@@ -131,7 +161,11 @@ async def a_cluster(
             if start:
                 for address in addresses:
                     cluster.start_worker(address)
-                await cluster.connected(len(addresses))
+                for address in prefills:
+                    cluster.start_prefill(address)
+                for address in decodes:
+                    cluster.start_decode(address)
+                await cluster.connected(len(addresses) + len(prefills) + len(decodes))
             yield cluster
     finally:
         for task in cluster.tasks:

@@ -2,6 +2,7 @@
 
 Called by the fixtures of `tests/integration`. It starts the command as a person would, reads its ready file, its
 log and both kinds of /metrics, and ends it. It never reaches into a process: what a test learns, a person could.
+`tests.harness.pools` starts the same processes one by one, and takes from here what is alike.
 """
 
 from __future__ import annotations
@@ -97,11 +98,31 @@ def rorqual_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "rorqual.cli", "--parent", str(os.getpid()), *arguments]
 
 
-class System:
-    """A running `rorqual up`. `close` ends it as a person would and looks that nothing is left."""
+class Served:
+    """A model that is served somewhere: how a test asks it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.http = ""  # URL
+        self.grpc = ""  # address
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.http, timeout=SECONDS_MAX, **options)
+
+    def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
+        """A greedy completion with its token ids, as the answer's JSON."""
+        with self.client() as client:
+            answer = client.post("/v1/completions", json=greedy_body(prompt, **fields))
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+class System(Served):
+    """A running `rorqual up`, of any mix of workers. `close` ends it as a person would and looks that nothing is
+    left."""
 
     def __init__(self, model: Path, folder: Path, *options: str) -> None:
-        self.name = model.name
+        super().__init__(model.name)
         self.options = options
         self._output = folder / "output.txt"
         ready_file = folder / "ready.json"
@@ -123,23 +144,13 @@ class System:
             self.process.kill()
             self.process.wait()
             raise
-        self.http: str = ready["http"]
-        self.grpc: str = ready["grpc"]
+        self.http = ready["http"]
+        self.grpc = ready["grpc"]
         self.processes: list[int] = ready["processes"]
         self.worker_metrics: list[str] = re.findall(r"became ready .*metrics=(\S+)", self.output())
 
     def output(self) -> str:
         return self._output.read_text(encoding="utf-8", errors="replace")
-
-    def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.http, timeout=SECONDS_MAX, **options)
-
-    def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
-        """A greedy completion with its token ids, as the answer's JSON."""
-        with self.client() as client:
-            answer = client.post("/v1/completions", json=greedy_body(prompt, **fields))
-        assert answer.status_code == 200, answer.text
-        return answer.json()
 
     def is_whole(self) -> bool:
         """All the processes that it became ready with are alive."""
@@ -155,29 +166,10 @@ class System:
     def held(self) -> dict[str, float]:
         """Everything that is zero when no request is open, by name; only what is not zero."""
         metrics = self.metrics()
-        ended = metrics.get("rorqual_worker_sequences_ended_total", 0.0)
-        counts = {
-            "pages": metrics["rorqual_worker_pages_total"] - metrics["rorqual_worker_pages_free"],
-            "slots": metrics["rorqual_worker_slots_total"] - metrics["rorqual_worker_slots_free"],
-            "sequences opened, not ended": metrics["rorqual_worker_sequences_opened_total"] - ended,
-        }
-        for name in (
-            "rorqual_worker_sequences_running",
-            "rorqual_worker_sequences_waiting",
-            "rorqual_worker_tokens_waiting",
-            "rorqual_router_sequences_outstanding",
-            "rorqual_router_tokens_outstanding",
-        ):
-            counts[name] = metrics[name]
-        # Asking for the metrics is a request itself.
-        counts["requests in flight"] = metrics["rorqual_router_in_flight_requests"] - 1
-        return {name: count for name, count in counts.items() if count}
+        return held_by_workers(metrics) | held_by_router(metrics)
 
     def wait_until_idle(self, *, seconds_max: float = IDLE_SECONDS_MAX) -> None:
-        deadline = time.monotonic() + seconds_max
-        while held := self.held():
-            assert time.monotonic() < deadline, f"still held after {seconds_max:g} s: {held}"
-            time.sleep(0.02)
+        wait_until_nothing(self.held, seconds_max=seconds_max)
 
     def close(self) -> None:
         was_whole = self.is_whole()
@@ -192,6 +184,38 @@ class System:
         assert was_whole, output
         assert status == 0, output
         assert "Traceback" not in output, output
+
+
+def held_by_workers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What one or more workers export and is not zero, though it is when no request is open. Only some workers lend
+    or read: what one does not export, it does not have."""
+    counts = {
+        what: metrics[f"rorqual_worker_{what}_total"] - metrics[f"rorqual_worker_{what}_free"]
+        for what in ("pages", "slots")
+    }
+    counts["records"] = metrics.get("rorqual_worker_records_total", 0.0) - metrics.get(
+        "rorqual_worker_records_free", 0.0
+    )
+    counts["sequences opened, not ended"] = metrics["rorqual_worker_sequences_opened_total"] - metrics.get(
+        "rorqual_worker_sequences_ended_total", 0.0
+    )
+    for what in ("sequences_running", "sequences_waiting", "tokens_waiting"):
+        counts[what] = metrics[f"rorqual_worker_{what}"]
+    for what in ("pages_leased", "leases", "lease_pages", "fetches_open"):
+        counts[what] = metrics.get(f"rorqual_worker_{what}", 0.0)
+    return {f"worker: {what}": count for what, count in counts.items() if count}
+
+
+def held_by_router(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The same of a router."""
+    counts = {
+        what: metrics[f"rorqual_router_{what}"] for what in ("sequences_outstanding", "tokens_outstanding")
+    }
+    for what in ("credit_sequences", "credit_pages", "credit_waiting"):
+        counts[what] = metrics.get(f"rorqual_router_{what}", 0.0)
+    # Asking for the metrics is a request itself.
+    counts["requests in flight"] = metrics["rorqual_router_in_flight_requests"] - 1
+    return {f"router: {what}": count for what, count in counts.items() if count}
 
 
 def scrape(url: str) -> dict[str, float]:
@@ -214,6 +238,13 @@ def wait_until(condition: Callable[[], bool], *, seconds_max: float) -> None:
     deadline = time.monotonic() + seconds_max
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds_max:g} s"
+        time.sleep(0.02)
+
+
+def wait_until_nothing(held: Callable[[], Mapping[str, float]], *, seconds_max: float) -> None:
+    deadline = time.monotonic() + seconds_max
+    while counts := held():
+        assert time.monotonic() < deadline, f"still held after {seconds_max:g} s: {counts}"
         time.sleep(0.02)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.harness.failures import NUM_TOKENS, PROMPT, start_two_of_each
+from tests.harness.pools import Pools
 from tests.harness.system import IDS_CONFIG, TEXT_CONFIG, System, make_checkpoint
 
 FAKE_WORKER = Path(__file__).parents[1] / "fakes" / "fake_worker.py"
@@ -139,7 +141,8 @@ def start_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSyst
 @pytest.fixture(scope="session")
 def text_system(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """One system for everything that needs text. Its pages are few: many sequences at once must preempt."""
-    system = System(text_model, tmp_path_factory.mktemp("system"), "--pages", "8", "--numerics", "float32")
+    options = ("--both", "1", "--pages", "8", "--numerics", "float32")
+    system = System(text_model, tmp_path_factory.mktemp("system"), *options)
     yield system
     _close([system])
 
@@ -154,3 +157,18 @@ def _close(systems: list[System]) -> None:
             failures.append(error)
     if failures:
         raise ExceptionGroup("systems did not end well", failures)
+
+
+@pytest.fixture(scope="session")
+def two_of_each(ids_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    """What the failure tests do harm to, and make whole again: see `tests.harness.failures`."""
+    pools = start_two_of_each(ids_model, tmp_path_factory.mktemp("pools"))
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(scope="session")
+def expected(two_of_each: Pools) -> list[int]:
+    """Of an answer to `tests.harness.failures.PROMPT`, the first `NUM_TOKENS`."""
+    (choice,) = two_of_each.complete(PROMPT, max_tokens=NUM_TOKENS)["choices"]
+    return choice["token_ids"]

@@ -3,72 +3,30 @@
 from __future__ import annotations
 
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from engine.frames import HEADER, decode_from_rank, encode_frame, payload_bytes
-from engine.plan import FromRank, RankReady, RankSettings, Segment, SlotOpen, StepPlan, StepResult
+from engine.plan import RankFailed, RankReady, Segment, Shutdown, SlotOpen, StepPlan, StepResult
 from rorqual.sampling import SamplingParams
+from tests.harness.ranks import LOOPBACK, NUM_RECORDS, RankUnderTest
 from tests.harness.system import IDS_CONFIG, make_checkpoint
 
 NUM_TOKENS = 512
 
 
-class RankUnderTest:
-    def __init__(self, model: Path, *, numerics: str | None = "float32") -> None:
-        self.host, theirs = socket.socketpair()
-        self.host.settimeout(60)
-        with theirs:
-            command = [sys.executable, "-m", "engine.rank", "--fd", str(theirs.fileno())]
-            self.process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-            )
-        settings = RankSettings(
-            model=str(model),
-            numerics=numerics,
-            exact=False,
-            num_pages=8,
-            kv_bytes=None,
-            num_slots=2,
-            prefill_tokens_max=NUM_TOKENS,
-            threads=1,
-            kernels={},
-        )
-        self.host.sendall(encode_frame(settings))
-
-    def receive(self) -> FromRank:
-        return decode_from_rank(self._read(payload_bytes(self._read(HEADER.size))))
-
-    def ready(self) -> RankReady:
-        while not isinstance(message := self.receive(), RankReady):
-            pass
-        return message
-
-    def _read(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            part = self.host.recv(size - len(data))
-            assert part, self.process.communicate()[1]
-            data += part
-        return bytes(data)
+@pytest.fixture
+def transfer() -> str:
+    """Of the rank; tests choose another by a parameter."""
+    return ""
 
 
 @pytest.fixture
-def rank(ids_model: Path) -> Iterator[RankUnderTest]:
-    rank = RankUnderTest(ids_model)
+def rank(ids_model: Path, transfer: str) -> Iterator[RankUnderTest]:
+    rank = RankUnderTest(ids_model, transfer=transfer)
     yield rank
-    rank.host.close()
-    rank.process.kill()
-    rank.process.communicate()
+    rank.close()
 
 
 @pytest.mark.parametrize(("weights", "numerics"), [("quantised", "served"), ("float32", "float32")])
@@ -77,9 +35,7 @@ def test_numerics_are_the_checkpoints_own_unless_told(weights: str, numerics: st
     try:
         assert rank.ready().numerics == numerics
     finally:
-        rank.host.close()
-        rank.process.kill()
-        rank.process.communicate()
+        rank.close()
 
 
 def a_plan(*, prompt_logprobs: int | None = None) -> StepPlan:
@@ -91,15 +47,33 @@ def a_plan(*, prompt_logprobs: int | None = None) -> StepPlan:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["", "shm", "nixl"])
 def test_a_rank_whose_host_is_gone_in_the_middle_of_a_step_ends_without_a_word(rank: RankUnderTest) -> None:
     rank.ready()
     # Stopped, so that the step is certainly not done before the host is gone.
     rank.process.send_signal(signal.SIGSTOP)
-    rank.host.sendall(encode_frame(a_plan()))
+    rank.send(a_plan())
     rank.host.close()
     rank.process.send_signal(signal.SIGCONT)
-    _, output = rank.process.communicate(timeout=60)
-    assert (rank.process.returncode, output) == (0, "")
+    assert rank.ended() == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["nixl"])
+def test_a_rank_that_is_told_to_shut_down_finishes_its_plans_and_ends(rank: RankUnderTest) -> None:
+    rank.ready()
+    rank.send(a_plan())
+    rank.send(Shutdown())
+    assert rank.expect(StepResult).number == 1
+    assert rank.ended() == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["shm"])
+def test_an_idle_rank_ends_when_its_host_does(rank: RankUnderTest) -> None:
+    rank.ready()
+    rank.host.close()
+    assert rank.ended() == (0, "")
 
 
 @pytest.mark.slow
@@ -107,8 +81,49 @@ def test_scores_of_a_chunk_come_with_its_step(rank: RankUnderTest) -> None:
     ready = rank.ready()
     assert ready.has_mtp
     assert ready.notices == ()
-    rank.host.sendall(encode_frame(a_plan(prompt_logprobs=1)))
-    result = rank.receive()
-    assert isinstance(result, StepResult)
+    assert (ready.wire_id, ready.endpoint, ready.num_records) == ("", None, 0)
+    rank.send(a_plan(prompt_logprobs=1))
+    result = rank.expect(StepResult)
     scored = [item.first + index for item in result.prompt_scores for index in range(len(item.logprobs))]
     assert scored == list(range(1, NUM_TOKENS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["shm", "nixl"])
+def test_what_others_may_read_is_told_where_there_is_a_transfer(rank: RankUnderTest, transfer: str) -> None:
+    ready = rank.ready()
+    assert ready.num_page_components == 3
+    assert len(ready.wire_id) == 16
+    assert ready.num_records == NUM_RECORDS
+    assert ready.endpoint is not None
+    assert ready.endpoint.backend == transfer
+    assert ready.endpoint.agent == f"rank#{rank.process.pid}"
+    regions = {region.name: region for region in ready.endpoint.regions}
+    assert set(regions) == {"c4", "c4_index", "c128", "records"}
+    exported = sum(region.unit_bytes * region.num_units for region in regions.values())
+    assert exported < ready.state_bytes, "rings are not exported, and are state too"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["nixl"])
+def test_a_transfer_that_cannot_be_opened_is_told_in_one_line(ids_model: Path, transfer: str) -> None:
+    # Shared memory alone has no way to tell that a peer is gone, which UCX is asked for.
+    rank = RankUnderTest(ids_model, transfer=transfer, environment=LOOPBACK | {"UCX_TLS": "sysv"})
+    try:
+        failed = rank.expect(RankFailed)
+        assert failed.message.startswith("nixl cannot open its UCX backend: ")
+        assert "\n" not in failed.message
+        assert rank.ended()[0] == 1
+    finally:
+        rank.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["shm"])
+def test_a_host_that_sends_no_frame_ends_a_rank_with_a_reason(rank: RankUnderTest) -> None:
+    assert isinstance(rank.ready(), RankReady)
+    rank.host.sendall(b"\x01\x00\x00\x00\xc1")
+    assert "does not decode" in rank.expect(RankFailed).message
+    status, output = rank.ended()
+    assert status == 1
+    assert "FrameError" in output

@@ -370,7 +370,7 @@ def refusal(system: System, message: bytes) -> Any:
 
 
 def test_text_without_a_tokenizer_is_refused_and_ids_are_served(ids_model: Path, start_system: Any) -> None:
-    system = start_system(ids_model, "--pages", "4")
+    system = start_system(ids_model, "--both", "1", "--pages", "4")
     for route, body, param in (
         (CHAT, {"messages": [a_user("hello")]}, "messages"),
         (COMPLETIONS, {"prompt": "hello"}, "prompt"),

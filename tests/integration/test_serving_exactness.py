@@ -66,14 +66,15 @@ def reference(ids_model: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def plain(ids_model: Path, start_system: Any) -> System:
-    """As a person starts it, but with the smallest prefill steps."""
+    """As a person starts it, with a prefill and a decode worker, but with the smallest prefill steps."""
     return start_system(ids_model, "--prefill-tokens", "256")
 
 
 @pytest.fixture(scope="module")
 def pressed(ids_model: Path, start_system: Any) -> System:
     """Exact, and with pages for no more than two of the longer sequences at once."""
-    return start_system(ids_model, "--exact", "--pages", "4", "--slots", "4", "--prefill-tokens", "256")
+    options = ("--both", "1", "--pages", "4", "--slots", "4", "--prefill-tokens", "256")
+    return start_system(ids_model, "--exact", *options)
 
 
 @pytest.fixture(scope="module")

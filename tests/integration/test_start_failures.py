@@ -93,7 +93,8 @@ def assert_told(command: tuple[str, ...], *texts: str) -> None:
     # A list of tensors, or what a child said, stands below; every line above is a log line of ours.
     assert told.count("\n") <= 10
     for line in done.stdout.removesuffix(told).splitlines()[:-1]:
-        assert re.match(r"rorqual up: starting|(both-0 \| )?(rorqual|  |20\d\d-)", line), done.stdout
+        child = r"((prefill|decode|both)-0 +\| )?"
+        assert re.match(rf"rorqual up: starting|{child}(rorqual|  |20\d\d-)", line), done.stdout
 
 
 # What needs no rank to be found is found before one is started.
@@ -148,12 +149,14 @@ def test_a_model_that_cannot_be_loaded_is_told_by_the_worker(
 
 def test_up_passes_on_what_its_worker_said(model: Path) -> None:
     change_tensors(model)
-    assert_told(up(model), "both-0 (process ", "died", "layers.1.attn.wkv.weight", "layers.0.attn.whale")
+    assert_told(up(model, "--both", "1"), "both-0 (process ", "died", "layers.1.attn.wkv.weight")
+    assert_told(up(model), "-0 (process ", "died", "layers.1.attn.wkv.weight", "layers.0.attn.whale")
 
 
 def test_a_model_that_is_not_there_is_told_by_everybody(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    for command in (up(absent), worker(absent), router(absent, "--worker", "127.0.0.1:1")):
+    split = (("prefill", "--model", str(absent)), ("decode", "--model", str(absent)))
+    for command in (up(absent), worker(absent), *split, router(absent, "--worker", "127.0.0.1:1")):
         assert_told(command, "--model", str(absent), "no such")
 
 
@@ -191,5 +194,17 @@ def test_an_option_that_makes_no_sense_is_named(
     assert_told(worker(ids_model, *options), *texts)
 
 
-def test_up_names_an_option_that_makes_no_sense(ids_model: Path) -> None:
-    assert_told(up(ids_model, "--exact", "--threads", "2"), "--exact", "--threads 2")
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (("--exact", "--threads", "2"), ("--exact", "--threads 2")),
+        (("--prefill", "1"), ("--prefill 1", "--decode N")),
+        (("--decode", "1"), ("--decode 1", "--prefill N")),
+        (("--both", "0"), ("no worker",)),
+    ],
+    ids=" ".join,
+)
+def test_up_names_an_option_that_makes_no_sense(
+    ids_model: Path, options: tuple[str, ...], texts: tuple[str, ...]
+) -> None:
+    assert_told(up(ids_model, *options), *texts)

@@ -104,8 +104,11 @@ def is_alive(pid: int) -> bool:
         return not Path("/proc/self").exists()
 
 
-def test_two_workers_answer_and_sigterm_leaves_nothing(up):
-    process, ready, output = up("--both", "2")
+@pytest.mark.parametrize(
+    "counts", [(), ("--both", "2")], ids=["a prefill and a decode worker", "two of both"]
+)
+def test_two_workers_answer_and_sigterm_leaves_nothing(up, counts):
+    process, ready, output = up(*counts)
     assert ready is not None, output.read_text()
     assert len(ready["processes"]) == 5  # a router, two hosts, two ranks
     sampled = [complete(ready, seed=seed) for seed in (1, 1, 2)]
@@ -126,14 +129,19 @@ def test_sigkill_of_the_supervisor_leaves_nothing(up):
     assert_gone(ready["processes"])
 
 
-def test_a_dead_rank_ends_everything_with_one_clear_line(up):
-    process, ready, output = up()
+@pytest.mark.parametrize(
+    ("counts", "rank", "name"),
+    [((), 2, "prefill-0"), ((), 4, "decode-0"), (("--both", "1"), 2, "both-0")],
+    ids=["of a prefill worker", "of a decode worker", "of a worker of both"],
+)
+def test_a_dead_rank_ends_everything_with_one_clear_line(up, counts, rank, name):
+    process, ready, output = up(*counts)
     assert ready is not None, output.read_text()
-    os.kill(ready["processes"][-1], signal.SIGKILL)
+    os.kill(ready["processes"][rank], signal.SIGKILL)  # the router, then each worker's host and rank
     assert process.wait(SECONDS_MAX) == 1
     assert_gone(ready["processes"])
     told = output.read_text()
-    assert "rorqual up: both-0 (process " in told
+    assert f"rorqual up: {name} (process " in told
     assert "killed by SIGKILL" in told
     assert "Traceback" not in told
 

@@ -24,7 +24,7 @@ from router.dispatch import DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig
 from router.fleet_metrics import FleetMetrics
 from router.generation import Generation
-from router.placement import LeastOutstandingTokens
+from router.placement import LeastPredictedWait
 from router.session_client import GrpcTransport
 from router.text import ChoiceText, StopStrings
 
@@ -42,7 +42,7 @@ async def a_dispatcher(*addresses: str) -> AsyncIterator[tuple[Dispatcher, Fleet
     )
     dispatcher = Dispatcher(
         fleet=fleet,
-        placement=LeastOutstandingTokens(),
+        placement=LeastPredictedWait(),
         make_texts=lambda generation: [
             ChoiceText(tokenizer=None, stops=StopStrings()) for _ in range(generation.num_choices)
         ],

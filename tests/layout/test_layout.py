@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("rorqual", "kvstore", "engine", "router", "bench")
+PACKAGES = ("rorqual", "kvstore", "engine", "router", "prefill_worker", "decode_worker", "bench")
 LINES_MAX = 600
 FUNCTION_LINES_MAX = 80
 BROAD = {"Exception", "BaseException"}

@@ -21,7 +21,8 @@ from engine.runner import Runner, SegmentTokens
 from kvstore.layout import Component, Numerics, build_layout
 from kvstore.pools import Pools
 from rorqual.model_config import ModelConfig
-from tests.harness.drive import Step, alone, in_turn, random_schedule, run_paged
+from tests.harness.comparison import relative_error
+from tests.harness.drive import Step, alone, in_turn, random_schedule, run_fresh, run_paged
 from tests.harness.models import CSA, HCA, SWA, build_model, config_of, random_tokens, raw_config, real_ratios
 from tests.reference.rounding import round_bf16, round_fp4, round_fp8
 from tests.reference.weights import random_tensors
@@ -39,7 +40,7 @@ def config() -> ModelConfig:
 
 def make(numerics: Numerics, *, num_pages: int = 4, num_slots: int = 3) -> SlotTables:
     layout = build_layout(config(), numerics)
-    pools = Pools(layout, num_pages=num_pages, num_slots=num_slots, device=torch.device("cpu"))
+    pools = Pools(layout, num_pages=num_pages, num_slots=num_slots)
     pools.fill(0xFF)
     tables = SlotTables(pools, pages_per_slot_max=num_pages)
     for slot in range(num_slots):
@@ -126,7 +127,7 @@ def test_a_served_page_in_the_pool_is_the_wire_page_byte_for_byte() -> None:
     rows = rounding_of(Numerics.SERVED, choose_kernels()).kv_rows(normal(4, 120), config().nope_head_dim)
     state.put_rows(Component.C4, 1, rows)
     pool = tables.pools[Component.C4]
-    page = pool.bytes_lub[0, 2]
+    page = pool.bytes_ulb[2, 0]
     data_bytes, scale_bytes = 104 + 2 * 16, 8
     assert page.numel() == 64 * (data_bytes + scale_bytes)
     data = page[3 * data_bytes : 4 * data_bytes]
@@ -136,7 +137,7 @@ def test_a_served_page_in_the_pool_is_the_wire_page_byte_for_byte() -> None:
     assert torch.equal(torch.cat((codes[:64] * powers[0], codes[64:] * powers[1])), rows[3, :104])
     assert torch.equal(data[104:].clone().view(torch.bfloat16).float(), rows[3, 104:])
     assert scales[2:].tolist() == [0] * 6
-    assert bool((pool.bytes_lub[0, [0, 1, 3]] == 0xFF).all()), "another page was written"
+    assert bool((pool.bytes_ulb[[0, 1, 3]] == 0xFF).all()), "another page was written"
 
 
 @numerics_of_both_kinds
@@ -239,6 +240,17 @@ def test_chunks_longer_than_every_ring_give_what_short_ones_give(numerics: Numer
     else:
         # Without exact sums a rounding may flip, after which only the likeliest token is comparable.
         assert float((found.argmax(-1) == wanted.argmax(-1)).float().mean()) > 0.85
+
+
+@modes
+def test_kinds_of_layers_that_compress_alike_keep_their_rows_apart(exact: bool) -> None:
+    """One ratio, but two layers of one kind and one of the other: row ids are not the same."""
+    model = model_of(Numerics.FLOAT32, exact=exact, raw=raw_config(compress_rates={CSA: 4, HCA: 4}))
+    prompts = prompts_of(model, [300])
+    with torch.inference_mode():
+        wanted = run_fresh(model, prompts).logits[0]
+    found = run_paged(model, prompts, in_turn([[250, *[1] * 20, 30]]), poison=True).logits[0]
+    assert relative_error(found, wanted) < 1e-5
 
 
 @modes

@@ -12,22 +12,7 @@ from hypothesis import strategies as st
 from kvstore.layout import DRAFTS_MAX, Component, IndexSpace, Numerics, RowForm, build_layout
 from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS, LayerConfig, LayerKind, ModelConfig, parse_model_config
-
-RELEASE = {
-    "model_type": "deepseek_v4", "vocab_size": 129280, "head_dim": 512, "qk_rope_head_dim": 64, "o_lora_rank": 1024,
-    "sliding_window": 128, "index_n_heads": 64, "index_head_dim": 128, "num_experts_per_tok": 6,
-    "num_hash_layers": 3, "num_nextn_predict_layers": 1, "routed_scaling_factor": 1.5,
-}  # fmt: skip
-FLASH = RELEASE | {
-    "hidden_size": 4096, "num_hidden_layers": 43, "num_attention_heads": 64, "q_lora_rank": 1024, "o_groups": 8,
-    "index_topk": 512, "n_routed_experts": 256, "moe_intermediate_size": 2048,
-    "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0],
-}  # fmt: skip
-PRO = RELEASE | {
-    "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536, "o_groups": 16,
-    "index_topk": 1024, "n_routed_experts": 384, "moe_intermediate_size": 3072,
-    "compress_ratios": [128, 128, *([4, 128] * 29), 4, 0],
-}  # fmt: skip
+from tests.harness.releases import FLASH, PRO
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +46,7 @@ def test_served_rows_are_584_and_68_bytes(flash: ModelConfig) -> None:
 def test_a_page_is_64_c4_rows_64_index_rows_and_2_c128_rows_of_each_layer(flash: ModelConfig) -> None:
     layout = build_layout(flash, Numerics.SERVED)
     paged = [item for item in layout.descriptors if item.space is IndexSpace.PAGE]
-    found = {item.component: (item.num_rows, len(item.layers), item.unit_bytes) for item in paged}
+    found = {item.component: (item.num_rows, len(item.layers), item.layer_bytes) for item in paged}
     assert found == {
         Component.C4: (64, 21, 64 * 584),
         Component.C4_INDEX: (64, 21, 64 * 68),
@@ -78,6 +63,8 @@ def test_rings_hold_the_window_a_page_and_the_drafts_and_unfinished_rows_are_flo
         assert rings[Component.WINDOW].num_rows == 128 + PAGE_TOKENS + DRAFTS_MAX
         assert rings[Component.WINDOW].layers == tuple(range(43))
         assert rings[Component.DRAFT_WINDOW].layers == (0,)
+        streams = rings[Component.DRAFT_STREAMS]
+        assert (streams.layers, streams.num_rows, streams.width) == ((0,), DRAFTS_MAX + 1, 4 * 4096)
         unfinished = {
             component: (item.num_rows - DRAFTS_MAX, item.width, item.form)
             for component, item in rings.items()
@@ -89,6 +76,24 @@ def test_rings_hold_the_window_a_page_and_the_drafts_and_unfinished_rows_are_flo
             Component.C4_INDEX_UNFINISHED: (8, 512, RowForm.F32),
             Component.C128_UNFINISHED: (128, 1024, RowForm.F32),
         }
+
+
+def test_served_streams_are_bf16_values(flash: ModelConfig) -> None:
+    streams = build_layout(flash, Numerics.SERVED).find(Component.DRAFT_STREAMS)
+    assert streams is not None
+    assert (streams.form, streams.row_bytes, streams.scale_bytes) == (RowForm.BF16, 32_768, 0)
+
+
+def test_compressed_and_unfinished_rows_know_their_ratio_and_no_others_have_one(flash: ModelConfig) -> None:
+    ratios = {item.component: item.ratio for item in build_layout(flash, Numerics.SERVED).descriptors}
+    assert ratios == dict.fromkeys(Component, 1) | {
+        Component.C4: 4,
+        Component.C4_INDEX: 4,
+        Component.C4_UNFINISHED: 4,
+        Component.C4_INDEX_UNFINISHED: 4,
+        Component.C128: 128,
+        Component.C128_UNFINISHED: 128,
+    }
 
 
 def test_float32_rows_are_four_bytes_a_value(flash: ModelConfig) -> None:
@@ -129,15 +134,20 @@ def test_any_layout_adds_up_and_lists_each_layer_once(
         num_mtp_blocks=num_mtp_blocks,
     )
     layout = build_layout(config, numerics)
-    assert layout.page_bytes + layout.slot_bytes == sum(item.total_unit_bytes for item in layout.descriptors)
+    assert layout.page_bytes + layout.slot_bytes == sum(item.unit_bytes for item in layout.descriptors)
     assert sum(layout.allocated_bytes(1).values()) == layout.page_bytes + layout.slot_bytes
     for kind, component in ((LayerKind.CSA, Component.C4), (LayerKind.HCA, Component.C128)):
         numbers = tuple(number for number, (found, _) in enumerate(layers) if found is kind)
         item = layout.find(component)
         assert (item.layers if item else ()) == numbers
-    assert (layout.find(Component.DRAFT_WINDOW) is None) == (num_mtp_blocks == 0)
+    for component in (Component.DRAFT_WINDOW, Component.DRAFT_STREAMS):
+        assert (layout.find(component) is None) == (num_mtp_blocks == 0)
     for item in layout.descriptors:
-        assert item.unit_bytes == item.num_rows * (item.data_bytes + item.scale_bytes)
+        assert item.layer_bytes == item.num_rows * (item.data_bytes + item.scale_bytes)
+        assert (item.unit_bytes, item.unit_rows) == (
+            len(item.layers) * item.layer_bytes,
+            len(item.layers) * item.num_rows,
+        )
         if item.form is RowForm.KV_FP8:
             assert item.data_bytes == config.head_dim - 64 + 2 * 64
             assert item.scale_bytes % 8 == 0

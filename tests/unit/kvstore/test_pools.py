@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kvstore.layout import Component, IndexSpace, Numerics, RowForm, StateLayout, build_layout
-from kvstore.pools import Pools
+from kvstore.pools import Pools, plain_memory
+from kvstore.transfer.contract import ByteArray
 from rorqual.model_config import LayerConfig, LayerKind, ModelConfig, parse_model_config
 
 torch.set_num_threads(1)
@@ -27,7 +28,7 @@ SMALL = parse_model_config(
 
 def make(numerics: Numerics, config: ModelConfig = SMALL) -> tuple[StateLayout, Pools]:
     layout = build_layout(config, numerics)
-    return layout, Pools(layout, num_pages=NUM_PAGES, num_slots=NUM_SLOTS, device=torch.device("cpu"))
+    return layout, Pools(layout, num_pages=NUM_PAGES, num_slots=NUM_SLOTS)
 
 
 @pytest.mark.parametrize("numerics", Numerics)
@@ -36,7 +37,7 @@ def test_pools_take_the_bytes_that_the_layout_promises(numerics: Numerics) -> No
     assert pools.num_bytes == layout.page_bytes * NUM_PAGES + layout.slot_bytes * NUM_SLOTS
     for item in layout.descriptors:
         units = NUM_PAGES if item.space is IndexSpace.PAGE else NUM_SLOTS
-        assert pools[item.component].bytes_lub.shape == (len(item.layers), units, item.unit_bytes)
+        assert pools[item.component].bytes_ulb.shape == (units, len(item.layers), item.layer_bytes)
 
 
 def test_a_served_unit_is_all_data_first_then_all_scales() -> None:
@@ -49,29 +50,60 @@ def test_a_served_unit_is_all_data_first_then_all_scales() -> None:
         data[1, 2 % item.num_rows] = 11
         scales[1, 2 % item.num_rows] = 22
         row = 2 % item.num_rows
-        unit = pool.bytes_lub[-1, 1]
+        unit = pool.bytes_ulb[1, -1]
         first_scale = item.num_rows * item.data_bytes
-        expected = torch.zeros(item.unit_bytes, dtype=torch.uint8)
+        expected = torch.zeros(item.layer_bytes, dtype=torch.uint8)
         expected[row * item.data_bytes : (row + 1) * item.data_bytes] = 11
         expected[first_scale + row * item.scale_bytes :][: item.scale_bytes] = 22
         assert torch.equal(unit, expected), item.component
         unit.zero_()
-        assert not bool(pool.bytes_lub.any()), "another unit or layer was written"
+        assert not bool(pool.bytes_ulb.any()), "another unit or layer was written"
 
 
-@pytest.mark.parametrize(
-    "component", [Component.C4, Component.C128, Component.WINDOW, Component.C4_UNFINISHED]
-)
-def test_a_float32_row_id_is_unit_times_rows_plus_row(component: Component) -> None:
+@pytest.mark.parametrize("component", Component)
+def test_a_float32_row_id_counts_rows_of_all_layers_and_is_the_same_in_each(component: Component) -> None:
     _, pools = make(Numerics.FLOAT32)
     pool = pools[component]
     item = pool.descriptor
-    for layer in item.layers:
-        pool.rows_f32(layer)[:] = layer + torch.arange(pool.rows_f32(layer).shape[0]).unsqueeze(1) / 1024
+    num_units = pool.bytes_ulb.shape[0]
     for index, layer in enumerate(item.layers):
-        unit, row = 1, item.num_rows - 1
-        raw = pool.bytes_lub[index, unit].view(torch.float32).view(item.num_rows, item.width)[row]
-        assert raw.tolist() == [layer + (unit * item.num_rows + row) / 1024] * item.width
+        rows = pool.rows_f32(layer)
+        for unit in range(num_units):
+            for row in range(item.num_rows):
+                rows[unit * item.unit_rows + row] = (unit * 8 + index) * 1024 + row
+    found = pool.bytes_ulb.view(torch.float32).unflatten(-1, (item.num_rows, item.width))
+    for unit in range(num_units):
+        for index in range(len(item.layers)):
+            wanted = (unit * 8 + index) * 1024 + torch.arange(item.num_rows).float()
+            assert torch.equal(found[unit, index], wanted.unsqueeze(1).expand(-1, item.width))
+
+
+@pytest.mark.parametrize("numerics", Numerics)
+def test_a_page_of_a_component_is_one_run_of_the_memory_that_is_given(numerics: Numerics) -> None:
+    layout = build_layout(SMALL, numerics)
+    given: dict[str, ByteArray] = {}
+
+    def allocate(name: str, unit_bytes: int, num_units: int) -> ByteArray:
+        given[name] = plain_memory(name, unit_bytes, num_units)
+        return given[name]
+
+    pools = Pools(layout, num_pages=NUM_PAGES, num_slots=NUM_SLOTS, allocate=allocate)
+    paged = [item for item in layout.descriptors if item.space is IndexSpace.PAGE]
+    assert set(given) == {item.component.value for item in paged} == {"c4", "c4_index", "c128"}
+    for item in paged:
+        memory = given[item.component.value]
+        assert memory.shape == (NUM_PAGES * item.unit_bytes,)
+        pool = pools[item.component]
+        for layer in item.layers:
+            if item.form is RowForm.F32:
+                pool.rows_f32(layer)[item.unit_rows : item.unit_rows + item.num_rows] = torch.nan
+            else:
+                for view in pool.data_and_scales(layer):
+                    view[1] = 0xFF
+        page = memory.reshape(NUM_PAGES, -1)
+        assert [bool(row.any()) for row in page] == [False, True, False]
+        pool.bytes_ulb[1] = 7
+        assert (page[1] == 7).all()
 
 
 @pytest.mark.parametrize("numerics", Numerics)
@@ -85,6 +117,8 @@ def test_poison_makes_every_float_a_nan(numerics: Numerics) -> None:
             else:
                 data, scales = pools[item.component].data_and_scales(layer)
                 assert bool(scales.view(torch.float8_e8m0fnu).float().isnan().all())
+                if item.form is RowForm.BF16:
+                    assert bool(data.view(torch.bfloat16).isnan().all())
                 if item.form is RowForm.KV_FP8:
                     assert bool(data.view(torch.float8_e4m3fn).float().isnan().all())
 

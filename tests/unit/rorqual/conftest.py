@@ -37,7 +37,9 @@ def wait_for(condition, *, what: str) -> None:
 class Cluster:
     """A supervisor process with fake children."""
 
-    def __init__(self, folder: Path, *, behaviour: dict, options: tuple[str, ...], stdout) -> None:
+    def __init__(
+        self, folder: Path, *, behaviour: dict, options: tuple[str, ...], stdout, environment: dict[str, str]
+    ) -> None:
         model = folder / "tiny"
         model.mkdir()
         (model / "config.json").write_text(json.dumps(CONFIG))
@@ -46,7 +48,7 @@ class Cluster:
         command = [sys.executable, str(SCRIPT), json.dumps(behaviour), "up", "--model", str(model)]
         command += ["--http", "0", "--grpc", "0", "--ready-file", str(self.ready_file), *options]
         with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(command, stdout=stdout, stderr=errors)
+            self.process = subprocess.Popen(command, stdout=stdout, stderr=errors, env=environment)
 
     def ready(self) -> dict:
         wait_for(lambda: self.ready_file.exists() or self.process.poll() is not None, what="the ready file")
@@ -74,9 +76,19 @@ def is_alive_fixture():
 def start_cluster(tmp_path):
     clusters = []
 
-    def start(behaviour: dict | None = None, *options: str, stdout=None) -> Cluster:
+    def start(
+        behaviour: dict | None = None, *options: str, stdout=None, environment: dict[str, str] | None = None
+    ) -> Cluster:
         output = (tmp_path / "output.txt").open("w") if stdout is None else None
-        cluster = Cluster(tmp_path, behaviour=behaviour or {}, options=options, stdout=output or stdout)
+        # What the machine that runs the tests says to UCX is none of their business.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+        cluster = Cluster(
+            tmp_path,
+            behaviour=behaviour or {},
+            options=options,
+            stdout=output or stdout,
+            environment=own | (environment or {}),
+        )
         if output is not None:
             output.close()
             cluster.output = tmp_path / "output.txt"

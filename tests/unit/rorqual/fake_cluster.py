@@ -1,11 +1,11 @@
 """A cluster of small real processes, for the tests of `rorqual up`: run by path, never imported.
 
     fake_cluster.py BEHAVIOUR up OPTIONS        the supervisor; its children are this script
-    fake_cluster.py BEHAVIOUR worker OPTIONS    started by the supervisor, starts a rank
+    fake_cluster.py BEHAVIOUR prefill OPTIONS   started by the supervisor, starts a rank; so do "decode" and "worker"
     fake_cluster.py BEHAVIOUR router OPTIONS
     fake_cluster.py BEHAVIOUR rank
 
-BEHAVIOUR is JSON: what the children of a role do, as in '{"worker": {"exits": 3}}'.
+BEHAVIOUR is JSON: what the children of a role do, as in '{"decode": {"exits": 3}}'.
 A worker's "address" tells its own command line and environment, and the router's "http" tells the router's:
 a test can read both through the supervisor's ready file.
 """
@@ -38,7 +38,8 @@ def main() -> int:
 
 def supervise(options: list[str]) -> int:
     from rorqual.console import Console
-    from rorqual.up import Supervisor, parse_options
+    from rorqual.up import Supervisor
+    from rorqual.up_options import parse_options
 
     console = Console(sys.stdout)
     supervisor = Supervisor(
@@ -67,8 +68,11 @@ def child(role: str, options: list[str], behaviour: dict) -> int:
         return behaviour["exits"]
     signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour.get("is_deaf") else lambda *_: sys.exit(0))
     file = Path(options[options.index("--ready-file") + 1])
-    about = json.dumps({"options": options, "threads": os.environ["OMP_NUM_THREADS"]})
-    if role == "worker":
+    ucx = {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
+    about = json.dumps(
+        {"role": role, "options": options, "threads": os.environ["OMP_NUM_THREADS"], "ucx": ucx}
+    )
+    if role != "router":
         rank = subprocess.Popen([sys.executable, __file__, "{}", "rank"])
         ready = {"address": about, "metrics": "", "processes": [os.getpid(), rank.pid]}
     else:

@@ -21,7 +21,7 @@ from rorqual.session import (
     StepReport,
     Welcome,
 )
-from router.fleet import without_first
+from router.sequences import without_first
 from tests.harness.cluster import (
     Cluster,
     a_cluster,

@@ -436,6 +436,7 @@ def test_entries_are_located_by_page_table_and_missing_ones_are_hidden(
         data.draw(st.integers(1, 5), label="pages"),
     )
     per_page = data.draw(st.sampled_from((1, 2, 64)), label="rows of a page")
+    stride = per_page * data.draw(st.integers(1, 3), label="layers")
     tables = [data.draw(st.permutations(range(10)))[:num_pages] for _ in range(num_slots)]
     slots = data.draw(
         st.lists(st.integers(0, num_slots - 1), min_size=1, max_size=4), label="slots of sequences"
@@ -444,10 +445,10 @@ def test_entries_are_located_by_page_table_and_missing_ones_are_hidden(
     entry = st.integers(-1, num_pages * per_page - 1)
     entries = [data.draw(st.lists(entry, min_size=width, max_size=width)) for _ in slots]
     ids, bias, any_empty = function(
-        torch.tensor(tables), torch.tensor(slots), torch.tensor(entries), per_page
+        torch.tensor(tables), torch.tensor(slots), torch.tensor(entries), per_page, stride
     )
     wanted = [
-        [tables[slot][max(e, 0) // per_page] * per_page + max(e, 0) % per_page for e in row]
+        [tables[slot][max(e, 0) // per_page] * stride + max(e, 0) % per_page for e in row]
         for slot, row in zip(slots, entries, strict=True)
     ]
     assert ids.tolist() == wanted

@@ -12,9 +12,10 @@ from fake_link import FakeLink
 from fake_rank import FakeRank, answer, logprob_of
 
 from engine.plan import RankProgress
-from engine.worker.host import Host, HostConfig, Session, SessionRefused
+from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.rank_link import RankLost
+from engine.worker.session import Session, SessionRefused
 from rorqual.errors import RorqualError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams

@@ -3,111 +3,18 @@ answer and with nothing in use."""
 
 from __future__ import annotations
 
-import random
-from collections import deque
-
 import msgspec
-import numpy as np
 import pytest
-from fake_rank import EOS, VOCAB_SIZE, FakeRank, answer, logprob_of
+from fake_rank import EOS, answer, logprob_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan import StepPlan
-from engine.worker.scheduler import Scheduler, SchedulerConfig, ScoresEvent, SequenceKey, TokenEvent
+from engine.worker.scheduler import SequenceKey
 from rorqual.errors import InvalidRequest, Overloaded
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason
-
-
-class Bench:
-    """A scheduler and a rank, with the pipe of plans and results between them under the test's control."""
-
-    def __init__(
-        self, *, num_pages: int = 16, num_slots: int = 4, prefill_tokens_max: int = 512, **options: int
-    ) -> None:
-        tokens_max = options.pop("sequence_tokens_max", num_pages * 256)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                num_pages=num_pages,
-                num_slots=num_slots,
-                vocab_size=VOCAB_SIZE,
-                sequence_tokens_max=tokens_max,
-                eos_token_ids=frozenset({EOS}),
-                prefill_tokens_max=prefill_tokens_max,
-                **options,
-            )
-        )
-        self.rank = FakeRank(num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=prefill_tokens_max)
-        self.pipe: deque[StepPlan] = deque()
-        self.plans: list[StepPlan] = []
-        self.events: dict[int, list[TokenEvent]] = {}
-        self.scores: dict[int, list[float]] = {}
-
-    def open(
-        self, key: int, prompt: list[int], max_tokens: int, *, ignore_eos: bool = False, **sampling: int
-    ) -> SamplingParams:
-        params = SamplingParams(**{"seed": key, **sampling})
-        self.scheduler.open(
-            SequenceKey(key),
-            prompt=np.array(prompt, dtype=np.int32),
-            max_tokens=max_tokens,
-            ignore_eos=ignore_eos,
-            sampling=params,
-        )
-        self.events[key] = []
-        self.scores[key] = []
-        return params
-
-    def send(self) -> StepPlan | None:
-        plan = self.scheduler.plan()
-        if plan is not None:
-            self.pipe.append(plan)
-            self.plans.append(plan)
-        return plan
-
-    def receive(self) -> None:
-        """The rank executes in order, when the test says so."""
-        if self.pipe:
-            for event in self.scheduler.apply(self.rank.step(self.pipe.popleft())):
-                if isinstance(event, ScoresEvent):
-                    self.take_scores(event)
-                    continue
-                assert event.index == len(self.events[event.key])
-                self.events[event.key].append(event)
-
-    def take_scores(self, event: ScoresEvent) -> None:
-        """They follow on one another and come before the first token."""
-        assert self.events[event.key] == []
-        scores = self.scores[event.key]
-        assert event.prompt_logprobs.first == len(scores) + 1
-        assert len(event.prompt_logprobs.alternatives) == len(event.prompt_logprobs.logprobs) > 0
-        scores.extend(event.prompt_logprobs.logprobs)
-
-    def run(self, *, steps_max: int = 100_000) -> None:
-        for _ in range(steps_max):
-            while self.send():
-                pass
-            if not self.pipe:
-                break
-            self.receive()
-        assert self.scheduler.is_idle
-        self.check_empty()
-
-    def check_empty(self) -> None:
-        load = self.scheduler.load()
-        assert (load.sequences_running, load.sequences_waiting, load.tokens_waiting) == (0, 0, 0)
-        assert load.pages_free == load.pages_total
-        assert load.slots_free == load.slots_total
-        assert self.scheduler.num_sequences == 0
-        assert self.rank.slots == {}
-
-    def tokens(self, key: int) -> list[int]:
-        return [event.token_id for event in self.events[key]]
-
-
-def a_prompt(key: int, length: int) -> list[int]:
-    return random.Random(key).choices(range(VOCAB_SIZE), k=length)
+from tests.harness.benches import Bench, a_prompt
 
 
 @pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 511, 512, 513, 1025])

@@ -1,0 +1,94 @@
+"""Calls to the Lending service of prefill workers, over gRPC: the production `decode_worker.lenders.Lenders`.
+
+One channel an address, made when first needed. It turns gRPC's failures into LendingFailed with one line; it retries
+nothing and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from decode_worker.lenders import LendingFailed, LendingRefused
+from engine.worker.wire import (
+    ATTACH_PATH,
+    LENDING_BYTES_MAX,
+    RELEASE_PATH,
+    RENEW_PATH,
+    AttachRequest,
+    LeaseReply,
+    decode_attach_reply,
+    decode_lease_reply,
+    encode_attach_request,
+    encode_lease_request,
+)
+from kvstore.transfer.contract import Endpoint
+from rorqual.ids import LeaseName
+from rorqual.session import Source
+from rorqual.wire import WireError
+
+CHANNELS_MAX = 256
+"""Channels to prefill workers kept open; beyond it the one used longest ago is closed."""
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", LENDING_BYTES_MAX),
+    # A worker that came back is found within the time that a lease can wait.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class GrpcLenders:
+    def __init__(self) -> None:
+        self._channels: OrderedDict[str, Any] = OrderedDict()
+
+    async def attach(self, source: Source, *, seconds_max: float) -> Endpoint:
+        request = AttachRequest(incarnation=source.lease.incarnation, wire_id=source.wire_id)
+        data = await self._call(source.address, ATTACH_PATH, encode_attach_request(request), seconds_max)
+        try:
+            return decode_attach_reply(data)
+        except WireError as error:
+            raise LendingFailed(f"{source.address}: {error}") from None
+
+    async def renew(self, source: Source, *, seconds_max: float) -> float | None:
+        reply = await self._lease_call(source.address, RENEW_PATH, source.lease, seconds_max)
+        return reply.remaining_seconds if reply.live else None
+
+    async def release(self, source: Source, *, seconds_max: float) -> bool:
+        return (await self._lease_call(source.address, RELEASE_PATH, source.lease, seconds_max)).live
+
+    async def close(self) -> None:
+        while self._channels:
+            _, channel = self._channels.popitem()
+            await channel.close(None)
+
+    async def _lease_call(self, address: str, path: str, lease: LeaseName, seconds_max: float) -> LeaseReply:
+        data = await self._call(address, path, encode_lease_request(lease), seconds_max)
+        try:
+            return decode_lease_reply(data)
+        except WireError as error:
+            raise LendingFailed(f"{address}: {error}") from None
+
+    async def _call(self, address: str, path: str, data: bytes, seconds_max: float) -> bytes:
+        try:
+            return await self._channel(address).unary_unary(path, None, None)(data, timeout=seconds_max)
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details() or ""
+            said = f": {details.splitlines()[0]}" if details else ""
+            text = f"{path.rsplit('/', 1)[1]} at {address} failed with {code.name}{said}"
+            if code is grpc.StatusCode.FAILED_PRECONDITION:
+                raise LendingRefused(text) from None
+            raise LendingFailed(text, is_overdue=code is grpc.StatusCode.DEADLINE_EXCEEDED) from None
+
+    def _channel(self, address: str) -> Any:
+        channel = self._channels.pop(address, None)
+        if channel is None:
+            channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channels[address] = channel
+        return channel

@@ -1,0 +1,98 @@
+"""The process of a decode worker: `rorqual decode`. A worker (`engine.worker.process`) that reads leased state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from decode_worker.borrowing import Borrower, BorrowerConfig
+from decode_worker.lending_client import GrpcLenders
+from decode_worker.metrics import BorrowingMetrics
+from engine.plan import RankReady
+from engine.worker.host import HostConfig
+from engine.worker.metrics import WorkerMetrics
+from engine.worker.options import add_transfer_options, worker_options, worker_parser
+from engine.worker.process import serve
+from engine.worker.role import RoleHandler
+from rorqual.clock import SystemClock
+from rorqual.errors import ConfigError
+from rorqual.service import run_service
+from rorqual.session import Role
+from rorqual.telemetry import configure_logging
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `rorqual decode`; the exit status. Raises RorqualError for what a person can put right."""
+    parser = worker_parser(
+        prog="rorqual decode",
+        description="Run one decode worker: it reads the state of computed prompts out of prefill workers' memory and"
+        " generates from there.",
+        epilog="A sequence that has to give up its pages is computed anew here, so --prefill-tokens matters a little.",
+    )
+    add_transfer_options(parser)
+    parser.add_argument(
+        "--call-seconds",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="deadline of one call to a prefill worker: its endpoint, a renewal, a release (default 3)",
+    )
+    parser.add_argument(
+        "--offer-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="for the next pages of a prompt that is still computed, with early binding (default 600)",
+    )
+    args = parser.parse_args(argv)
+    options = worker_options(args)
+    for option in ("transfer_seconds", "call_seconds", "offer_seconds"):
+        if getattr(args, option) <= 0:
+            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {getattr(args, option):g}")
+    configure_logging(level=args.log_level)
+    setup = DecodeSetup(
+        transfer_seconds_max=args.transfer_seconds,
+        call_seconds_max=args.call_seconds,
+        offer_seconds_max=args.offer_seconds,
+    )
+    run_service(serve(options, setup))
+    return 0
+
+
+class DecodeSetup:
+    role = Role.DECODE
+
+    def __init__(
+        self, *, transfer_seconds_max: float, call_seconds_max: float, offer_seconds_max: float
+    ) -> None:
+        self._transfer_seconds_max = transfer_seconds_max
+        self._call_seconds_max = call_seconds_max
+        self._offer_seconds_max = offer_seconds_max
+        self._lenders: GrpcLenders | None = None
+
+    def services(self) -> Sequence[grpc.GenericRpcHandler[Any, Any]]:
+        return ()
+
+    def make(self, ready: RankReady, config: HostConfig, metrics: WorkerMetrics) -> RoleHandler:
+        assert ready.endpoint is not None, "the rank has no engine of transfers"
+        self._lenders = GrpcLenders()
+        return Borrower(
+            BorrowerConfig(
+                wire_id=ready.wire_id,
+                num_pages=ready.num_pages,
+                num_slots=ready.num_slots,
+                num_page_components=ready.num_page_components,
+                transfer_seconds_max=self._transfer_seconds_max,
+                call_seconds_max=self._call_seconds_max,
+                offer_seconds_max=self._offer_seconds_max,
+            ),
+            lenders=self._lenders,
+            clock=SystemClock(),
+            metrics=BorrowingMetrics(metrics.registry),
+        )
+
+    async def close(self) -> None:
+        if self._lenders is not None:
+            await self._lenders.close()

@@ -1,0 +1,159 @@
+"""The options of a worker's command line, whatever its role.
+
+Used by `engine.worker.process` (`rorqual worker`) and by the commands of the single roles, which add their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.worker.rank_link import RANK_COMMAND
+from rorqual.errors import ConfigError
+from rorqual.model_config import PAGE_TOKENS
+from rorqual.service import parse_address
+from rorqual.telemetry import add_log_options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    model: Path
+    listen: tuple[str, int] = ("127.0.0.1", 0)
+    numerics: str | None = None  # None: as the checkpoint is
+    exact: bool = False
+    num_pages: int | None = None  # with kv_bytes None too: the rank sizes its pools
+    kv_bytes: int | None = None
+    num_slots: int = 16
+    prefill_tokens_max: int = 1024
+    threads: int = 1
+    kernels: dict[str, str] = field(default_factory=dict[str, str])
+    metrics_port: int = 0
+    ready_file: Path | None = None
+    worker_id: str = ""  # empty: host name and process id
+    drain_seconds_max: float = 30.0
+    load_seconds_max: float = 1800.0  # without a word from the rank
+    step_seconds_max: float = 600.0
+    rank_stop_seconds_max: float = 5.0  # then it is killed
+    plans_inflight_max: int = 2
+    rank_command: Sequence[str] = RANK_COMMAND
+    transfer: str = "auto"  # engine of one-sided reads; for workers of one role
+    num_records: int | None = None  # hand-over records; None: as the role needs
+
+
+def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
+    """The options of `rorqual worker`, and the log level. Raises ConfigError naming the option."""
+    args = worker_parser(
+        prog="rorqual worker", description="Run one worker that computes prompts and decodes."
+    ).parse_args(argv)
+    return worker_options(args), args.log_level
+
+
+def worker_options(args: argparse.Namespace) -> WorkerOptions:
+    """What `worker_parser` has parsed, checked. Raises ConfigError naming the option."""
+    for option in ("pages", "slots", "prefill_tokens", "threads", "drain_seconds", "step_seconds"):
+        value = getattr(args, option)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}")
+    if args.prefill_tokens % PAGE_TOKENS:
+        raise ConfigError(f"--prefill-tokens must be a multiple of {PAGE_TOKENS}, not {args.prefill_tokens}")
+    if args.exact and args.threads > 1:
+        raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
+    if not 0 <= args.metrics_port <= 65535:
+        raise ConfigError(f"--metrics-port must be between 0 and 65535, not {args.metrics_port}")
+    return WorkerOptions(
+        model=args.model,
+        listen=parse_address(args.listen, option="--listen"),
+        numerics=args.numerics,
+        exact=args.exact,
+        num_pages=args.pages,
+        kv_bytes=None if args.kv_bytes is None else parse_bytes(args.kv_bytes, option="--kv-bytes"),
+        num_slots=args.slots,
+        prefill_tokens_max=args.prefill_tokens,
+        threads=args.threads,
+        kernels=_parse_kernels(args.kernel),
+        metrics_port=args.metrics_port,
+        ready_file=args.ready_file,
+        worker_id=args.worker_id,
+        drain_seconds_max=args.drain_seconds,
+        step_seconds_max=args.step_seconds,
+        transfer=getattr(args, "transfer", "auto"),
+        num_records=getattr(args, "records", None),
+    )
+
+
+def worker_parser(*, prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The options that workers of all roles have."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="model directory")
+    add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="session address; port 0: any")
+    add(
+        "--numerics",
+        choices=["float32", "served"],
+        help="rounding (default: served for a quantised checkpoint)",
+    )
+    add("--exact", action="store_true", help="bit-identical logits whatever the batch")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--pages", type=int, metavar="N", help="pages of 256 tokens (default: the rank decides)"
+    )
+    size.add_argument("--kv-bytes", metavar="SIZE", help="memory for pages, such as 2GB")
+    add("--slots", type=int, default=16, metavar="N", help="sequences that run at once (default 16)")
+    add("--prefill-tokens", type=int, default=1024, metavar="N", help="prompt tokens per step (default 1024)")
+    add("--threads", type=int, default=1, metavar="N", help="compute threads of the rank (default 1)")
+    add("--kernel", action="append", default=[], metavar="OP=NAME", help="choose a kernel; repeatable")
+    add("--metrics-port", type=int, default=0, metavar="PORT", help="port of /metrics (default: any)")
+    add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once the worker is ready")
+    add("--worker-id", default="", metavar="NAME", help="name in logs (default: host name and process id)")
+    add("--drain-seconds", type=float, default=30.0, metavar="S", help="for running sequences at the end")
+    add("--step-seconds", type=float, default=600.0, metavar="S", help="deadline of one step of the rank")
+    add_log_options(parser)
+    return parser
+
+
+def add_transfer_options(parser: argparse.ArgumentParser) -> None:
+    """Options of workers that lend or read state."""
+    add = parser.add_argument
+    add(
+        "--transfer",
+        choices=["auto", "nixl", "shm"],
+        default="auto",
+        help="engine of one-sided reads (default auto: nixl where it loads, else shm, which needs one host)",
+    )
+    add(
+        "--records",
+        type=int,
+        metavar="N",
+        help="hand-over records, one for each sequence under way between two workers (default: 2 a slot)",
+    )
+    add(
+        "--transfer-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="longest read of another worker's memory; equal on all workers (default 10)",
+    )
+
+
+def parse_bytes(text: str, *, option: str) -> int:
+    """A size: 1500000000, 1.5GB or 1.4GiB. Raises ConfigError naming the option."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if found is None or (found[3] and not found[2]):
+        raise ConfigError(f"{option} must be a size such as 2GB or 512MiB, not {text!r}")
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+    if size <= 0:
+        raise ConfigError(f"{option} must be above 0, not {text!r}")
+    return size
+
+
+def _parse_kernels(choices: list[str]) -> dict[str, str]:
+    kernels: dict[str, str] = {}
+    for choice in choices:
+        operation, equals, name = choice.partition("=")
+        if not (operation and equals and name):
+            raise ConfigError(f"--kernel must be OPERATION=NAME, not {choice!r}")
+        kernels[operation] = name
+    return kernels

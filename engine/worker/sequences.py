@@ -1,0 +1,225 @@
+"""One sequence on a worker, and one step while it is in flight: what the scheduler remembers of them.
+
+Only `engine.worker.scheduler` and `engine.worker.holdings` touch these. A sequence knows its tokens and what it
+holds; it never takes or gives back anything itself.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from engine.plan import PromptScores, Restore, Segment, SlotOpen
+from engine.worker.events import SequenceKey
+from kvstore.pages import pages_for
+from rorqual.ids import PageId, RecordId, SlotId
+from rorqual.model_config import PAGE_TOKENS
+from rorqual.sampling import SamplingParams
+from rorqual.session import Alternatives, PromptLogprobs, TokenArray, alternatives_of
+
+RESERVE_TOKENS = PAGE_TOKENS // 4
+"""A running sequence within this many tokens of a page boundary keeps one free page from being given to a
+newcomer, who would be preempted again within a few steps."""
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"  # in the queue, holds nothing
+    ADOPTING = "adopting"  # holds a slot, pages and a record, into which its state is read
+    RUNNING = "running"  # holds a slot and pages, and a record until it is planned into, or from, it
+    LANDING = "landing"  # its last token is planned; holds nothing, or what it lends
+    ENDED = "ended"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    key: SequenceKey
+    prompt: TokenArray
+    max_tokens: int
+    ignore_eos: bool
+    sampling: SamplingParams
+    is_lending: bool = False  # ends here with its first token, and goes on elsewhere
+    is_adopting: bool = False  # its prompt's state comes from elsewhere, and has not yet
+    phase: Phase = Phase.WAITING
+    generated: list[int] = field(default_factory=list[int])  # tokens that have landed
+    num_promised: int = 0  # tokens sampled by plans in flight
+    num_inflight: int = 0  # plans in flight that compute something of it
+    num_computed: int = 0  # positions computed by the plans made so far, since it last started
+    slot: SlotId | None = None
+    pages: list[PageId] = field(default_factory=list[PageId])
+    record: RecordId | None = None
+    is_opened: bool = False  # the rank knows that it has the slot
+    num_pages_sent: int = 0
+    num_scored: int = 0  # prompt tokens whose scores have been passed on
+    num_pages_told: int = 0  # of the first pages: the host may have lent them
+    is_told: bool = False  # of any page or of the record
+
+    @property
+    def num_known(self) -> int:
+        """Tokens here or on their way."""
+        return len(self.prompt) + len(self.generated) + self.num_promised
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens known and not computed. One: a decode step, or the last token of a prompt, which is the
+        same."""
+        return self.num_known - self.num_computed
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens to generate here."""
+        return 1 if self.is_lending else self.max_tokens
+
+    @property
+    def num_full_pages(self) -> int:
+        """Of the prompt."""
+        return len(self.prompt) // PAGE_TOKENS
+
+    @property
+    def is_planned_to_the_end(self) -> bool:
+        return len(self.generated) + self.num_promised == self.num_wanted
+
+    @property
+    def is_scored(self) -> bool:
+        return self.sampling.prompt_logprobs is None or self.num_scored == len(self.prompt) - 1
+
+    @property
+    def is_paged(self) -> bool:
+        """It holds the pages of all its known tokens."""
+        return pages_for(self.num_known) <= len(self.pages)
+
+    @property
+    def is_near_page_end(self) -> bool:
+        """It will ask for another page soon, unless it ends before."""
+        num_last = min(self.num_known + RESERVE_TOKENS, len(self.prompt) + self.num_wanted - 1)
+        return pages_for(num_last) > len(self.pages)
+
+    @property
+    def num_pages_to_start(self) -> int:
+        """All pages of the known tokens are taken at once: taking them chunk by chunk would admit too many. What is
+        adopted comes with a token, which decoding starts from."""
+        return pages_for(self.num_known + self.is_adopting)
+
+    @property
+    def needs_record(self) -> bool:
+        """To start."""
+        return self.is_lending or self.is_adopting
+
+    def start(self, slot: SlotId, pages: Iterable[PageId], record: RecordId | None) -> None:
+        assert self.num_inflight == 0
+        assert self.num_promised == 0
+        assert (record is not None) == self.needs_record
+        self.phase = Phase.ADOPTING if self.is_adopting else Phase.RUNNING
+        self.slot = slot
+        self.pages = list(pages)
+        self.record = record
+        self.is_opened = False
+        self.num_pages_sent = 0
+        self.num_computed = 0
+
+    def adopt(self, token_ids: Iterable[int]) -> None:
+        """The prompt's state is in the pages and the record. From now on it is a sequence like any other."""
+        assert self.phase is Phase.ADOPTING
+        assert self.generated == []
+        self.is_adopting = False
+        self.phase = Phase.RUNNING
+        self.generated.extend(token_ids)
+        self.num_computed = len(self.prompt)
+
+    def slot_open(self) -> SlotOpen:
+        assert self.slot is not None
+        assert not self.is_opened
+        self.is_opened = True
+        tokens = np.concatenate((self.prompt, np.asarray(self.generated, dtype=np.int32)))
+        # A resumed sequence whose scores are all out does not pay for them again.
+        prompt_logprobs = None if self.is_scored else self.sampling.prompt_logprobs
+        return SlotOpen(
+            slot=self.slot,
+            tokens=tokens.astype("<i4", copy=False).tobytes(),
+            num_prompt=len(self.prompt),
+            sampling=msgspec.structs.replace(self.sampling, prompt_logprobs=prompt_logprobs),
+            restore=self._restore() if self.num_computed else None,
+        )
+
+    def _restore(self) -> Restore:
+        """Hands the record over to the step."""
+        assert self.record is not None
+        assert not self.is_lending
+        num_pages = pages_for(self.num_computed)
+        restore = Restore(
+            num_computed=self.num_computed, pages=tuple(self.pages[:num_pages]), record=self.record
+        )
+        self.num_pages_sent = num_pages
+        self.record = None
+        return restore
+
+    def next_segment(self, count: int) -> Segment:
+        """The next `count` tokens, with the pages they need that the rank does not know yet."""
+        assert self.slot is not None
+        assert self.is_opened
+        end = self.num_computed + count
+        assert end == self.num_known or end % PAGE_TOKENS == 0
+        num_pages = pages_for(end)
+        assert num_pages <= len(self.pages)
+        sample = end == self.num_known
+        segment = Segment(
+            slot=self.slot,
+            start=self.num_computed,
+            count=count,
+            pages=tuple(self.pages[self.num_pages_sent : num_pages]),
+            sample=sample,
+            lend=self.is_lending,
+            record=self.record if sample and self.is_lending and self.record is not None else -1,
+        )
+        self.num_pages_sent = num_pages
+        self.num_computed = end
+        self.num_promised += sample
+        return segment
+
+    def take_scores(self, parts: Iterable[PromptScores]) -> PromptLogprobs | None:
+        """What is new of them: a preempted prompt is scored again from its beginning, in other chunks."""
+        first = self.num_scored + 1
+        logprobs: list[float] = []
+        alternatives: list[Alternatives] = []
+        for part in parts:
+            num_old = self.num_scored + 1 - part.first
+            assert num_old >= 0, f"scores from {part.first} after {self.num_scored}"
+            if num_old < len(part.logprobs):
+                logprobs.extend(part.logprobs[num_old:])
+                alternatives.extend(alternatives_of(pairs) for pairs in part.alternatives[num_old:])
+                self.num_scored = part.first - 1 + len(part.logprobs)
+        if not logprobs:
+            return None
+        return PromptLogprobs(first=first, logprobs=tuple(logprobs), alternatives=tuple(alternatives))
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """A plan while it is made, and what must be remembered of it while it is in flight."""
+
+    number: int
+    opens: list[SlotOpen] = field(default_factory=list[SlotOpen])
+    segments: list[Segment] = field(default_factory=list[Segment])
+    sequences: dict[SlotId | None, Sequence] = field(default_factory=dict["SlotId | None", "Sequence"])
+    sampling: set[SlotId] = field(default_factory=set[SlotId])
+    lending: dict[SlotId, Segment] = field(default_factory=dict[SlotId, Segment])
+    restoring: list[RecordId] = field(default_factory=list[RecordId])  # read by the rank in this step
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        if not sequence.is_opened:
+            item = sequence.slot_open()
+            self.opens.append(item)
+            if item.restore is not None:
+                self.restoring.append(RecordId(item.restore.record))
+        segment = sequence.next_segment(count)
+        slot = SlotId(segment.slot)
+        assert slot not in self.sequences, f"slot {slot} has two segments in step {self.number}"
+        self.segments.append(segment)
+        self.sequences[slot] = sequence
+        if segment.sample:
+            self.sampling.add(slot)
+        if segment.lend:
+            self.lending[slot] = segment

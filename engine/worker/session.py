@@ -1,0 +1,184 @@
+"""One router's stream, without the wire: commands go in, reports come out.
+
+Made by the host (`engine.worker.host`) for each session; `engine.worker.session_server` carries it over gRPC, tests use
+it as it is. It keeps what the router has not read yet, within bounds, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.worker.metrics import WorkerMetrics
+from engine.worker.scheduler import SequenceKey
+from rorqual.errors import RorqualError
+from rorqual.ids import SequenceId
+from rorqual.session import (
+    Cancel,
+    Command,
+    Credit,
+    Load,
+    Open,
+    Renew,
+    SequenceReport,
+    StepReport,
+    Take,
+)
+from rorqual.telemetry import fields
+
+log = logging.getLogger(__name__)
+
+
+class SessionRefused(RorqualError):
+    """The host does not take this session, or ends it: the router broke a rule or the worker has no room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionBounds:
+    """Part of the host's configuration."""
+
+    session_sequences_max: int = 4096  # open at once on one session
+    session_reports_max: int = 32768  # unread by the router; at the bound the session is closed as slow
+    session_values_max: int = 2 * 1024 * 1024  # of those reports, tokens and alternatives: 150 MB
+    message_values_max: int = 32 * 1024  # of one message, or one report: 0.3 MB, 25 ms to encode
+    heartbeat_seconds: float = 1.0
+
+
+class SessionHost(Protocol):
+    """What a session asks of the host. The four commands are queued, never carried out at once."""
+
+    @property
+    def draining(self) -> bool: ...
+
+    def load(self) -> Load: ...
+
+    def credit(self, session: Session) -> Credit | None: ...
+
+    def open(self, session: Session, command: Open) -> None: ...
+
+    def cancel(self, session: Session, sequence_id: SequenceId) -> None: ...
+
+    def renew(self, session: Session, command: Renew) -> None: ...
+
+    def take(self, session: Session, command: Take) -> None: ...
+
+    def forget(self, session: Session) -> None: ...
+
+
+class Session:
+    """Reports wait here until the router takes them; those of several steps then leave together, in messages of
+    `message_values_max` at most. A router that lets `session_reports_max` of them pile up, or
+    `session_values_max` in them, is slow: its session is closed and its sequences are cancelled.
+    """
+
+    def __init__(
+        self, host: SessionHost, router_id: str, *, bounds: SessionBounds, metrics: WorkerMetrics
+    ) -> None:
+        self.router_id = router_id
+        self.keys: dict[SequenceId, SequenceKey] = {}  # kept by the host
+        self.flushed = asyncio.Event()  # everything pushed has been taken, and more was asked for
+        self._host = host
+        self._bounds = bounds
+        self._metrics = metrics
+        self._open_ids: set[SequenceId] = set()
+        self._outbox: deque[SequenceReport] = deque()
+        self._num_values = 0  # in the outbox
+        self._news = asyncio.Event()
+        self._number = 0
+        self.closed_because = ""
+        self.closed = asyncio.Event()
+
+    def submit(self, command: Command) -> None:
+        """Raises SessionRefused when the router breaks a rule; the session is then to be closed."""
+        match command:
+            case Open():
+                if command.sequence_id in self._open_ids:
+                    raise SessionRefused(f"sequence {command.sequence_id} is open already")
+                if len(self._open_ids) >= self._bounds.session_sequences_max:
+                    raise SessionRefused(f"session has {len(self._open_ids)} sequences open already")
+                self._open_ids.add(command.sequence_id)
+                self._host.open(self, command)
+            case Cancel():
+                self._host.cancel(self, command.sequence_id)
+            case Renew():
+                self._host.renew(self, command)
+            case Take():
+                self._host.take(self, command)
+
+    async def next_report(self) -> StepReport:
+        """What happened since the last one. Waits for news at most a heartbeat: then it carries the load
+        alone.
+        """
+        if not self._outbox:
+            self.flushed.set()
+            try:
+                async with asyncio.timeout(self._bounds.heartbeat_seconds):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+        self._news.clear()
+        self._number += 1
+        return StepReport(
+            number=self._number,
+            sequences=self._take_reports(),
+            load=self._host.load(),
+            draining=self._host.draining,
+            credit=self._host.credit(self),
+        )
+
+    def close(self) -> None:
+        """End the session and cancel everything opened on it. May be called twice."""
+        self._outbox.clear()
+        self._num_values = 0
+        self.flushed.set()
+        self.closed.set()
+        self._host.forget(self)
+
+    def push(self, reports: Iterable[SequenceReport]) -> None:
+        """From the host, once per step."""
+        if self.closed.is_set():
+            return
+        for report in reports:
+            self._outbox.append(report)
+            self._num_values += report.num_values
+        if (
+            len(self._outbox) > self._bounds.session_reports_max
+            or self._num_values > self._bounds.session_values_max
+        ):
+            num_reports, num_values = len(self._outbox), self._num_values
+            self.closed_because = f"router left {num_reports} reports unread, with {num_values} values"
+            self._metrics.sessions_slow.inc()
+            log.warning(
+                "closed a slow session %s",
+                fields(router=self.router_id, reports=num_reports, values=num_values),
+            )
+            self.close()
+            return
+        self.flushed.clear()
+        self._news.set()
+
+    def announce(self) -> None:
+        """Send a report now, with or without sequences: something in its head changed."""
+        self.flushed.clear()
+        self._news.set()
+
+    def release(self, sequence_id: SequenceId) -> None:
+        self._open_ids.discard(sequence_id)
+
+    def _take_reports(self) -> tuple[SequenceReport, ...]:
+        """The oldest reports, as many as one message may carry, and one at least. The rest leaves with the
+        next message, which does not wait."""
+        taken: list[SequenceReport] = []
+        num_values = 0
+        while self._outbox:
+            more = self._outbox[0].num_values
+            if taken and num_values + more > self._bounds.message_values_max:
+                break
+            num_values += more
+            taken.append(self._outbox.popleft())
+        self._num_values -= num_values
+        return tuple(taken)

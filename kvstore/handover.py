@@ -1,0 +1,144 @@
+"""The hand-over record: all state of a sequence but its full pages, at one count of computed tokens. Pure, no torch.
+
+Says which rows a record holds and where their bytes lie; `engine.handover` moves them. Whoever goes on after N computed
+tokens reads the full pages 0 .. N // 256 - 1 and this record, and nothing else: that is the least there is to move.
+
+A record is a list of parts, one behind the other, without gaps. A part holds rows of one component in order of
+position, never of ring slot, since rings may differ in size between workers: layer by layer the data of its rows, then
+their scales, in the very bytes that pools keep. What is in it, for window W and compressors of ratio r:
+
+- window: positions N-W+1 .. N-1 of every layer. Position N-W is out of sight for the next token.
+- paged components: the finished rows of the last, partial page.
+- unfinished rows: those of the N mod r tokens whose row is not made yet. Where windows overlap (C4 and its index) also
+  the first halves, K_a and S_a, of the r tokens before those; their second halves are never read again.
+- with drafts: draft window rows N-W .. N-2 and the last streams, of position N-1. The draft block at index i takes the
+  token at i + 1, so index N-1 is not computed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore.layout import Component, Descriptor, IndexSpace, StateLayout
+from rorqual.model_config import PAGE_TOKENS
+
+RECORD_VERSION = 1
+"""Changes whenever other bytes, or the same bytes elsewhere, stand in a record or page of the same layout."""
+
+RECORD_ALIGNMENT = 4
+"""A record is a multiple of this long, zero-filled at its end: digests are made of 32-bit words."""
+
+DRAFT_COMPONENTS = (Component.DRAFT_WINDOW, Component.DRAFT_STREAMS)
+OVERLAPPING = (Component.C4_UNFINISHED, Component.C4_INDEX_UNFINISHED)
+"""Unfinished components whose entries also pool the window before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """`count` rows of a component in each of its layers."""
+
+    component: Component
+    first: int  # position of the first row; in a paged component its number within the partial page
+    count: int
+    halves: bool  # only K_a and S_a of every row
+    offset: int  # of the first byte in the record
+    num_bytes: int
+
+
+def record_parts(layout: StateLayout, num_tokens: int, *, drafts: bool) -> tuple[Part, ...]:
+    """The parts of a record at `num_tokens` >= 1 computed tokens, in order; empty ones are left out. `drafts` needs a
+    layout with draft components."""
+    assert num_tokens >= 1, "a record without a computed token"
+    parts: list[Part] = []
+    offset = 0
+    for descriptor in layout.descriptors:
+        if descriptor.component in DRAFT_COMPONENTS and not drafts:
+            continue
+        for first, count, halves in _rows(layout, descriptor, num_tokens):
+            if count == 0:
+                continue
+            row_bytes = descriptor.row_bytes // 2 if halves else descriptor.row_bytes
+            part = Part(
+                component=descriptor.component,
+                first=first,
+                count=count,
+                halves=halves,
+                offset=offset,
+                num_bytes=count * row_bytes * len(descriptor.layers),
+            )
+            parts.append(part)
+            offset += part.num_bytes
+    if drafts:
+        assert all(layout.find(item) for item in DRAFT_COMPONENTS), "drafts of a model without MTP blocks"
+    return tuple(parts)
+
+
+def record_bytes(layout: StateLayout, num_tokens: int, *, drafts: bool) -> int:
+    """Bytes of a record at `num_tokens` computed tokens, a multiple of RECORD_ALIGNMENT."""
+    num_bytes = sum(part.num_bytes for part in record_parts(layout, num_tokens, drafts=drafts))
+    return -(-num_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+
+
+def record_bytes_max(layout: StateLayout, *, drafts: bool) -> int:
+    """Bytes of the longest record: a full window, and one token short of a page. Every ratio divides a page, so every
+    compressor is then one token short of a row."""
+    num_pages = layout.sliding_window // PAGE_TOKENS + 2
+    return record_bytes(layout, num_pages * PAGE_TOKENS - 1, drafts=drafts)
+
+
+def handover_bytes(layout: StateLayout, num_tokens: int, *, drafts: bool) -> int:
+    """The least that must be read to go on after `num_tokens` computed tokens: full pages and the record."""
+    full_pages = num_tokens // PAGE_TOKENS
+    return full_pages * layout.page_bytes + record_bytes(layout, num_tokens, drafts=drafts)
+
+
+def wire_id(layout: StateLayout, fingerprint: str, *, drafts: bool) -> str:
+    """16 hex digits, equal for two workers exactly when each can read the other's pages and records. `fingerprint` is
+    the model's. Sizes of rings and numbers of pages and slots are each worker's own and do not count."""
+    components = [
+        [
+            item.component.value,
+            item.form.value,
+            item.layers,
+            item.ratio,
+            item.width,
+            item.data_bytes,
+            item.scale_bytes,
+            item.num_rows if item.space is IndexSpace.PAGE else None,
+        ]
+        for item in layout.descriptors
+        if drafts or item.component not in DRAFT_COMPONENTS
+    ]
+    described = {
+        "record": RECORD_VERSION,
+        "fingerprint": fingerprint,
+        "numerics": layout.numerics.value,
+        "page_tokens": PAGE_TOKENS,
+        "sliding_window": layout.sliding_window,
+        "drafts": drafts,
+        "components": components,
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rows(layout: StateLayout, item: Descriptor, num_tokens: int) -> Iterator[tuple[int, int, bool]]:
+    """(first, count, halves) of what a record holds of one component."""
+    match item.component:
+        case Component.WINDOW:
+            first = max(0, num_tokens - layout.sliding_window + 1)
+            yield first, num_tokens - first, False
+        case Component.DRAFT_WINDOW:
+            first = max(0, num_tokens - layout.sliding_window)
+            yield first, num_tokens - 1 - first, False
+        case Component.DRAFT_STREAMS:
+            yield num_tokens - 1, 1, False
+        case Component.C4 | Component.C4_INDEX | Component.C128:
+            yield 0, num_tokens % PAGE_TOKENS // item.ratio, False
+        case Component.C4_UNFINISHED | Component.C4_INDEX_UNFINISHED | Component.C128_UNFINISHED:
+            first = num_tokens // item.ratio * item.ratio
+            if item.component in OVERLAPPING and first:
+                yield first - item.ratio, item.ratio, True
+            yield first, num_tokens - first, False

@@ -1,0 +1,85 @@
+"""The process of a prefill worker: `rorqual prefill`. A worker (`engine.worker.process`) that lends state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from engine.plan import RankReady
+from engine.worker.host import HostConfig
+from engine.worker.metrics import WorkerMetrics
+from engine.worker.options import add_transfer_options, worker_options, worker_parser
+from engine.worker.process import serve
+from engine.worker.role import RoleHandler
+from prefill_worker.lending import Lender, LenderConfig
+from prefill_worker.lending_server import LendingServer
+from prefill_worker.metrics import LendingMetrics
+from rorqual.clock import SystemClock
+from rorqual.errors import ConfigError
+from rorqual.service import run_service
+from rorqual.session import Role
+from rorqual.telemetry import configure_logging
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `rorqual prefill`; the exit status. Raises RorqualError for what a person can put right."""
+    parser = worker_parser(
+        prog="rorqual prefill",
+        description="Run one prefill worker: it computes prompts, samples the first token, and lends the state to a"
+        " decode worker, which reads it out of this worker's memory under a lease.",
+        epilog="The Lending service is answered at --listen too: decode workers must reach that address.",
+    )
+    add_transfer_options(parser)
+    parser.add_argument(
+        "--lease-seconds",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="a lease ends this long after its last renewal (default 15)",
+    )
+    args = parser.parse_args(argv)
+    options = worker_options(args)
+    if not 0 < args.transfer_seconds < args.lease_seconds:
+        raise ConfigError(
+            f"--lease-seconds ({args.lease_seconds:g}) must be above --transfer-seconds ({args.transfer_seconds:g}):"
+            " no read begins with less of its lease left than it may take"
+        )
+    configure_logging(level=args.log_level)
+    setup = PrefillSetup(lease_seconds=args.lease_seconds, transfer_seconds_max=args.transfer_seconds)
+    run_service(serve(options, setup))
+    return 0
+
+
+class PrefillSetup:
+    role = Role.PREFILL
+
+    def __init__(self, *, lease_seconds: float, transfer_seconds_max: float) -> None:
+        self._lease_seconds = lease_seconds
+        self._transfer_seconds_max = transfer_seconds_max
+        self._server = LendingServer()
+
+    def services(self) -> Sequence[grpc.GenericRpcHandler[Any, Any]]:
+        return (self._server.handler(),)
+
+    def make(self, ready: RankReady, config: HostConfig, metrics: WorkerMetrics) -> RoleHandler:
+        assert ready.endpoint is not None, "the rank exports no memory"
+        lending_metrics = LendingMetrics(metrics.registry)
+        lender = Lender(
+            LenderConfig(
+                worker_id=config.worker_id,
+                incarnation=config.incarnation,
+                wire_id=ready.wire_id,
+                num_records=ready.num_records,
+                lease_seconds=self._lease_seconds,
+                transfer_seconds_max=self._transfer_seconds_max,
+            ),
+            clock=SystemClock(),
+            metrics=lending_metrics,
+        )
+        self._server.attach(lender, endpoint=ready.endpoint, metrics=lending_metrics)
+        return lender
+
+    async def close(self) -> None:
+        pass

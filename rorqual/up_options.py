@@ -1,0 +1,337 @@
+"""What `rorqual up` is asked for, and what it then tells its children: options in, command lines out.
+
+Pure but for the files of API keys. Called by `rorqual.up`, which starts what is planned here, and by `rorqual.demo`,
+which passes options on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rorqual.api_keys import read_api_keys
+from rorqual.errors import ConfigError
+from rorqual.service import format_address
+from rorqual.telemetry import LOG_LEVELS
+
+WORKERS_MAX = 64
+
+# One number sets the threads of every numeric library: whichever a process loads, it must not fight its
+# neighbours.
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+
+# Everything `up` starts is on this machine: the transfer library (UCX, below NIXL) need not listen on the network,
+# and what it has to say is said by our own errors. A variable that is already set is left as it is.
+_TRANSFER_VARIABLES = {"UCX_NET_DEVICES": "lo", "UCX_LOG_LEVEL": "error"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions:
+    """What `rorqual up` was asked for. None: the child's own default."""
+
+    model: Path
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_both: int = 0
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    served_name: str | None = None
+    numerics: str | None = None
+    exact: bool = False
+    pages: int | None = None
+    kv_bytes: str | None = None
+    slots: int | None = None
+    prefill_tokens: int | None = None
+    threads: int | None = None
+    kernels: tuple[str, ...] = ()
+    transfer: str | None = None
+    bind_early_tokens: int | None = None
+    credit_seconds: float | None = None
+    hand_over_seconds: float | None = None
+    api_keys: tuple[str, ...] = ()
+    log_level: str | None = None
+    ready_file: Path | None = None
+    start_seconds_max: float = 3600.0
+    stop_seconds_max: float = 15.0
+
+    @property
+    def drain_seconds(self) -> float:
+        """What a child may take to finish its requests: a little less than it is given before it is killed."""
+        return 0.8 * self.stop_seconds_max / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """One worker that is to be started."""
+
+    name: str  # "prefill-0": its log prefix, its worker id
+    command: str  # the subcommand of `rorqual` that runs it
+    threads: int
+
+
+def parse_options(argv: list[str]) -> UpOptions:
+    """The options of a command line. Exits with status 2 as argparse does; raises ConfigError for a bad
+    value.
+    """
+    args = _parser().parse_args(argv)
+    num_prefill, num_decode, num_both = _counts(args)
+    for option in ("http", "grpc"):
+        if not 0 <= getattr(args, option) <= 65535:
+            raise ConfigError(f"--{option} must be a port between 0 and 65535, not {getattr(args, option)}")
+    for option in ("pages", "slots", "prefill_tokens", "threads"):
+        _check_least(args, option, least=1)
+    _check_least(args, "bind_early_tokens", least=0)
+    for option in ("credit_seconds", "hand_over_seconds"):
+        value = getattr(args, option)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}")
+    if args.exact and (args.threads or 1) > 1:
+        raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
+    return UpOptions(
+        model=args.model,
+        num_prefill=num_prefill,
+        num_decode=num_decode,
+        num_both=num_both,
+        host=args.host,
+        http_port=args.http,
+        grpc_port=args.grpc,
+        served_name=args.served_name,
+        numerics=args.numerics,
+        exact=args.exact,
+        pages=args.pages,
+        kv_bytes=args.kv_bytes,
+        slots=args.slots,
+        prefill_tokens=args.prefill_tokens,
+        threads=args.threads,
+        kernels=tuple(args.kernel),
+        transfer=args.transfer,
+        bind_early_tokens=args.bind_early_tokens,
+        credit_seconds=args.credit_seconds,
+        hand_over_seconds=args.hand_over_seconds,
+        api_keys=read_api_keys(args.api_key, args.api_key_file),
+        log_level=args.log_level,
+        ready_file=args.ready_file,
+        start_seconds_max=args.start_seconds,
+        stop_seconds_max=args.stop_seconds,
+    )
+
+
+def plan_workers(options: UpOptions, *, num_cores: int) -> list[WorkerPlan]:
+    """The workers to start, prefill ones first."""
+    num_heavy = options.num_prefill + options.num_both
+    heavy, light = options.threads, options.threads
+    if heavy is None or light is None:
+        heavy, light = threads_per_worker(
+            num_cores=num_cores, num_heavy=num_heavy, num_decode=options.num_decode, exact=options.exact
+        )
+    return [
+        WorkerPlan(name=f"{role}-{index}", command=command, threads=threads)
+        for role, command, count, threads in (
+            ("prefill", "prefill", options.num_prefill, heavy),
+            ("decode", "decode", options.num_decode, light),
+            ("both", "worker", options.num_both, heavy),
+        )
+        for index in range(count)
+    ]
+
+
+def threads_per_worker(*, num_cores: int, num_heavy: int, num_decode: int, exact: bool) -> tuple[int, int]:
+    """Compute threads of each worker that computes prompts (`num_heavy`: prefill and both), and of each decode
+    worker, such that the processes of one host do not fight.
+
+    About one core stays with the router and the workers' hosts: a second torch thread on two busy cores
+    makes tiny steps ten times slower, not faster. A worker that computes prompts gets about two threads for each
+    one of a decode worker: a chunk of a prompt is large matrices, which more threads finish sooner, and is what the
+    first token waits for; a decode step is a few rows, bound by memory, and gains little from its second thread.
+    Exact mode fixes the reduction order with one thread.
+    """
+    if exact:
+        return 1, 1
+    spare = num_cores - 1
+    decode = max(1, spare // (2 * num_heavy + num_decode))
+    return max(1, (spare - decode * num_decode) // max(1, num_heavy)), decode
+
+
+def worker_environment(environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
+    """A child's environment: the supervisor's own, with what keeps its libraries in their place."""
+    return (
+        _TRANSFER_VARIABLES
+        | dict(environment)
+        | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        | {"PYTHONUNBUFFERED": "1"}
+    )
+
+
+def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path) -> list[str]:
+    """The options of one worker; it listens on loopback only."""
+    arguments = ["--model", str(options.model), "--listen", "127.0.0.1:0", "--ready-file", str(ready_file)]
+    arguments += ["--worker-id", worker.name, "--threads", str(worker.threads)]
+    arguments += _given(
+        ("--numerics", options.numerics),
+        ("--pages", options.pages),
+        ("--kv-bytes", options.kv_bytes),
+        ("--slots", options.slots),
+        ("--prefill-tokens", options.prefill_tokens),
+        ("--log-level", options.log_level),
+        ("--drain-seconds", options.drain_seconds),
+        # A worker that does both hands nothing over.
+        ("--transfer", None if worker.command == "worker" else options.transfer),
+    )
+    for kernel in options.kernels:
+        arguments += ["--kernel", kernel]
+    return [*arguments, "--exact"] if options.exact else arguments
+
+
+def router_arguments(
+    options: UpOptions, *, addresses: Sequence[str], ready_file: Path, api_key_file: Path | None
+) -> list[str]:
+    """The options of the router. Keys come in a file: everyone on the machine can read a command line."""
+    arguments = ["--model", str(options.model), "--ready-file", str(ready_file)]
+    arguments += ["--http", format_address(options.host, options.http_port)]
+    arguments += ["--grpc", format_address(options.host, options.grpc_port)]
+    for address in addresses:
+        arguments += ["--worker", address]
+    return arguments + _given(
+        ("--served-name", options.served_name),
+        ("--log-level", options.log_level),
+        ("--drain-seconds", options.drain_seconds),
+        ("--bind-early-tokens", options.bind_early_tokens),
+        ("--credit-seconds", options.credit_seconds),
+        ("--hand-over-seconds", options.hand_over_seconds),
+        ("--api-key-file", api_key_file),
+    )
+
+
+def _given(*options: tuple[str, object]) -> list[str]:
+    return [text for option, value in options if value is not None for text in (option, str(value))]
+
+
+def _counts(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Prefill, decode and both workers. Naming one kind leaves the others out."""
+    counts = (args.prefill, args.decode, args.both)
+    if counts == (None, None, None):
+        return 1, 1, 0
+    for option, count in zip(("--prefill", "--decode", "--both"), counts, strict=True):
+        if not 0 <= (count or 0) <= WORKERS_MAX:
+            raise ConfigError(f"{option} must be between 0 and {WORKERS_MAX}, not {count}")
+    num_prefill, num_decode, num_both = (count or 0 for count in counts)
+    total = num_prefill + num_decode + num_both
+    if total == 0:
+        raise ConfigError("--prefill, --decode and --both leave no worker at all")
+    if total > WORKERS_MAX:
+        raise ConfigError(
+            f"--prefill, --decode and --both ask for {total} workers; at most {WORKERS_MAX} are"
+        )
+    if not num_both and not num_decode:
+        raise ConfigError(f"--prefill {num_prefill} needs a worker that goes on: add --decode N")
+    if not num_both and not num_prefill:
+        raise ConfigError(f"--decode {num_decode} needs a worker that computes prompts: add --prefill N")
+    return num_prefill, num_decode, num_both
+
+
+def _check_least(args: argparse.Namespace, option: str, *, least: int) -> None:
+    value = getattr(args, option)
+    if value is not None and value < least:
+        raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rorqual up",
+        description="Start a local cluster: workers, and a router before them. Without --prefill, --decode or --both"
+        " it is one prefill and one decode worker; naming any of them leaves the others out.",
+        epilog="Children get UCX_NET_DEVICES=lo and UCX_LOG_LEVEL=error unless you set these variables: all of them"
+        " are on this machine. example: rorqual up --model models/demo --prefill 1 --decode 2 --http 8000",
+    )
+    _add_worker_options(parser)
+    _add_router_options(parser)
+    add = parser.add_argument
+    add("--log-level", choices=LOG_LEVELS, help="least severe log line (default info)")
+    add(
+        "--ready-file",
+        type=Path,
+        metavar="FILE",
+        help="written once a request would be answered: JSON of URLs, pids",
+    )
+    add(
+        "--start-seconds",
+        type=float,
+        default=3600.0,
+        metavar="S",
+        help="give up starting after this (default 3600)",
+    )
+    add(
+        "--stop-seconds",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="time to finish requests on stop (default 15)",
+    )
+    return parser
+
+
+def _add_worker_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="checkpoint directory to serve")
+    add("--prefill", type=int, metavar="N", help="workers that compute prompts and hand their state over")
+    add("--decode", type=int, metavar="N", help="workers that read such state and generate")
+    add("--both", type=int, metavar="N", help="workers that do all of it by themselves")
+    add(
+        "--numerics",
+        choices=("float32", "served"),
+        help="rounding (default: served for a quantised checkpoint, else float32)",
+    )
+    add("--exact", action="store_true", help="logits bit-identical whatever the batch; slower")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--pages", type=int, metavar="N", help="pages of cached state per worker")
+    size.add_argument("--kv-bytes", metavar="SIZE", help="memory for pages per worker, such as 2GB")
+    add("--slots", type=int, metavar="N", help="sequences a worker runs at once")
+    add("--prefill-tokens", type=int, metavar="N", help="prompt tokens a worker computes in one step")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="compute threads per worker (default: cores shared, most of them to those that compute prompts)",
+    )
+    add("--kernel", action="append", default=[], metavar="OP=NAME", help="force a kernel (repeatable)")
+    add(
+        "--transfer",
+        choices=("auto", "nixl", "shm"),
+        help="how decode workers read state (default auto: nixl where it loads, else shared memory)",
+    )
+
+
+def _add_router_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address the router listens on (default 127.0.0.1)")
+    add("--http", type=int, default=8000, metavar="PORT", help="HTTP port (default 8000, 0 = any free one)")
+    add("--grpc", type=int, default=8001, metavar="PORT", help="gRPC port (default 8001, 0 = any free one)")
+    add("--served-name", metavar="NAME", help="model name of the API (default: the directory's name)")
+    add("--api-key", action="append", default=[], metavar="KEY", help="require this bearer key (repeatable)")
+    add(
+        "--api-key-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="require one of these bearer keys, one per line, that stand in no process list (repeatable)",
+    )
+    add(
+        "--bind-early-tokens",
+        type=int,
+        metavar="N",
+        help="from this prompt length on, state is handed over while the prompt is computed (0: always)",
+    )
+    add("--credit-seconds", type=float, metavar="S", help="deadline of a request's wait for decode workers")
+    add("--hand-over-seconds", type=float, metavar="S", help="deadline from the first token to the second")

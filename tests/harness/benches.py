@@ -1,0 +1,324 @@
+"""Schedulers with strict fake ranks, and the pipes between them under the test's control; a prefill and a decode one
+with a hand-over between them that takes as long as the test says."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from fake_rank import EOS, NUM_PAGE_COMPONENTS, VOCAB_SIZE, FakeRank
+
+from engine.plan import Fetch, RecordFetch, StepPlan
+from engine.worker.scheduler import (
+    Adoption,
+    Event,
+    LentEvent,
+    PagesEvent,
+    Scheduler,
+    SchedulerConfig,
+    ScoresEvent,
+    SequenceKey,
+    Surrender,
+    TokenEvent,
+)
+from rorqual.sampling import SamplingParams
+from rorqual.session import Role
+
+
+def a_prompt(key: int, length: int) -> list[int]:
+    return random.Random(key).choices(range(VOCAB_SIZE), k=length)
+
+
+class Bench:
+    """A scheduler and a rank, with the pipe of plans and results between them under the test's control."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 16,
+        num_slots: int = 4,
+        prefill_tokens_max: int = 512,
+        role: Role = Role.BOTH,
+        num_records: int = 0,
+        **options: int,
+    ) -> None:
+        tokens_max = options.pop("sequence_tokens_max", num_pages * 256)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_pages=num_pages,
+                num_slots=num_slots,
+                vocab_size=VOCAB_SIZE,
+                sequence_tokens_max=tokens_max,
+                eos_token_ids=frozenset({EOS}),
+                prefill_tokens_max=prefill_tokens_max,
+                role=role,
+                num_records=num_records,
+                num_page_components=NUM_PAGE_COMPONENTS if num_records else 0,
+                **options,
+            )
+        )
+        self.rank = FakeRank(
+            num_pages=num_pages,
+            num_slots=num_slots,
+            prefill_tokens_max=prefill_tokens_max,
+            num_records=num_records,
+        )
+        self.pipe: deque[StepPlan] = deque()
+        self.plans: list[StepPlan] = []
+        self.events: dict[int, list[TokenEvent]] = {}
+        self.first_index: dict[int, int] = {}
+        self.scores: dict[int, list[float]] = {}
+        self.pages: dict[int, list[PagesEvent]] = {}
+        self.lent: dict[int, LentEvent] = {}
+        self.surrendered: dict[int, Surrender] = {}  # not taken back
+        self.adoptions: dict[int, Adoption] = {}
+
+    def open(
+        self,
+        key: int,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        ignore_eos: bool = False,
+        adopt: bool = False,
+        **sampling: int,
+    ) -> SamplingParams:
+        params = SamplingParams(**{"seed": key, **sampling})
+        self.scheduler.open(
+            SequenceKey(key),
+            prompt=np.array(prompt, dtype=np.int32),
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            sampling=params,
+            adopt=adopt,
+        )
+        self.events[key] = []
+        self.first_index[key] = 0
+        self.scores[key] = []
+        self.pages[key] = []
+        return params
+
+    def send(self) -> StepPlan | None:
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.pipe.append(plan)
+            self.plans.append(plan)
+        return plan
+
+    def receive(self) -> list[Event]:
+        """The rank executes in order, when the test says so."""
+        if not self.pipe:
+            return []
+        events = self.scheduler.apply(self.rank.step(self.pipe.popleft()))
+        for number, event in enumerate(events):
+            match event:
+                case ScoresEvent():
+                    self._take_scores(event)
+                case PagesEvent():
+                    self._take_pages(event)
+                case TokenEvent():
+                    own = self.events[event.key]
+                    assert event.index == self.first_index[event.key] + len(own)
+                    own.append(event)
+                case LentEvent():
+                    before = events[number - 1]
+                    assert isinstance(before, TokenEvent)
+                    assert (before.key, before.index, before.finish_reason) == (event.key, 0, None)
+                    self.lent[event.key] = event
+                    self.rank.lend((), event.record)
+        self.take_surrendered()
+        return events
+
+    def cancel(self, key: int) -> bool:
+        found = self.scheduler.cancel(SequenceKey(key))
+        self.take_surrendered()
+        return found
+
+    def take_surrendered(self) -> None:
+        for item in self.scheduler.take_surrendered():
+            assert item.key not in self.surrendered
+            assert item.pages == tuple(page for event in self.pages[item.key] for page in event.pages)
+            self.surrendered[item.key] = item
+
+    def take_back(self, key: int) -> None:
+        """Nobody reads what was lent of a sequence any more."""
+        item = self.surrendered.pop(key)
+        self.rank.take_back(item.pages, item.record)
+        self.scheduler.take_back(item.pages, item.record)
+
+    def take_adoptions(self) -> list[Adoption]:
+        found = self.scheduler.take_adoptions()
+        self.adoptions |= {int(item.key): item for item in found}
+        return found
+
+    def run(self, *, steps_max: int = 100_000) -> None:
+        self.drain(steps_max=steps_max)
+        assert self.scheduler.is_idle
+        self.check_empty()
+
+    def drain(self, *, steps_max: int = 100_000) -> None:
+        """Until there is nothing to do without somebody else."""
+        for _ in range(steps_max):
+            while self.send():
+                pass
+            if not self.pipe:
+                return
+            self.receive()
+
+    def step(self) -> StepPlan | None:
+        plan = self.send()
+        self.receive()
+        return plan
+
+    def check_empty(self) -> None:
+        load = self.scheduler.load()
+        assert (load.sequences_running, load.sequences_waiting, load.tokens_waiting) == (0, 0, 0)
+        assert load.pages_free == load.pages_total
+        assert load.slots_free == load.slots_total
+        assert load.pages_leased == 0
+        assert self.scheduler.num_records_free == self.scheduler.config.num_records
+        assert self.scheduler.num_sequences == 0
+        assert self.rank.slots == {}
+
+    def tokens(self, key: int) -> list[int]:
+        return [event.token_id for event in self.events[key]]
+
+    def _take_scores(self, event: ScoresEvent) -> None:
+        """They follow on one another and come before the first token."""
+        assert self.events[event.key] == []
+        scores = self.scores[event.key]
+        assert event.prompt_logprobs.first == len(scores) + 1
+        assert len(event.prompt_logprobs.alternatives) == len(event.prompt_logprobs.logprobs) > 0
+        scores.extend(event.prompt_logprobs.logprobs)
+
+    def _take_pages(self, event: PagesEvent) -> None:
+        """They follow on one another and come before the first token, under one record."""
+        assert self.events[event.key] == []
+        own = self.pages[event.key]
+        assert event.first_page == sum(len(item.pages) for item in own)
+        assert {item.record for item in own} <= {event.record}
+        assert len(event.digests) == NUM_PAGE_COMPONENTS * len(event.pages) > 0
+        own.append(event)
+        self.rank.lend(event.pages)
+
+
+def lending(**options: int) -> Bench:
+    return Bench(**{"num_records": 4, **options}, role=Role.PREFILL)
+
+
+def adopting(**options: int) -> Bench:
+    return Bench(**{"num_records": 4, **options}, role=Role.DECODE)
+
+
+@dataclass
+class Reading:
+    """One hand-over, as the decode worker's host sees it."""
+
+    adoption: Adoption
+    num_pages: int = 0  # read, or being read
+    fetch: int = 0  # open; 0: none
+    is_last: bool = False  # the fetch brings the record
+    is_cancelled: bool = False
+
+
+@dataclass
+class Pair:
+    """Two workers. A sequence has the same key on both."""
+
+    prefill: Bench
+    decode: Bench
+    readings: dict[int, Reading] = field(default_factory=dict)
+    num_fetches: int = 0
+
+    def bind(self, key: int, prompt: list[int], max_tokens: int, **options: int) -> None:
+        self.decode.open(key, prompt, max_tokens, adopt=True, **options)
+        self.decode.first_index[key] = 1
+
+    def cancel_decode(self, key: int) -> bool:
+        found = self.decode.cancel(key)
+        reading = self.readings.get(key)
+        if found and reading is not None:
+            reading.is_cancelled = True
+            if not reading.fetch:
+                self._settle(key)
+        return found
+
+    def begin(self, key: int) -> bool:
+        """Start to read what is offered and not read yet. False when there is nothing, or it is not time."""
+        self._note_adoptions()
+        reading = self.readings.get(key)
+        if reading is None or reading.fetch or reading.adoption.after > self.decode.scheduler.last_applied:
+            return False
+        offered = self.prefill.pages[key]
+        pages = tuple(page for event in offered for page in event.pages)[reading.num_pages :]
+        digests = tuple(item for event in offered for item in event.digests)
+        lent = self.prefill.lent.get(key)
+        if not pages and lent is None:
+            return False
+        self.num_fetches += 1
+        reading.fetch = self.num_fetches
+        reading.is_last = lent is not None
+        self.decode.rank.begin_fetch(
+            Fetch(
+                fetch=self.num_fetches,
+                peer=1,
+                seconds=10.0,
+                source_pages=pages,
+                target_pages=reading.adoption.pages[reading.num_pages : reading.num_pages + len(pages)],
+                digests=digests[reading.num_pages * NUM_PAGE_COMPONENTS :],
+                record=None
+                if lent is None
+                else RecordFetch(
+                    source=lent.record,
+                    target=reading.adoption.record,
+                    num_bytes=lent.record_bytes,
+                    digest=lent.record_digest,
+                ),
+            )
+        )
+        reading.num_pages += len(pages)
+        return True
+
+    def end(self, key: int) -> bool:
+        """The bytes of the open read have come. False when there is none."""
+        reading = self.readings.get(key)
+        if reading is None or not reading.fetch:
+            return False
+        fetched = self.decode.rank.end_fetch(reading.fetch, self.prefill.rank)
+        reading.fetch = 0
+        if reading.is_cancelled:
+            self._settle(key)
+            return True
+        assert fetched.error == "", fetched.error
+        if reading.is_last:
+            del self.readings[key]
+            self.decode.scheduler.adopted(SequenceKey(key), tuple(self.prefill.tokens(key)))
+            self.prefill.take_back(key)
+        return True
+
+    def hand_over(self, key: int) -> None:
+        """All at once."""
+        self._note_adoptions()
+        while self.readings[key].adoption.after > self.decode.scheduler.last_applied:
+            self.decode.receive()
+        assert self.begin(key)
+        assert self.end(key)
+
+    def drain(self) -> None:
+        """Let everything that can still come about come about."""
+        while True:
+            self.prefill.drain()
+            self.decode.drain()
+            self._note_adoptions()
+            if not any(self.end(key) or self.begin(key) for key in list(self.readings)):
+                return
+
+    def _settle(self, key: int) -> None:
+        del self.readings[key]
+        self.decode.scheduler.settle(SequenceKey(key))
+
+    def _note_adoptions(self) -> None:
+        for item in self.decode.take_adoptions():
+            self.readings[item.key] = Reading(adoption=item)
