@@ -223,6 +223,7 @@ class Borrower:
                 else RecordFetch(
                     source=record.record,
                     target=adoption.record,
+                    num_tokens=record.num_tokens,
                     num_bytes=record.num_bytes,
                     digest=record.digest,
                 ),

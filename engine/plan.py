@@ -149,6 +149,7 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class RecordFetch(msgspec.Struct, frozen=True, array_like=True):
     source: int
     target: int
+    num_tokens: int  # computed; says how long the record has to be
     num_bytes: int
     digest: int
 

@@ -100,7 +100,14 @@ def _serve_with_transfer(connection: socket.socket, rank: Rank, engine: Transfer
     """As `_serve`, with two threads beside this one, which computes."""
     writer = FrameWriter(connection)
     plans = PlanQueue()
-    transfer = RankTransfer(engine, rank.digests, tell=writer.write, fail=plans.fail, clock=SystemClock())
+    transfer = RankTransfer(
+        engine,
+        rank.digests,
+        record_bytes=rank.record_bytes,
+        tell=writer.write,
+        fail=plans.fail,
+        clock=SystemClock(),
+    )
     # A daemon: when a step fails here, the process does not wait for the host to say more.
     threading.Thread(target=read_host, args=(connection, plans, transfer), name="host", daemon=True).start()
     try:
@@ -126,6 +133,7 @@ class Rank:
 
     def __init__(self, runner: Runner, *, sampler: Sampler, page_digest: PageDigest) -> None:
         self.digests = StateDigests(runner.pools, runner.records, page_digest=page_digest)
+        self.record_bytes = runner.record_bytes
         self._runner = runner
         self._sampler = sampler
         self._slots: dict[int, _Slot] = {}

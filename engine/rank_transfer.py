@@ -86,8 +86,9 @@ class StateDigests:
 class RankTransfer:
     """Carries out the host's transfer commands with an engine that it owns from now on.
 
-    `tell` sends a message to the host, whole, from any thread. `fail` is told once, of an exception nobody expected:
-    no fetch is answered any more, and the process must end.
+    `record_bytes` says how long a record of so many tokens is. `tell` sends a message to the host, whole, from any
+    thread. `fail` is told once, of an exception nobody expected: no fetch is answered any more, and the process must
+    end.
     """
 
     def __init__(
@@ -95,12 +96,14 @@ class RankTransfer:
         engine: Transfer,
         digests: StateDigests,
         *,
+        record_bytes: Callable[[int], int],
         tell: Callable[[FromTransfer], None],
         fail: Callable[[BaseException], None],
         clock: Clock,
     ) -> None:
         self._regions = engine.endpoint.regions
         self._digests = digests
+        self._record_bytes = record_bytes
         self._tell = tell
         self._owner = owner.TransferOwner(engine, on_event=self._pass_on, on_failure=fail, clock=clock)
         self._owner.start()
@@ -148,6 +151,10 @@ class RankTransfer:
             )
         runs = page_runs(self._regions, fetch.source_pages, fetch.target_pages)
         if (record := fetch.record) is not None:
+            wanted = self._record_bytes(record.num_tokens)
+            if record.num_bytes != wanted:
+                text = f"a record of {record.num_tokens} tokens has {wanted} bytes, not {record.num_bytes}"
+                raise TransferError(text)
             runs.append(
                 record_run(
                     self._regions, source=record.source, target=record.target, num_bytes=record.num_bytes

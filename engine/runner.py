@@ -17,7 +17,7 @@ from engine.model.batch import BatchSegment, RaggedBatch, build_batch
 from engine.model.context import PickHook
 from engine.model.forward import Model
 from engine.pager import PagedState, SlotTables
-from kvstore.handover import record_bytes_max
+from kvstore.handover import record_bytes, record_bytes_max
 from kvstore.layout import build_layout
 from kvstore.pools import Allocate, Pools, plain_memory
 from kvstore.transfer.runs import RECORDS
@@ -55,12 +55,12 @@ class Runner:
         self.pools = Pools(self.layout, num_pages=num_pages, num_slots=num_slots, allocate=allocate)
         longest = -(-config.max_position_embeddings // PAGE_TOKENS)
         self.tables = SlotTables(self.pools, pages_per_slot_max=min(num_pages, longest))
-        record_bytes = record_bytes_max(self.layout, drafts=drafts)
-        memory = allocate(RECORDS, record_bytes, num_records) if num_records else None
+        longest = record_bytes_max(self.layout, drafts=drafts)
+        memory = allocate(RECORDS, longest, num_records) if num_records else None
         self.records = (
-            torch.empty((0, record_bytes), dtype=torch.uint8)
+            torch.empty((0, longest), dtype=torch.uint8)
             if memory is None
-            else torch.from_numpy(memory).view(num_records, record_bytes)
+            else torch.from_numpy(memory).view(num_records, longest)
         )
         """uint8 [records, bytes of the longest record]."""
 
@@ -71,6 +71,10 @@ class Runner:
     def extend(self, slot: int, pages: Sequence[int]) -> None:
         """Append pages to the slot's page table."""
         self.tables.append(slot, pages)
+
+    def record_bytes(self, num_tokens: int) -> int:
+        """Bytes of a record of so many computed tokens."""
+        return record_bytes(self.layout, num_tokens, drafts=self.drafts)
 
     def pack(self, slot: int, num_tokens: int, record: int) -> int:
         """Pack the state of the sequence in `slot`, exactly `num_tokens` of which have been computed, into a record.

@@ -131,15 +131,12 @@ def _file_name(agent: str, index: int) -> str:
 def _map_file(path: str, name: str, size: int) -> ByteArray:
     if sys.platform != "linux":
         raise OSError("anonymous files are Linux's")
-    # Looked at before it is opened, since opening somebody else's device or pipe may have effects; and again after,
-    # since the owner may have gone and its number may be another's.
+    # The owner may be gone, and its number and descriptor be somebody else's, even a pipe that would keep us waiting.
     wanted = f"/memfd:{name} (deleted)"
-    if os.readlink(path) != wanted:
-        raise OSError(f"{path} is not {name}: the owner is gone, or on another host")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if os.readlink(f"/proc/self/fd/{fd}") != wanted:
-            raise OSError(f"{path} is not {name}: the owner is gone")
+            raise OSError(f"{path} is not {name}: the owner is gone, or on another host")
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise OSError(f"{path} could shrink")
         if os.fstat(fd).st_size < size:

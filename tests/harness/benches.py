@@ -273,6 +273,7 @@ class Pair:
                 else RecordFetch(
                     source=lent.record,
                     target=reading.adoption.record,
+                    num_tokens=lent.num_tokens,
                     num_bytes=lent.record_bytes,
                     digest=lent.record_digest,
                 ),

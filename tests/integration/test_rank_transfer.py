@@ -142,7 +142,11 @@ def lend(driver: Driver, length: int, *, record: int) -> Loan:
         pages=pages,
         digests=tuple(digest for part in parts for digest in part.page_digests),
         record=RecordFetch(
-            source=record, target=record, num_bytes=parts[-1].record_bytes, digest=parts[-1].record_digest
+            source=record,
+            target=record,
+            num_tokens=len(prompt),
+            num_bytes=parts[-1].record_bytes,
+            digest=parts[-1].record_digest,
         ),
         first=sampled.token_id,
     )

@@ -118,7 +118,14 @@ def a_side(
     told: queue.Queue[FromTransfer] = queue.Queue()
     failures: queue.Queue[BaseException] = queue.Queue()
     engine = HeldBack(builder.start(), hold)
-    transfer = RankTransfer(engine, digests, tell=tell or told.put, fail=failures.put, clock=SystemClock())
+    transfer = RankTransfer(
+        engine,
+        digests,
+        record_bytes=lambda num_tokens: num_tokens,
+        tell=tell or told.put,
+        fail=failures.put,
+        clock=SystemClock(),
+    )
     try:
         yield Side(
             pools=pools,
@@ -147,7 +154,9 @@ def two_sides(layout: StateLayout = LAYOUT) -> Iterator[tuple[Side, Side]]:
 def a_fetch(owner: Side, **changed: Any) -> Fetch:
     """Pages 4, 0, 3 of the owner into 2, 1, 5, and the first 1000 bytes of record 0 into record 1."""
     pages = (4, 0, 3)
-    record = RecordFetch(source=0, target=1, num_bytes=1000, digest=owner.digests.of_record(0, 1000))
+    record = RecordFetch(
+        source=0, target=1, num_tokens=1000, num_bytes=1000, digest=owner.digests.of_record(0, 1000)
+    )
     values = {
         "fetch": 7,
         "peer": 1,
@@ -207,8 +216,12 @@ def test_one_flipped_bit_of_a_record_is_told() -> None:
     [
         ({"digests": (1, 2, 3, 4, 5, 6, 7, 8)}, "3 pages have 9 digests, not 8"),
         (
-            {"record": RecordFetch(source=0, target=0, num_bytes=1 << 30, digest=0)},
+            {"record": RecordFetch(source=0, target=0, num_tokens=1 << 30, num_bytes=1 << 30, digest=0)},
             "a record of 1073741824 bytes does not fit",
+        ),
+        (
+            {"record": RecordFetch(source=0, target=0, num_tokens=1001, num_bytes=1000, digest=0)},
+            "a record of 1001 tokens has 1001 bytes, not 1000",
         ),
         ({"source_pages": (4, 0, NUM_PAGES)}, "are not in region"),
         ({"peer": 2}, "peer 2 is not connected"),
