@@ -2,8 +2,8 @@
 
 Pages lie scattered on both sides, so nothing is merged. A read is timed from its first post to its last DONE, on both
 sides; of ours, digests and the way between threads (submission to event, without the read and the digests) have columns
-of their own. Beside it stand the same runs as plain copies within one process. Ratios are of one round each, in which
-the sides take turns.
+of their own, and so have the calls to the owner (two renewals and a release). Beside it stand the same runs as plain
+copies within one process. Ratios are of one round each, in which the sides take turns.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 
+from bench import lending_calls
 from bench.transfer_pair import CaseRounds
 from rorqual.errors import RorqualError
 
@@ -33,11 +34,8 @@ PATHS = {
 REQUIRED = 0.8
 SECONDS_MAX = 300
 
-ControlCalls = Callable[[], float]
-"""Seconds of the calls that go with one hand-over: attach, renew, release."""
 
-
-def main(argv: list[str] | None = None, *, control_calls: ControlCalls | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.transfer", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="turns each side takes (default 9)")
     parser.add_argument("--only", choices=PATHS, metavar="PATH", help=f"one of: {', '.join(PATHS)}")
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None, *, control_calls: ControlCalls | None = 
     for name, (kind, environment) in PATHS.items():
         if args.only in (None, name):
             cases = _run_pair(kind, environment, rounds=args.rounds)
-            rpc = "-" if control_calls is None else f"{control_calls() * 1e3:.2f}"
+            rpc = f"{lending_calls.seconds() * 1e3:.2f}"
             for case in cases:
                 _report(name, case, rpc)
             figures[name] = [asdict(case) for case in cases]
