@@ -61,6 +61,8 @@ class End:
     cancels_prefill: bool
 
 
+_GOOD_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
+
 Effect = Deliver | Bind | Pass | KeepLease | End
 
 
@@ -93,6 +95,10 @@ class HandOver:
         """The client has the first token and nobody has gone on with it yet."""
         return self._first_token is not None and self.phase not in (Phase.DECODING, Phase.ENDED)
 
+    @property
+    def _has_passed_all(self) -> bool:
+        return self._is_complete and self._num_passed == len(self._offers)
+
     def from_prefill(self, report: SequenceReport) -> list[Effect]:
         """A report of the prefill worker, the last one also when its session was lost."""
         if self.phase in (Phase.DECODING, Phase.ENDED):
@@ -102,7 +108,7 @@ class HandOver:
             return self._fail_prefill(_failed(report, f"the prefill worker {wrong}"))
         self._first_token = report.token_ids[0] if report.token_ids else self._first_token
         finish = report.finish_reason
-        if finish in (FinishReason.STOP, FinishReason.LENGTH):
+        if finish in _GOOD_ENDS:
             return [_deliver(report), self._end(cancels_prefill=False)]
         effects: list[Effect] = []
         if report.token_ids or report.prompt_logprobs is not None:
@@ -123,15 +129,16 @@ class HandOver:
         if report.bound and self.phase is Phase.READING:
             self._is_bound = True
             effects.append(KeepLease(seconds=None))
-        if report.token_ids and self.phase is Phase.READING:
-            if self._num_passed == 0 or self._offers[self._num_passed - 1].record is None:
-                failure = _failed(report, "the decode worker sent tokens before it could know the state")
+        has_ended_well = report.finish_reason in _GOOD_ENDS
+        if self.phase is Phase.READING and (report.token_ids or has_ended_well):
+            if not (report.token_ids and self._has_passed_all):
+                failure = _failed(report, "the decode worker went on before it could know the state")
                 return [*effects, *self._fail(failure)]
             self.phase = Phase.DECODING
             self.has_landed = True
             self._offers.clear()
             effects.append(KeepLease(seconds=None))
-        if report.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if has_ended_well:
             return [*effects, _deliver(report), self._end(cancels_prefill=False)]
         if report.token_ids:
             effects.append(_deliver(dataclasses.replace(report, finish_reason=None)))

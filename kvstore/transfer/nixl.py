@@ -37,6 +37,11 @@ from rorqual.errors import ConfigError
 
 BACKEND = "nixl"
 
+IDLE_AGENTS_MAX = 32
+"""Owners that stay loaded when they are left. Over tcp, UCX keeps the socket of an owner that was removed until one of
+the two processes ends, and opens another for each time it is loaded: so whoever is left and comes back finds the old
+connection. One that has failed is removed, and so is the oldest beyond this bound."""
+
 _log = logging.getLogger(__name__)
 
 _never_closed: list[NixlTransfer] = []
@@ -96,7 +101,7 @@ class NixlTransfer:
         self._arrays = arrays  # registered memory must stay
         self._regions = region_table(endpoint.regions)
         self._peers: dict[PeerId, _Peer] = {}
-        self._loaded: dict[str, bytes] = {}  # metadata by agent, of agents some peer stands for
+        self._agents: dict[str, _Agent] = {}  # by name; whose metadata are loaded
         self._reads: dict[ReadId, _Read] = {}
         self._num_posted = 0
 
@@ -112,38 +117,44 @@ class NixlTransfer:
             raise TransferError(f"{endpoint.agent} is this agent itself")
         theirs = region_table(endpoint.regions)
         match_regions(self._regions, theirs)
-        self._load(endpoint.agent, endpoint.metadata)
-        self._peers[peer] = _Peer(agent=endpoint.agent, regions=theirs)
+        agent = self._load(endpoint.agent, endpoint.metadata)
+        agent.num_peers += 1
+        self._peers[peer] = _Peer(agent=agent, regions=theirs)
 
-    def _load(self, agent: str, metadata: bytes) -> None:
-        known = self._loaded.get(agent)
+    def _load(self, name: str, metadata: bytes) -> _Agent:
+        known = self._agents.get(name)
         if known is not None:
-            if known != metadata:
-                raise TransferError(f"{agent} is known with other metadata")
-            return
-        if not metadata.startswith(_metadata_start(agent)):
-            raise TransferError(f"metadata of {agent} are not its own")
+            if known.metadata != metadata:
+                raise TransferError(f"{name} is known with other metadata")
+            return known
+        if not metadata.startswith(_metadata_start(name)):
+            raise TransferError(f"metadata of {name} are not its own")
         try:
             loaded = self._agent.add_remote_agent(metadata)
         except self._errors as error:
-            raise TransferError(f"nixl refuses the metadata of {agent}: {error}") from None
-        assert loaded == agent.encode(), f"metadata of {agent} were loaded as {loaded}"
-        self._loaded[agent] = metadata
+            raise TransferError(f"nixl refuses the metadata of {name}: {error}") from None
+        assert loaded == name.encode(), f"metadata of {name} were loaded as {loaded}"
+        self._agents[name] = _Agent(name=name, metadata=metadata)
+        return self._agents[name]
 
     def forget(self, peer: PeerId) -> None:
         known = self._peers.pop(peer, None)
         if known is None:
             return
         assert not any(item.peer == peer for item in self._reads.values()), "a read from the peer is open"
-        if not any(item.agent == known.agent for item in self._peers.values()):
-            del self._loaded[known.agent]
-            self._remove(known.agent)
+        known.agent.num_peers -= 1
+        idle = [item for item in self._agents.values() if item.num_peers == 0]
+        surplus = idle[: max(len(idle) - IDLE_AGENTS_MAX, 0)]
+        for agent in idle:
+            if agent.has_failed or agent in surplus:
+                self._remove(agent)
 
-    def _remove(self, agent: str) -> None:
+    def _remove(self, agent: _Agent) -> None:
+        del self._agents[agent.name]
         try:
-            self._agent.remove_remote_agent(agent)
+            self._agent.remove_remote_agent(agent.name)
         except self._errors as error:
-            _log.warning("agent %s was not removed: %s", agent, error)
+            _log.warning("agent %s was not removed: %s", agent.name, error)
 
     def post(self, peer: PeerId, runs: Sequence[Run]) -> ReadId:
         if (known := self._peers.get(peer)) is None:
@@ -153,15 +164,17 @@ class NixlTransfer:
         try:
             targets = self._agent.get_xfer_descs(targets_R3, "DRAM")
             sources = self._agent.get_xfer_descs(sources_R3, "DRAM")
-            handle = self._agent.initialize_xfer("READ", targets, sources, known.agent)
+            handle = self._agent.initialize_xfer("READ", targets, sources, known.agent.name)
         except self._errors as error:
-            raise TransferError(f"a read from {known.agent} cannot be made: {error}") from None
+            known.agent.has_failed = True
+            raise TransferError(f"a read from {known.agent.name} cannot be made: {error}") from None
         try:
             state = self._agent.transfer(handle)
         except self._errors as error:
             # Posting fails when the connection has failed; UCX has then ended every request on it.
+            known.agent.has_failed = True
             self._release(handle)
-            raise TransferError(f"a read from {known.agent} cannot be posted: {error}") from None
+            raise TransferError(f"a read from {known.agent.name} cannot be posted: {error}") from None
         self._num_posted += 1
         read = ReadId(self._num_posted)
         self._reads[read] = _Read(peer=peer, agent=known.agent, handle=handle, is_done=state == "DONE")
@@ -174,8 +187,9 @@ class NixlTransfer:
                 return ReadState.PENDING
         except self._errors as error:
             # An error of a request is the end of its connection (error mode "peer"): nothing comes any more.
+            item.agent.has_failed = True
             self._end(read)
-            raise TransferError(f"a read from {item.agent} failed: {error}") from None
+            raise TransferError(f"a read from {item.agent.name} failed: {error}") from None
         self._end(read)
         return ReadState.DONE
 
@@ -197,8 +211,9 @@ class NixlTransfer:
         if self._reads:
             _never_closed.append(self)
             return
-        for peer in list(self._peers):
-            self.forget(peer)
+        self._peers.clear()
+        for agent in list(self._agents.values()):
+            self._remove(agent)
         if self._registered is not None:
             try:
                 self._agent.deregister_memory(self._registered)
@@ -207,16 +222,26 @@ class NixlTransfer:
         self._registered = None
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Agent:
+    """An owner that NIXL knows."""
+
+    name: str
+    metadata: bytes
+    num_peers: int = 0  # that stand for it
+    has_failed: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Peer:
-    agent: str
+    agent: _Agent
     regions: dict[str, Region]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Read:
     peer: PeerId
-    agent: str
+    agent: _Agent
     handle: Any
     is_done: bool  # when it was posted
 

@@ -44,6 +44,7 @@ class Gates:
 
     def __init__(self, *names: str) -> None:
         self._gates = {name: asyncio.Event() for name in names}
+        self.reached = dict.fromkeys(names, 0)  # how many have come to each, ever
         for gate in self._gates.values():
             gate.set()
 
@@ -54,6 +55,7 @@ class Gates:
         self._gates[name].set()
 
     async def wait(self, name: str) -> None:
+        self.reached[name] += 1
         await self._gates[name].wait()
 
 

@@ -57,7 +57,9 @@ class Answer:
 class Client:
     """`heard` is called whenever an answer has grown."""
 
-    def __init__(self, http: httpx.AsyncClient, channel: Any, *, heard: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, channel: Any, *, heard: Callable[[], None] | None = None
+    ) -> None:
         self.http = http
         self._heard = heard or (lambda: None)
         self._generate = channel.unary_stream(

@@ -173,6 +173,12 @@ async def a_cluster(
         await asyncio.gather(*cluster.tasks, return_exceptions=True)
 
 
+async def settle() -> None:
+    """Let everything happen that waits for no time to pass."""
+    for _ in range(60):
+        await asyncio.sleep(0)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.001)

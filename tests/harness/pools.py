@@ -316,13 +316,12 @@ class Pools(Served):
 
     def heal(self) -> None:
         """Whoever stands still goes on, whoever is dead is started again; then nothing is left of any request."""
-        dead = [member for member in self.members.values() if not member.is_alive()]
         for member in self.members.values():
-            if member in dead:
-                member.start()
-            else:
+            if member.is_alive():
                 member.signal(signal.SIGCONT)
-        for member in dead:
+            else:
+                member.start()
+        for member in self.members.values():
             member.wait_until_ready()
         self.wait_until_connected()
         self.wait_until_idle()

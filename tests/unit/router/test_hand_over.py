@@ -200,11 +200,14 @@ def test_a_prefill_worker_that_breaks_a_rule_has_failed(wrong: list[SequenceRepo
     assert course.is_prefill_to_blame
 
 
-def test_tokens_of_a_decode_worker_that_cannot_know_the_state_are_never_delivered() -> None:
+@pytest.mark.parametrize("wrong", [report(11, index=1), report(finish=FinishReason.STOP)])
+def test_tokens_of_a_decode_worker_that_cannot_know_the_state_are_never_delivered(
+    wrong: SequenceReport,
+) -> None:
     course = HandOver(is_early=True)
     course.from_prefill(report(offer=an_offer()))
     course.opened()
-    effects = course.from_decode(report(11, index=1))
+    effects = course.from_decode(wrong)
     assert kinds(effects) == ["Deliver", "End"]
     assert isinstance(effects[0], Deliver)
     assert effects[0].report.token_ids == ()

@@ -11,7 +11,7 @@ import pytest
 from rorqual.errors import Overloaded, StageTimedOut
 from rorqual.session import Credit
 from router.fleet import FleetConfig
-from tests.harness.cluster import Cluster, Got, a_cluster, a_generation, collect, the_answer, until
+from tests.harness.cluster import Cluster, Got, a_cluster, a_generation, collect, settle, the_answer, until
 
 FAST = {"backoff_seconds_min": 0.005, "backoff_seconds_max": 0.02}
 
@@ -41,7 +41,7 @@ async def a_full_cluster(
 async def ask(cluster: Cluster, number: int, **options: int) -> asyncio.Task[list[Got]]:
     """A request that has come as far as it can."""
     task = asyncio.create_task(collect(cluster, a_generation(number, **options)))
-    await asyncio.sleep(0.005)
+    await settle()
     return task
 
 
@@ -182,7 +182,7 @@ async def test_a_request_that_would_have_to_queue_goes_to_a_worker_of_both_roles
         long = await ask(cluster, 4, length=2000)
         assert cluster.count("credit_waiting") == 1
         on_b[0].cancel()
-        await asyncio.sleep(0.005)
+        await settle()
         short = await ask(cluster, 5)  # there is room for it on d, behind the long one
         assert cluster.count("sequences_placed_total", kind="whole") == 3
         assert cluster.count("credit_waiting") == 1

@@ -12,7 +12,7 @@ from rorqual.errors import InvalidRequest, RorqualError, WorkerLost
 from rorqual.session import Credit, ErrorCode
 from router.fleet import FleetConfig
 from router.generation import Generation
-from tests.harness.cluster import Cluster, a_cluster, a_generation, collect, the_answer, until
+from tests.harness.cluster import Cluster, a_cluster, a_generation, collect, settle, the_answer, until
 
 GENERATION = a_generation(length=600)
 EARLY = pytest.mark.parametrize("early", [0, 10_000])
@@ -38,8 +38,8 @@ async def test_a_prefill_worker_lost_before_the_first_token_costs_one_start_else
     async with a_cluster(prefills=["p1", "p2"], decodes=["d"], bind_early_tokens=early) as cluster:
         cluster.prefills["p1"].gates.shut("token")
         asking = asyncio.create_task(collect(cluster, GENERATION))
-        await until(lambda: cluster.prefills["p1"].load().sequences_running == 1)
-        await asyncio.sleep(0.02)
+        await until(lambda: cluster.prefills["p1"].gates.reached["token"] == 1)
+        await settle()
         cluster.lose("p1")
         (got,) = await asking
         assert got.tokens == the_answer(GENERATION)
@@ -85,8 +85,8 @@ async def test_a_prefill_worker_lost_while_its_state_is_read_is_one_clear_error(
     async with a_cluster(prefills=["p"], decodes=["d"]) as cluster:
         cluster.decodes["d"].gates.shut("read")
         asking = asyncio.create_task(collect(cluster, GENERATION))
-        await until(lambda: cluster.decodes["d"].load().sequences_running == 1)
-        await asyncio.sleep(0.02)
+        await until(lambda: cluster.decodes["d"].gates.reached["read"] == 1)
+        await settle()
         cluster.lose("p")
         await until(lambda: len(cluster.fleet.view()) == 1)
         assert not asking.done()  # it may have been read already
@@ -102,8 +102,8 @@ async def test_a_decode_worker_lost_while_the_prompt_is_computed_is_replaced(ear
     async with a_cluster(prefills=["p"], decodes=["d1", "d2"], bind_early_tokens=early) as cluster:
         cluster.prefills["p"].gates.shut("token")
         asking = asyncio.create_task(collect(cluster, GENERATION))
-        await until(lambda: cluster.prefills["p"].load().sequences_running == 1)
-        await asyncio.sleep(0.02)
+        await until(lambda: cluster.prefills["p"].gates.reached["token"] == 1)
+        await settle()
         assert cluster.count("credit_sequences", worker="d1") == 1
         cluster.lose("d1")
         await until(lambda: len(cluster.fleet.view()) == 2)
@@ -134,15 +134,14 @@ async def test_a_decode_worker_lost_before_its_first_token_is_replaced_by_anothe
 
 async def test_a_decode_worker_that_comes_back_can_read_the_state_after_all() -> None:
     async with a_cluster(prefills=["p"], decodes=["d"], start=False) as cluster:
-        prefill = cluster.start_prefill("p", lease_seconds=0.3)
+        prefill = cluster.start_prefill("p", lease_seconds=0.6)
         cluster.start_decode("d")
         await cluster.connected(2)
         asking, _ = await at_hand_over(cluster)
         worker = cluster.transport.hosts["d"]
         num_renewals = len(prefill.renewals)
         cluster.lose("d")
-        await asyncio.sleep(0.5)  # longer than the lease: the router renews it again
-        assert len(prefill.renewals) >= num_renewals + 4
+        await until(lambda: len(prefill.renewals) >= num_renewals + 4)  # the lease would have ended
         let_decode(cluster)
         cluster.transport.hosts["d"] = worker
         (got,) = await asking
@@ -226,22 +225,25 @@ async def test_a_decode_worker_that_starts_to_drain_is_not_bound_though_it_was_c
 @pytest.mark.parametrize("stage", ["room", "read"])
 async def test_a_lease_that_expires_unread_is_one_clear_error(stage: str) -> None:
     async with a_cluster(prefills=["p"], decodes=["d"], start=False) as cluster:
-        prefill = cluster.start_prefill("p", lease_seconds=0.05)
-        cluster.start_decode("d").gates.shut(stage)
+        prefill = cluster.start_prefill("p", lease_seconds=0.3)
+        decode = cluster.start_decode("d")
+        decode.gates.shut(stage)
         await cluster.connected(2)
         prefill.hears_renewals = False
         asking = asyncio.create_task(collect(cluster, GENERATION))
-        await asyncio.sleep(0.1)
+        await until(lambda: decode.gates.reached[stage] == 1)
+        await until(lambda: not prefill.leases)
+        await settle()
         # One that is bound may have read it: it is waited for.
         assert asking.done() == (stage == "room")
-        cluster.decodes["d"].gates.open(stage)
+        decode.gates.open(stage)
         with pytest.raises(WorkerLost, match="the lease of the state expired"):
             await asking
         await cluster.empty()
 
 
 async def test_a_stopped_decode_worker_is_given_up_and_another_reads_the_state() -> None:
-    config = FleetConfig(silence_seconds_max=0.15, backoff_seconds_min=0.005, backoff_seconds_max=0.02)
+    config = FleetConfig(silence_seconds_max=0.4, backoff_seconds_min=0.005, backoff_seconds_max=0.02)
     async with a_cluster(prefills=["p"], decodes=["d1", "d2"], fleet=config) as cluster:
         asking, address = await at_hand_over(cluster)
         cluster.decodes[address].stop()
