@@ -7,8 +7,8 @@ that outlives its deadline is told of, and polled on until nobody writes into it
 
 How often it looks. Idle, it sleeps until a command comes, and wakes 20 times a second for the sake of peers that
 connect. While leases are out or fetches open it looks after 0.05 ms when the last look found something to do, then
-ever later, at most 1 ms (leases, or a new peer) or 2 ms (only fetches). It never spins: idle it takes 0.002 CPU-seconds
-a second, with leases out that nobody reads 0.03, with either engine (measured on two shared cores).
+ever later, at most 0.5 ms (leases, or a new peer) or 2 ms (only fetches). It never spins: idle it takes 0.002
+CPU-seconds a second, with leases out that nobody reads 0.05, with either engine (measured on two shared cores).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ as the copy takes: 64 MiB at 6 GB/s are 11 ms, after which others have their tur
 IDLE_SECONDS = 0.05
 POLL_SECONDS_MIN = 0.00005
 POLL_BACKOFF = 1.5
-EXPOSED_SECONDS_MAX = 0.001
+EXPOSED_SECONDS_MAX = 0.0005
 READ_SECONDS_MAX = 0.002
 CONNECT_SECONDS = 0.2
 """For so long after a connect it looks as if leases were out: UCX sets the connection up in a few looks on both sides.
