@@ -3,10 +3,14 @@ the sequential answers and with nothing in use anywhere."""
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from fake_rank import answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.worker.scheduler import TokenEvent
 from rorqual.sampling import SamplingParams
 from tests.harness.benches import Pair, a_prompt, adopting, lending
 
@@ -18,7 +22,7 @@ moves = st.one_of(
     st.tuples(st.just("open"), requests),
     st.tuples(st.just("open here"), requests),
     st.tuples(st.sampled_from(["bind", "begin", "begin", "end", "end", "cancel", "cancel decode"]), numbers),
-    st.tuples(st.just("hand over"), numbers),
+    st.tuples(st.sampled_from(["hand over", "swap"]), numbers),
     st.tuples(st.just("prefill"), st.integers(1, 6)),
     st.tuples(st.sampled_from(["send", "receive"]), st.integers(1, 4)),
     st.tuples(st.just("turn"), st.integers(1, 200)),
@@ -52,8 +56,10 @@ class Storm:
                         decode.send()
                     if name != "send":
                         decode.receive()
-            case _ if self.opened:
-                self.move_one(name, value % len(self.opened))
+            case "swap":
+                self.swap(value)
+            case _ if live := self.live():
+                self.move_one(name, live[value % len(live)])
 
     def open(self, length: int, max_tokens: int, ignore_eos: bool, early: bool, *, is_here: bool) -> None:
         key, prompt = len(self.opened), a_prompt(len(self.opened), length)
@@ -100,6 +106,24 @@ class Storm:
             self.cancelled.add(key)
             self.pair.cancel_decode(key)
 
+    def swap(self, value: int) -> None:
+        """One gives up its room on the decode worker while a plan uses it, and others read into it at once."""
+        decode = self.pair.decode
+        decode.send()
+        running = [key for key in self.live() if key in self.bound | self.here]
+        if running:
+            self.move_one("cancel decode", running[value % len(running)])
+        for key in self.opened:
+            if self.pair.begin(key):
+                self.pair.end(key)
+
+    def live(self) -> list[int]:
+        def events(key: int) -> list[TokenEvent]:
+            return self.pair.prefill.events.get(key, []) + self.pair.decode.events.get(key, [])
+
+        ended = {key for key in self.opened if any(event.finish_reason for event in events(key))}
+        return sorted(self.opened.keys() - ended - self.cancelled)
+
     def has_ended_early(self, key: int) -> bool:
         """With its first token."""
         return any(event.finish_reason for event in self.pair.prefill.events.get(key, ()))
@@ -117,6 +141,23 @@ class Storm:
             for key in list(prefill.surrendered):
                 if key in self.cancelled or self.has_ended_early(key):
                     prefill.take_back(key)
+
+
+def weather(storm: Storm) -> None:
+    """What must be true after any storm."""
+    pair = storm.pair
+    storm.finish()
+    pair.prefill.run()
+    pair.decode.run()
+    assert pair.readings == {}
+    for key, (prompt, max_tokens, ignore_eos, params) in storm.opened.items():
+        expected = answer(prompt, max_tokens, params, ignore_eos=ignore_eos)
+        before = [] if key in storm.here else pair.prefill.tokens(key)
+        got = before + (pair.decode.tokens(key) if key in storm.bound | storm.here else [])
+        if key in storm.cancelled:
+            assert got == expected[: len(got)]
+        else:
+            assert got == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,19 +178,29 @@ def test_any_storm_of_hand_overs_ends_with_the_sequential_answers_and_nothing_in
         "prefill_tokens_max": budget,
         "plans_inflight_max": inflight,
     }
-    pair = Pair(prefill=lending(num_pages=8, **options), decode=adopting(num_pages=num_pages, **options))
-    storm = Storm(pair)
+    storm = Storm(
+        Pair(prefill=lending(num_pages=8, **options), decode=adopting(num_pages=num_pages, **options))
+    )
     for name, value in story:
         storm.move(name, value)
-    storm.finish()
-    pair.prefill.run()
-    pair.decode.run()
-    assert pair.readings == {}
-    for key, (prompt, max_tokens, ignore_eos, params) in storm.opened.items():
-        expected = answer(prompt, max_tokens, params, ignore_eos=ignore_eos)
-        before = [] if key in storm.here else pair.prefill.tokens(key)
-        got = before + (pair.decode.tokens(key) if key in storm.bound | storm.here else [])
-        if key in storm.cancelled:
-            assert got == expected[: len(got)]
-        else:
-            assert got == expected
+    weather(storm)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_long_storm_in_a_crowded_worker_does_too(seed: int) -> None:
+    """Denser than a story that is drawn to be shrunk: many are handed over, preempted, and cancelled with plans out."""
+    rng = random.Random(seed)
+    options = {"num_records": rng.randint(2, 5), "plans_inflight_max": rng.randint(1, 3)}
+    decode = adopting(num_pages=rng.randint(4, 8), num_slots=rng.randint(3, 6), **options)
+    storm = Storm(Pair(prefill=lending(num_pages=16, num_slots=4, **options), decode=decode))
+    names = {
+        "open": 5, "open here": 1, "prefill": 8, "bind": 8, "begin": 8, "end": 8, "hand over": 3, "swap": 4, "send": 3,
+        "receive": 3, "turn": 5, "cancel": 1, "cancel decode": 2,
+    }  # fmt: skip
+    for name in rng.choices(list(names), weights=names.values(), k=400):
+        if not name.startswith("open"):
+            storm.move(name, rng.randint(1, 30))
+        elif decode.scheduler.num_sequences < 6:
+            length = rng.choice([rng.randint(1, 700), 180, 250, 255, 256, 257, 440, 511, 512])
+            storm.move(name, (length, rng.randint(2, 300), rng.random() < 0.8, rng.random() < 0.3))
+    weather(storm)
