@@ -16,11 +16,11 @@ from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from decode_worker.lenders import Lenders, LendingFailed, LendingRefused
+from decode_worker.lenders import LeaseEnded, Lenders, LendingFailed, LendingRefused
 from decode_worker.loan import Loan
 from decode_worker.metrics import BorrowingMetrics
 from decode_worker.peers import Peers
-from engine.plan import Fetch, Fetched, FetchOverdue, FromTransfer, PeerOpened, RecordFetch
+from engine.plan import Fetched, FetchOverdue, FromTransfer, PeerOpened
 from engine.worker.role import HandlerHost
 from engine.worker.scheduler import Adoption, LentEvent, PagesEvent, SequenceKey
 from rorqual.clock import Clock
@@ -159,10 +159,8 @@ class Borrower:
                 self.peers.opened(message)
             case FetchOverdue():
                 loan = self._fetches[message.fetch]
-                self._metrics.stages_overdue.labels("fetch").inc()
                 if not loan.has_ended:
-                    seconds = self.config.transfer_seconds_max
-                    self._fail(loan, f"a read from {loan.source.address} took longer than {seconds:g} s")
+                    self._fail(loan, str(self._read_overdue(loan)))
             case Fetched():
                 self._fetched(self._fetches.pop(message.fetch), message)
 
@@ -175,7 +173,7 @@ class Borrower:
             self._spawn(self._keep_renewed(loan))
             self.host.enqueue(lambda: self._tell_bound(loan))
             while not loan.is_read:
-                await self._fetch(loan, adoption, await self._next_takes(loan))
+                await self._fetch(loan, await self._next_takes(loan))
             await self._renew(loan)
         except LendingFailed as error:
             self._refuse(loan, error)
@@ -201,41 +199,29 @@ class Borrower:
         takes, loan.takes = loan.takes, []
         return takes
 
-    async def _fetch(self, loan: Loan, adoption: Adoption, takes: list[Take]) -> None:
+    async def _fetch(self, loan: Loan, takes: list[Take]) -> None:
         """One read of everything in `takes`. Raises LendingFailed."""
         offers = [take.offer for take in takes]
-        first = offers[0].first_page
-        source_pages = tuple(page for offer in offers for page in offer.pages)
-        record = offers[-1].record
-        if source_pages or record is not None:
-            if loan.lease_end - self._clock.monotonic() < self.config.transfer_seconds_max:
+        has_record = offers[-1].record is not None
+        if has_record or any(offer.pages for offer in offers):
+            # The owner keeps its pages for its own longest read after a lease has ended, not for ours.
+            seconds = min(self.config.transfer_seconds_max, *(offer.transfer_seconds for offer in offers))
+            if loan.lease_end - self._clock.monotonic() < seconds:
                 await self._renew(loan)
-            assert loan.peer is not None
-            message = Fetch(
-                fetch=self._next_fetch,
-                peer=loan.peer.number,
-                seconds=self.config.transfer_seconds_max,
-                source_pages=source_pages,
-                target_pages=tuple(adoption.pages[first : first + len(source_pages)]),
-                digests=tuple(digest for offer in offers for digest in offer.digests),
-                record=None
-                if record is None
-                else RecordFetch(
-                    source=record.record,
-                    target=adoption.record,
-                    num_tokens=record.num_tokens,
-                    num_bytes=record.num_bytes,
-                    digest=record.digest,
-                ),
-            )
+            message = loan.fetch_message(self._next_fetch, offers, seconds=seconds)
             self._next_fetch += 1
             self._fetches[message.fetch] = loan
             loan.fetch = asyncio.get_running_loop().create_future()
             self.host.send(message)
-            failure = await loan.fetch
+            try:
+                # The rank says when it is overdue. One that says nothing at all stands still.
+                async with asyncio.timeout(message.seconds + self.config.call_seconds_max):
+                    failure = await loan.fetch
+            except TimeoutError:
+                raise self._read_overdue(loan) from None
             if failure:
                 raise LendingFailed(f"a read from {loan.source.address} failed: {failure}")
-        if record is not None:
+        if has_record:
             loan.is_read = True
             loan.token_ids = takes[-1].token_ids
 
@@ -262,7 +248,7 @@ class Borrower:
         finally:
             self._metrics.call_seconds.labels("renew").observe(self._clock.monotonic() - started)
         if remaining is None:
-            raise LendingFailed(f"the lease at {loan.source.address} has ended")
+            raise LeaseEnded(f"the lease at {loan.source.address} has ended")
         loan.lease_end = started + remaining
 
     async def _keep_renewed(self, loan: Loan) -> None:
@@ -310,6 +296,10 @@ class Borrower:
             self.host.fail(loan.key, ErrorCode.INVALID, str(error))
         else:
             loan.is_adopted = True
+
+    def _read_overdue(self, loan: Loan) -> LendingFailed:
+        seconds = self.config.transfer_seconds_max
+        return self._overdue("fetch", f"a read from {loan.source.address} took longer than {seconds:g} s")
 
     def _overdue(self, stage: str, text: str) -> LendingFailed:
         self._metrics.stages_overdue.labels(stage).inc()

@@ -24,6 +24,10 @@ class LendingRefused(LendingFailed):
     """The owner is another incarnation, or its state has another form: asking again cannot help."""
 
 
+class LeaseEnded(LendingRefused):
+    """The owner says that the lease is over, and with it every right to read."""
+
+
 class Lenders(Protocol):
     """Calls that raise LendingFailed; none is retried and none takes longer than its `seconds_max`."""
 

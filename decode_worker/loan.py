@@ -6,13 +6,15 @@ Kept by `decode_worker.borrowing`, which does everything that waits.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from decode_worker.peers import Peer
+from engine.plan import Fetch, RecordFetch
 from engine.worker.scheduler import Adoption, SequenceKey
 from rorqual.errors import InvalidRequest
 from rorqual.model_config import PAGE_TOKENS
-from rorqual.session import Source, Take
+from rorqual.session import Offer, Source, Take
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -59,6 +61,33 @@ class Loan:
         self.num_pages += len(offer.pages)
         self.is_complete = offer.record is not None
         self.news.set()
+
+    def fetch_message(self, number: int, offers: Sequence[Offer], *, seconds: float) -> Fetch:
+        """The read of everything in `offers`, which follow on one another."""
+        assert self.adoption is not None
+        assert self.peer is not None
+        first = offers[0].first_page
+        source_pages = tuple(page for offer in offers for page in offer.pages)
+        record = offers[-1].record
+        if record is None:
+            record_fetch = None
+        else:
+            record_fetch = RecordFetch(
+                source=record.record,
+                target=self.adoption.record,
+                num_tokens=record.num_tokens,
+                num_bytes=record.num_bytes,
+                digest=record.digest,
+            )
+        return Fetch(
+            fetch=number,
+            peer=self.peer.number,
+            seconds=seconds,
+            source_pages=source_pages,
+            target_pages=tuple(self.adoption.pages[first : first + len(source_pages)]),
+            digests=tuple(digest for offer in offers for digest in offer.digests),
+            record=record_fetch,
+        )
 
     def _check_record(self, command: Take) -> None:
         record = command.offer.record

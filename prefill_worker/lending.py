@@ -117,11 +117,13 @@ class Lender:
             self._note_change()
         if isinstance(event, PagesEvent):
             assert event.first_page == loan.num_pages, "pages were offered out of turn"
+            first_page, loan.num_pages = loan.num_pages, loan.num_pages + len(event.pages)
             if not self._ledger.extend(loan.name, event.pages, now):
                 return None  # it has expired, which `_advance` is about to find
-            first_page, loan.num_pages = loan.num_pages, loan.num_pages + len(event.pages)
             return self._offer(loan, first_page=first_page, pages=event.pages, digests=event.digests)
         loan.is_lent = True
+        if not self._ledger.is_live(loan.name, now):
+            return None
         record = RecordOffer(
             record=event.record,
             num_tokens=event.num_tokens,
@@ -199,6 +201,9 @@ class Lender:
             log.warning("let a lease expire %s", fields(lease=name.lease_id, generation=name.generation))
             text = f"the lease of the state expired: nobody renewed it for {self.config.lease_seconds:g} s"
             self.host.fail(key, ErrorCode.FAILED, text)
+        # After a long standstill a lease can have expired and cooled at once: what its sequence still held is taken
+        # over before the lease's own is given back.
+        self.turned()
         for returned in moved.returned:
             self._take_back(returned)
         self._note_change()
@@ -220,6 +225,7 @@ class Lender:
             lease=loan.name,
             wire_id=self.config.wire_id,
             lease_seconds=self.config.lease_seconds,
+            transfer_seconds=self.config.transfer_seconds_max,
             first_page=first_page,
             pages=pages,
             digests=digests,

@@ -94,6 +94,7 @@ class Offer:
     lease: LeaseName
     wire_id: str
     lease_seconds: float  # from each renewal, on the owner's clock
+    transfer_seconds: float  # no read may take longer: the owner keeps its memory for so long after the lease
     first_page: int  # the number within the sequence of pages[0]
     pages: tuple[int, ...]  # ids at the owner
     digests: tuple[int, ...]  # unsigned 64 bits; of each page one for each paged component, in layout order

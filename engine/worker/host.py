@@ -321,6 +321,7 @@ class Host:
             if self._num_inflight == 1:
                 self._set_step_deadline()
             self._count(plan)
+            self._handler.turned()  # what the plan has freed may give room
 
     def _set_step_deadline(self) -> None:
         if self._step_deadline is None:

@@ -89,7 +89,7 @@ class Source(_message.Message):
     def __init__(self, address: _Optional[str] = ..., lease: _Optional[_Union[LeaseName, _Mapping]] = ..., wire_id: _Optional[str] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("lease", "wire_id", "lease_seconds", "first_page", "pages", "digests", "record")
+    __slots__ = ("lease", "wire_id", "lease_seconds", "first_page", "pages", "digests", "record", "transfer_seconds")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     WIRE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class Offer(_message.Message):
     PAGES_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseName
     wire_id: str
     lease_seconds: float
@@ -104,7 +105,8 @@ class Offer(_message.Message):
     pages: _containers.RepeatedScalarFieldContainer[int]
     digests: _containers.RepeatedScalarFieldContainer[int]
     record: RecordOffer
-    def __init__(self, lease: _Optional[_Union[LeaseName, _Mapping]] = ..., wire_id: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., first_page: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ..., record: _Optional[_Union[RecordOffer, _Mapping]] = ...) -> None: ...
+    transfer_seconds: float
+    def __init__(self, lease: _Optional[_Union[LeaseName, _Mapping]] = ..., wire_id: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., first_page: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ..., record: _Optional[_Union[RecordOffer, _Mapping]] = ..., transfer_seconds: _Optional[float] = ...) -> None: ...
 
 class RecordOffer(_message.Message):
     __slots__ = ("record", "num_tokens", "num_bytes", "digest")

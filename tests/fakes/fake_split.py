@@ -391,6 +391,7 @@ class FakePrefill(FakeSplitWorker):
             lease=lent.name,
             wire_id=self.wire_id,
             lease_seconds=self.lease_seconds,
+            transfer_seconds=self.lease_seconds / 2,
             first_page=first_page,
             pages=pages,
             digests=tuple(digest_of(page_of(prompt, page - 100)) for page in pages),

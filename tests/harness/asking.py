@@ -64,7 +64,9 @@ class Asking:
     def wait_for_tokens(self, count: int) -> None:
         """Fails when the answer ends before."""
         wait_until(lambda: len(self.tokens) >= count or self.is_over, seconds_max=SECONDS_MAX)
-        assert len(self.tokens) >= count, f"after {len(self.tokens)} tokens: {self._failure or self._answer.errors}"
+        assert len(self.tokens) >= count, (
+            f"after {len(self.tokens)} tokens: {self._failure or self._answer.errors}"
+        )
 
     def result(self, *, seconds_max: float = SECONDS_MAX) -> list[int]:
         """The tokens of an answer that ends well."""
@@ -97,7 +99,9 @@ class Asking:
     def _hear(self) -> None:
         try:
             self._line.hear(self._answer)
-            assert self._has_left or self._answer.is_finished != bool(self._answer.errors), "no word at the end"
+            assert self._has_left or self._answer.is_finished != bool(self._answer.errors), (
+                "no word at the end"
+            )
         except BaseException as error:  # noqa: BLE001  for the test's own thread
             self._failure = error
 

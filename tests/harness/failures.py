@@ -21,6 +21,9 @@ CALL_SECONDS = 1.0
 RETURN_SECONDS_MAX = LEASE_SECONDS + TRANSFER_SECONDS + 5.0
 """And a few for a busy machine."""
 
+SLACK_SECONDS = 10.0
+"""For a busy machine, on top of a deadline."""
+
 NUM_SLOTS = 2
 PROMPT = [3 + 7 * i % (IDS_CONFIG["vocab_size"] - 3) for i in range(300)]  # a full page and a partial one
 NUM_TOKENS = 200  # takes about a second
@@ -53,6 +56,13 @@ def start_two_of_each(model: Path, folder: Path) -> Pools:
         pools.close()
         raise
     return pools
+
+
+def check_serving(pools: Pools, expected: list[int]) -> None:
+    """Nothing is left on survivors, and a fresh request is answered."""
+    pools.wait_until_idle(seconds_max=RETURN_SECONDS_MAX)
+    assert ask(pools, PROMPT, max_tokens=NUM_TOKENS).result() == expected
+    pools.wait_until_idle(seconds_max=RETURN_SECONDS_MAX)
 
 
 def living(pools: Pools, role: Role) -> list[str]:
@@ -100,9 +110,7 @@ def is_reading(pools: Pools, name: str) -> bool:
     return pools[name].metrics()["rorqual_worker_fetches_open"] > 0
 
 
-def streaming(
-    pools: Pools, *, door: Door = "http", max_tokens: int = NUM_TOKENS_LONG
-) -> tuple[Asking, str]:
+def streaming(pools: Pools, *, door: Door = "http", max_tokens: int = NUM_TOKENS_LONG) -> tuple[Asking, str]:
     """A request that is being decoded, and the worker that does."""
     asking = ask(pools, PROMPT, max_tokens=max_tokens, door=door)
     asking.wait_for_tokens(3)

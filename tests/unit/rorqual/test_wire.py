@@ -101,6 +101,7 @@ def offers(draw: st.DrawFn) -> Offer:
         lease=draw(leases),
         wire_id=draw(names),
         lease_seconds=draw(st.floats(0, 3600, width=32)),
+        transfer_seconds=draw(st.floats(0, 3600, width=32)),
         first_page=draw(uint32),
         pages=draw(st.lists(uint32, min_size=num_pages, max_size=num_pages).map(tuple)),
         digests=draw(st.lists(uint64, min_size=num_digests, max_size=num_digests).map(tuple)),
@@ -263,6 +264,7 @@ def take(*, token_ids: tuple[int, ...] = (), **fields) -> pb.Command:
         (take(record=pb.RecordOffer(num_bytes=1)), "0 tokens and 1 bytes"),
         (take(lease_seconds=math.nan), "lease_seconds of an offer is nan"),
         (take(lease_seconds=-1.0), "lease_seconds of an offer is -1"),
+        (take(transfer_seconds=math.inf), "transfer_seconds of an offer is inf"),
         (take(lease=None), "Offer names no lease"),
     ],
 )

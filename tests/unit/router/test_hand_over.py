@@ -21,6 +21,7 @@ def an_offer(first_page: int = 0, num_pages: int = 2, *, last: bool = False) -> 
         lease=LEASE,
         wire_id="w",
         lease_seconds=9.0,
+        transfer_seconds=3.0,
         first_page=first_page,
         pages=tuple(range(first_page, first_page + num_pages)),
         digests=tuple(range(first_page, first_page + num_pages)),
