@@ -122,6 +122,7 @@ class Lender:
                 return None  # it has expired, which `_advance` is about to find
             return self._offer(loan, first_page=first_page, pages=event.pages, digests=event.digests)
         loan.is_lent = True
+        self.host.send(Expose(active=True))  # again: a read is near
         if not self._ledger.is_live(loan.name, now):
             return None
         record = RecordOffer(
