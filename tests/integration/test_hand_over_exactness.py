@@ -63,7 +63,7 @@ def answers(system: Served) -> list[tuple[list[int], list[float], Any]]:
         return list(threads.map(ask, range(NUM_PROMPTS)))
 
 
-@pytest.fixture(scope="module", params=["float32", "served"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("served", marks=pytest.mark.minutes)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = IDS_CONFIG | {"max_position_embeddings": 4096}
     weights = "float32" if request.param == "float32" else "quantised"
