@@ -25,12 +25,10 @@ from engine.worker.role import HandlerHost
 from engine.worker.scheduler import Adoption, LentEvent, PagesEvent, SequenceKey
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest
-from rorqual.session import Credit, ErrorCode, Offer, Open, Role, Take
+from rorqual.session import RENEWALS_PER_LEASE, Credit, ErrorCode, Offer, Open, Role, Take
 from rorqual.telemetry import fields
 
 log = logging.getLogger(__name__)
-
-RENEWALS_PER_LEASE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +60,7 @@ class Borrower:
         self._host: HandlerHost | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._peers: Peers | None = None
+        self._releasing: set[asyncio.Task[None]] = set()
         self._stepped = asyncio.Event()
         metrics.watch(
             num_fetches=lambda: len(self._fetches),
@@ -94,6 +93,7 @@ class Borrower:
                 send=self.host.send,
                 tasks=tasks,
                 seconds_max=self.config.call_seconds_max,
+                metrics=self._metrics,
             )
             await asyncio.Event().wait()
 
@@ -119,7 +119,12 @@ class Borrower:
 
     def opened(self, key: SequenceKey, command: Open) -> None:
         assert command.source is not None
-        self._loans[key] = Loan(key=key, source=command.source, num_prompt=len(command.prompt))
+        self._loans[key] = Loan(
+            key=key,
+            request_id=command.request_id,
+            source=command.source,
+            num_prompt=len(command.prompt),
+        )
 
     def take(self, key: SequenceKey, command: Take) -> None:
         loan = self._loans.get(key)
@@ -133,12 +138,18 @@ class Borrower:
     def renew(self, key: SequenceKey) -> None:
         pass
 
+    async def finish(self) -> None:
+        while self._releasing:
+            await asyncio.wait(self._releasing)
+
     def landed(self, key: SequenceKey) -> None:
         """The first token: nobody will have to read this state again."""
         loan = self._loans.get(key)
         if loan is not None:
             self._end(loan, "done")
-            self._spawn(self._release(loan))
+            releasing = self._spawn(self._release(loan))
+            self._releasing.add(releasing)
+            releasing.add_done_callback(self._releasing.discard)
 
     def ended(self, key: SequenceKey) -> None:
         loan = self._loans.get(key)
@@ -148,6 +159,8 @@ class Borrower:
     def turned(self) -> None:
         self._stepped.set()
         self._stepped = asyncio.Event()
+        if self.host.scheduler.is_starved:
+            self._make_room()
         for adoption in self.host.scheduler.take_adoptions():
             loan = self._loans[adoption.key]
             loan.adoption = adoption
@@ -192,10 +205,13 @@ class Borrower:
             async with asyncio.timeout(seconds):
                 while not loan.takes:
                     loan.news.clear()
+                    loan.is_waiting = True
                     await loan.news.wait()
         except TimeoutError:
             text = f"nothing was offered by {loan.source.address} for {seconds:g} s"
             raise self._overdue("offer", text) from None
+        finally:
+            loan.is_waiting = False
         takes, loan.takes = loan.takes, []
         return takes
 
@@ -208,7 +224,12 @@ class Borrower:
             seconds = min(self.config.transfer_seconds_max, *(offer.transfer_seconds for offer in offers))
             if loan.lease_end - self._clock.monotonic() < seconds:
                 await self._renew(loan)
+            if loan.lease_end - self._clock.monotonic() < seconds:
+                raise LendingFailed(
+                    f"the lease at {loan.source.address} leaves less than {seconds:g} s for a read"
+                )
             message = loan.fetch_message(self._next_fetch, offers, seconds=seconds)
+            loan.read_seconds = seconds
             self._next_fetch += 1
             self._fetches[message.fetch] = loan
             loan.fetch = asyncio.get_running_loop().create_future()
@@ -228,8 +249,9 @@ class Borrower:
     def _fetched(self, loan: Loan, message: Fetched) -> None:
         """The memory of a fetch is ours again."""
         self._metrics.bytes_read.inc(message.num_bytes)
-        self._metrics.fetch_seconds.observe(message.transfer_ms / 1e3)
-        self._metrics.verify_seconds.observe(message.verify_ms / 1e3)
+        if not message.error:
+            self._metrics.fetch_seconds.observe(message.transfer_ms / 1e3)
+            self._metrics.verify_seconds.observe(message.verify_ms / 1e3)
         loan.is_broken = loan.is_broken or bool(message.error)
         if loan.has_ended:
             self._settle(loan)
@@ -262,6 +284,8 @@ class Borrower:
             try:
                 await self._renew(loan)
             except LendingFailed as error:
+                if loan.is_adopted:
+                    return  # it has been read and proved: only another worker could still want it
                 if isinstance(error, LendingRefused) or self._clock.monotonic() >= loan.lease_end:
                     self._refuse(loan, error)
                     return
@@ -274,12 +298,21 @@ class Borrower:
         except LendingFailed as error:
             if error.is_overdue:
                 self._metrics.stages_overdue.labels("release").inc()
-            log.warning("failed to release a lease %s", fields(source=loan.source.address, error=error))
+            log.warning("failed to release a lease %s", fields(request=loan.request_id, error=error))
             return
         finally:
             self._metrics.call_seconds.labels("release").observe(self._clock.monotonic() - started)
         if not was_live:
-            log.warning("released a lease that had ended %s", fields(source=loan.source.address))
+            log.warning("released a lease that had ended %s", fields(request=loan.request_id))
+
+    def _make_room(self) -> None:
+        """A sequence that decodes has no page for its next token, while others hold pages for prompts that are still
+        computed: the youngest of those is bound again later."""
+        idle = [loan for loan in self._loans.values() if loan.is_waiting]
+        if idle:
+            idle[-1].outcome = "no_room"
+            text = "its pages were needed by sequences that decode"
+            self.host.fail(idle[-1].key, ErrorCode.OVERLOADED, text)
 
     def _tell_bound(self, loan: Loan) -> None:
         if not loan.has_ended:
@@ -298,8 +331,9 @@ class Borrower:
             loan.is_adopted = True
 
     def _read_overdue(self, loan: Loan) -> LendingFailed:
-        seconds = self.config.transfer_seconds_max
-        return self._overdue("fetch", f"a read from {loan.source.address} took longer than {seconds:g} s")
+        return self._overdue(
+            "fetch", f"a read from {loan.source.address} took longer than {loan.read_seconds:g} s"
+        )
 
     def _overdue(self, stage: str, text: str) -> LendingFailed:
         self._metrics.stages_overdue.labels(stage).inc()

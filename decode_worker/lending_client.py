@@ -46,7 +46,7 @@ _OPTIONS = (
 
 class GrpcLenders:
     def __init__(self) -> None:
-        self._channels: OrderedDict[str, Any] = OrderedDict()
+        self._channels: OrderedDict[str, _Channel] = OrderedDict()
 
     async def attach(self, source: Source, *, seconds_max: float) -> Endpoint:
         request = AttachRequest(incarnation=source.lease.incarnation, wire_id=source.wire_id)
@@ -66,7 +66,7 @@ class GrpcLenders:
     async def close(self) -> None:
         while self._channels:
             _, channel = self._channels.popitem()
-            await channel.close(None)
+            await channel.stub.close(None)
 
     async def _lease_call(self, address: str, path: str, lease: LeaseName, seconds_max: float) -> LeaseReply:
         data = await self._call(address, path, encode_lease_request(lease), seconds_max)
@@ -76,8 +76,11 @@ class GrpcLenders:
             raise LendingFailed(f"{address}: {error}") from None
 
     async def _call(self, address: str, path: str, data: bytes, seconds_max: float) -> bytes:
+        channel = await self._channel(address)
         try:
-            return await self._channel(address).unary_unary(path, None, None)(data, timeout=seconds_max)
+            # Waits for a connection, within its deadline: an owner that has just come back is not refused.
+            call = channel.stub.unary_unary(path, None, None)
+            return await call(data, timeout=seconds_max, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
             said = f": {details.splitlines()[0]}" if details else ""
@@ -85,10 +88,23 @@ class GrpcLenders:
             if code is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LendingRefused(text) from None
             raise LendingFailed(text, is_overdue=code is grpc.StatusCode.DEADLINE_EXCEEDED) from None
+        finally:
+            channel.num_users -= 1
 
-    def _channel(self, address: str) -> Any:
-        channel = self._channels.pop(address, None)
-        if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    async def _channel(self, address: str) -> _Channel:
+        """Moved behind all others, with one more user."""
+        channel = self._channels.pop(address, None) or _Channel(address)
         self._channels[address] = channel
+        channel.num_users += 1
+        idle = [item for item in self._channels.values() if item.num_users == 0]
+        for old in idle[: max(0, len(self._channels) - CHANNELS_MAX)]:
+            del self._channels[old.address]
+            await old.stub.close(None)
         return channel
+
+
+class _Channel:
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.num_users = 0  # calls under way
+        self.stub: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)

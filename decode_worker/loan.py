@@ -20,6 +20,7 @@ from rorqual.session import Offer, Source, Take
 @dataclass(slots=True, kw_only=True, eq=False)
 class Loan:
     key: SequenceKey
+    request_id: str  # for log lines
     source: Source
     num_prompt: int
     takes: list[Take] = field(
@@ -29,12 +30,14 @@ class Loan:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     num_pages: int = 0  # offered
     is_complete: bool = False  # the record has been offered
+    is_waiting: bool = False  # for more offers: nothing writes into its memory
     is_read: bool = False  # everything
     is_adopted: bool = False  # the scheduler goes on with it
     is_broken: bool = False  # a read from its owner failed
     has_ended: bool = False
     outcome: str = ""
     token_ids: tuple[int, ...] = ()
+    read_seconds: float = 0.0  # that the read under way may take
     lease_end: float = 0.0  # at the earliest, on our clock
     adoption: Adoption | None = None
     peer: Peer | None = None
@@ -52,6 +55,8 @@ class Loan:
         if offer.first_page != self.num_pages or self.num_pages + len(offer.pages) > num_full:
             text = f"pages {offer.first_page}..{offer.first_page + len(offer.pages) - 1} were offered after"
             raise InvalidRequest(f"{text} {self.num_pages} of {num_full}", field="offer")
+        if not offer.pages and offer.record is None:
+            raise InvalidRequest("an offer of nothing came", field="offer")
         if len(offer.digests) != len(offer.pages) * num_page_components:
             text = f"{len(offer.pages)} pages came with {len(offer.digests)} digests"
             raise InvalidRequest(text, field="offer")

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from decode_worker.lenders import Lenders, LendingFailed
+from decode_worker.metrics import BorrowingMetrics
 from engine.plan import PeerClose, PeerOpen, PeerOpened, ToTransfer
 from rorqual.session import Source
 
@@ -42,11 +43,13 @@ class Peers:
         send: Callable[[ToTransfer], None],
         tasks: asyncio.TaskGroup,
         seconds_max: float,
+        metrics: BorrowingMetrics,
     ) -> None:
         self._lenders = lenders
         self._send = send
         self._tasks = tasks
         self._seconds_max = seconds_max
+        self._metrics = metrics
         self._known: OrderedDict[_Key, Peer] = OrderedDict()
         self._numbers: dict[int, Peer] = {}  # of all that the rank knows, broken ones too
         self._next_number = 1
@@ -102,7 +105,8 @@ class Peers:
         """Ends with `known` set; raises nothing, since several may wait for it, or nobody."""
         failure: LendingFailed | None = None
         try:
-            endpoint = await self._lenders.attach(source, seconds_max=self._seconds_max)
+            with self._metrics.call_seconds.labels("attach").time():
+                endpoint = await self._lenders.attach(source, seconds_max=self._seconds_max)
             self._numbers[peer.number] = peer
             self._send(PeerOpen(peer=peer.number, endpoint=endpoint))
             async with asyncio.timeout(self._seconds_max):
@@ -115,9 +119,13 @@ class Peers:
         except LendingFailed as error:
             failure = error
         peer.known.set_result(failure)
-        if failure is not None and peer.num_users == 0:
+        if failure is not None:
+            # At once: who asks from now on tries anew, even if those who waited have all been cancelled meanwhile.
             self._forget(peer)
-            self._close(peer)
+            if failure.is_overdue:
+                self._metrics.stages_overdue.labels("attach").inc()
+        if peer.is_broken and peer.num_users == 0:
+            self._close(peer)  # also one that was given up for its successor while it was connecting
 
     def _forget(self, peer: Peer) -> None:
         """Who asks for the owner from now on makes it known anew."""

@@ -17,8 +17,7 @@ from engine.worker.options import add_transfer_options, worker_options, worker_p
 from engine.worker.process import serve
 from engine.worker.role import RoleHandler
 from rorqual.clock import SystemClock
-from rorqual.errors import ConfigError
-from rorqual.service import run_service
+from rorqual.service import check_above_zero, run_service
 from rorqual.session import Role
 from rorqual.telemetry import configure_logging
 
@@ -48,9 +47,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     options = worker_options(args)
-    for option in ("transfer_seconds", "call_seconds", "offer_seconds"):
-        if getattr(args, option) <= 0:
-            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {getattr(args, option):g}")
+    check_above_zero(args, "records", "transfer_seconds", "call_seconds", "offer_seconds")
     configure_logging(level=args.log_level)
     setup = DecodeSetup(
         transfer_seconds_max=args.transfer_seconds,

@@ -34,7 +34,7 @@ class Due:
     """What time has brought."""
 
     expired: tuple[LeaseName, ...]  # ran out since the last time; what they cover is cooling
-    returned: tuple[Returned, ...]  # cooled down
+    returned: tuple[Returned, ...]  # cooled down; none together with expired ones: ask again
 
 
 class LeaseLedger:
@@ -150,6 +150,9 @@ class LeaseLedger:
         self._expire(now)
         expired, self._expired = tuple(self._expired), []
         returned: list[Returned] = []
+        if expired:
+            # After a standstill a lease may have cooled down already: first its owner ends what still uses it.
+            return Due(expired=expired, returned=())
         while self._cooling:
             name, lease = next(iter(self._cooling.items()))
             if lease.end + self.transfer_seconds_max > now:

@@ -96,6 +96,9 @@ class Lender:
             self.host.enqueue(lambda done=done: self._advance(done))
             await done.wait()
 
+    async def finish(self) -> None:
+        pass
+
     def credit(self, *, num_sessions: int, keys: Collection[SequenceKey]) -> Credit | None:
         return None
 
@@ -150,7 +153,12 @@ class Lender:
         if loan is None:
             return
         self._keys.pop(loan.name, None)
-        if self._ledger.revoke(loan.name, self._clock.monotonic()):
+        now = self._clock.monotonic()
+        if not loan.has_reader and (returned := self._ledger.release(loan.name, now)) is not None:
+            # A reader renews before it reads, and is refused from now on: nobody can be reading.
+            if loan.is_surrendered:
+                self._take_back(returned)
+        elif self._ledger.revoke(loan.name, now):
             self._metrics.leases_revoked.inc()
         self._note_change()
 
@@ -158,6 +166,9 @@ class Lender:
         """Pages that were offered belong to their lease; what never was is free."""
         scheduler = self.host.scheduler
         for item in scheduler.take_surrendered():
+            loan = self._loans.get(item.key)
+            if loan is not None:
+                loan.is_surrendered = True
             offered = self._ledger.pages_of(item.record)
             if offered is None:
                 scheduler.take_back(item.pages, item.record)
@@ -171,6 +182,9 @@ class Lender:
     def renew_for_reader(self, name: LeaseName) -> float | None:
         """Seconds that remain; None when the lease has ended."""
         remaining = self._ledger.renew(name, self._clock.monotonic())
+        key = self._keys.get(name)
+        if remaining is not None and key is not None:
+            self._loans[key].has_reader = True
         self._metrics.leases_renewed.labels("reader" if remaining is not None else "refused").inc()
         self._note_change()
         return remaining
@@ -202,9 +216,6 @@ class Lender:
             log.warning("let a lease expire %s", fields(lease=name.lease_id, generation=name.generation))
             text = f"the lease of the state expired: nobody renewed it for {self.config.lease_seconds:g} s"
             self.host.fail(key, ErrorCode.FAILED, text)
-        # After a long standstill a lease can have expired and cooled at once: what its sequence still held is taken
-        # over before the lease's own is given back.
-        self.turned()
         for returned in moved.returned:
             self._take_back(returned)
         self._note_change()
@@ -246,3 +257,5 @@ class _Loan:
     name: LeaseName
     num_pages: int = 0  # offered
     is_lent: bool = False  # its record has been offered too: the sequence has left the scheduler
+    is_surrendered: bool = False  # the scheduler has given up all of it
+    has_reader: bool = False  # somebody other than the router has renewed it

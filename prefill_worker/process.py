@@ -18,7 +18,7 @@ from prefill_worker.lending_server import LendingServer
 from prefill_worker.metrics import LendingMetrics
 from rorqual.clock import SystemClock
 from rorqual.errors import ConfigError
-from rorqual.service import run_service
+from rorqual.service import check_above_zero, run_service
 from rorqual.session import Role
 from rorqual.telemetry import configure_logging
 
@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
         prog="rorqual prefill",
         description="Run one prefill worker: it computes prompts, samples the first token, and lends the state to a"
         " decode worker, which reads it out of this worker's memory under a lease.",
-        epilog="The Lending service is answered at --listen too: decode workers must reach that address.",
+        epilog="Decode workers call the Lending service at the address that the router was given for this worker"
+        " (--worker): they must be able to reach it.",
     )
     add_transfer_options(parser)
     parser.add_argument(
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     options = worker_options(args)
-    if not 0 < args.transfer_seconds < args.lease_seconds:
+    check_above_zero(args, "records", "transfer_seconds", "lease_seconds")
+    if args.transfer_seconds >= args.lease_seconds:
         raise ConfigError(
             f"--lease-seconds ({args.lease_seconds:g}) must be above --transfer-seconds ({args.transfer_seconds:g}):"
             " no read begins with less of its lease left than it may take"

@@ -5,9 +5,11 @@ Called by the `main` modules of the worker, the router and `rorqual up`, and by 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
+import math
 import re
 import signal
 from collections.abc import Callable, Coroutine
@@ -89,6 +91,14 @@ def write_ready_file(path: Path | None, content: dict[str, Any]) -> None:
 def remove_ready_file(path: Path | None) -> None:
     if path is not None:
         path.unlink(missing_ok=True)
+
+
+def check_above_zero(args: argparse.Namespace, *options: str) -> None:
+    """Counts and durations of a command line: finite and above 0, or left out. Raises ConfigError naming the option."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value:g}")
 
 
 def parse_address(text: str, *, option: str) -> tuple[str, int]:

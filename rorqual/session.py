@@ -67,6 +67,10 @@ class Open:
     source: Source | None = None  # to a decode worker: where the prompt's state is
 
 
+RENEWALS_PER_LEASE = 3
+"""Whoever renews a lease, router or reader, does so this often in its duration: two renewals may be lost."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A prompt's state on the worker that computed it, to be read from there."""

@@ -7,14 +7,13 @@ which passes options on.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rorqual.api_keys import read_api_keys
 from rorqual.errors import ConfigError
-from rorqual.service import format_address
+from rorqual.service import check_above_zero, format_address
 from rorqual.telemetry import LOG_LEVELS
 
 WORKERS_MAX = 64
@@ -92,10 +91,7 @@ def parse_options(argv: list[str]) -> UpOptions:
     for option in ("pages", "slots", "prefill_tokens", "threads"):
         _check_least(args, option, least=1)
     _check_least(args, "bind_early_tokens", least=0)
-    for option in ("credit_seconds", "hand_over_seconds"):
-        value = getattr(args, option)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}")
+    check_above_zero(args, "credit_seconds", "hand_over_seconds")
     if args.exact and (args.threads or 1) > 1:
         raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
     return UpOptions(

@@ -259,8 +259,6 @@ def _offer_from_pb(message: pb.Offer) -> Offer:
     # How many components are paged is the layout's business; that each page has as many digests is ours.
     if num_digests % num_pages if num_pages else num_digests:
         raise WireError(f"offer has {num_pages} pages and {num_digests} digests")
-    if num_pages and not num_digests:
-        raise WireError(f"offer has {num_pages} pages and no digests")
     if not message.wire_id:
         raise WireError("offer has no wire id")
     return Offer(

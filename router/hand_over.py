@@ -213,16 +213,23 @@ class HandOver:
 
     def _lose_decode(self, report: SequenceReport) -> list[Effect]:
         """Bind another one, as long as nobody has decoded and the state is still there."""
-        if self.phase is Phase.DECODING or report.error_code is ErrorCode.INVALID:
+        if self.phase is Phase.DECODING:
             return self._fail(report)
         text = report.error or "the decode worker cancelled the sequence"
+        if report.error_code is ErrorCode.INVALID:
+            # The client's request was fine: the prefill worker took it. Another decode worker would say the same.
+            return self._fail(_failed(report, text))
         if not self._is_prefill_open:
             why = f", and the state is gone: {self._prefill_failure}" if self._prefill_failure else ""
             return self._fail(_failed(report, f"{text}{why}"))
         if self._num_binds >= BINDS_MAX:
             return self._fail(_failed(report, text))
-        lease_seconds = self._offers[0].lease_seconds
-        return [KeepLease(seconds=lease_seconds, at_once=True), self._bind()]
+        keep = KeepLease(seconds=self._offers[0].lease_seconds, at_once=True)
+        if not self._is_complete:
+            # It was bound early and there was no room, or it was lost: the next one comes when all is there.
+            self.phase, self._is_early = Phase.PREFILL, False
+            return [keep]
+        return [keep, self._bind()]
 
     def _breach(self, report: SequenceReport) -> str:
         """What the report says that cannot be; empty when it is in order."""
@@ -237,6 +244,8 @@ class HandOver:
             return f"offered page {offer.first_page} after {self._num_pages} pages"
         if self._offers and offer.lease != self._offers[0].lease:
             return "offered state under another lease"
+        if not offer.pages and offer.record is None:
+            return "offered nothing"
         return "" if offer.lease_seconds > 0 else f"offered state for {offer.lease_seconds:g} s"
 
     def _fail_prefill(self, report: SequenceReport) -> list[Effect]:

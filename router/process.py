@@ -26,6 +26,7 @@ from rorqual.clock import Clock, SystemClock
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.service import (
     StopSignals,
+    check_above_zero,
     end_task,
     format_address,
     parse_address,
@@ -86,9 +87,7 @@ def main(argv: list[str]) -> int:
 def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
     """The options of a command line, and the log level. Raises ConfigError naming the option."""
     args = _parser().parse_args(argv)
-    for option in _ABOVE_0:
-        if not getattr(args, option) > 0:
-            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {getattr(args, option)}")
+    check_above_zero(args, *_ABOVE_0)
     if args.bind_early_tokens < 0:
         raise ConfigError(f"--bind-early-tokens must be 0 or more, not {args.bind_early_tokens}")
     workers = tuple(format_address(*parse_address(text, option="--worker")) for text in args.worker)

@@ -8,16 +8,20 @@ but the one it is given, for a metric.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import msgspec
 
 from rorqual.errors import Overloaded
-from rorqual.session import SequenceReport, Source, credit_pages
+from rorqual.session import FinishReason, SequenceReport, Source, credit_pages
+from rorqual.telemetry import fields
 from router.credit import Ticket
 from router.fleet import Fleet
 from router.hand_over import Bind, Deliver, Effect, End, HandOver, KeepLease, Pass
 from router.sequences import RemoteSequence, SequenceRequest, Sink
+
+log = logging.getLogger(__name__)
 
 _PREFILL, _DECODE = 0, 1  # tags of its two sequences
 
@@ -75,6 +79,11 @@ class SplitSequence:
             assert self._decode is not None
             if report.finish_reason is not None:
                 self._avoided.add(self._decode.session_number)
+            if report.finish_reason is FinishReason.ERROR and self._course.is_under_way:
+                log.warning(
+                    "lost a hand-over %s",
+                    fields(request=self._request.request_id, worker=self._decode.address, error=report.error),
+                )
             effects = self._course.from_decode(report)
         if self._course.is_under_way and not was_under_way:
             self._first_token_at = self._now()

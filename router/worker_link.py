@@ -22,6 +22,7 @@ from rorqual.errors import Overloaded, RorqualError
 from rorqual.ids import SequenceId
 from rorqual.session import (
     PROTOCOL,
+    RENEWALS_PER_LEASE,
     Cancel,
     Command,
     Credit,
@@ -44,8 +45,6 @@ from router.sequences import RemoteSequence, SequenceRequest, Sink, without_firs
 
 log = logging.getLogger(__name__)
 
-RENEWALS_PER_LEASE = 3
-"""Two may be late or lost before a lease ends."""
 RENEW_SECONDS_MIN = 0.01  # whatever a worker says
 
 
@@ -159,6 +158,7 @@ class WorkerLink:
         """Keep a session up, for as long as the router runs. One that welcomes us and is gone at once is as
         bad as one that cannot be reached, and is left alone for as long."""
         num_failures = 0
+        told = ""  # in the log, of the failures since the last session
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -170,8 +170,9 @@ class WorkerLink:
                 num_failures = 0
             num_failures += 1
             self._sessions_lost.inc()
-            if was_connected or num_failures == 1:
+            if was_connected or self.failure != told:
                 log.warning("found a worker gone %s", fields(worker=self._address, error=self.failure))
+                told = self.failure
             else:
                 log.debug("failed to connect %s", fields(worker=self._address, error=self.failure))
             self._lose()

@@ -105,7 +105,7 @@ class Host:
         self._handler = handler or BothRole()
         self._scheduler = Scheduler(scheduler_config(ready, config, role=self._handler.role))
         self._sessions: set[Session] = set()
-        self._owners: dict[SequenceKey, tuple[Session, SequenceId]] = {}
+        self._owners: dict[SequenceKey, _Owner] = {}
         self._next_key = 1
         self._commands: deque[Callable[[], None]] = deque()  # bounded by what sessions may have open
         self._work = asyncio.Event()
@@ -188,6 +188,7 @@ class Host:
         try:
             async with asyncio.timeout(seconds_max):
                 await self._idle.wait()
+                await self._handler.finish()
                 return True
         except TimeoutError:
             log.warning("ended sequences at the drain deadline %s", fields(sequences=len(self._owners)))
@@ -253,25 +254,25 @@ class Host:
 
     def tell_bound(self, key: SequenceKey) -> None:
         """From the role handler, as the next two."""
-        session, sequence_id = self._owners[key]
-        session.push([SequenceReport(sequence_id=sequence_id, first_index=0, bound=True)])
+        owner = self._owners[key]
+        owner.session.push([SequenceReport(sequence_id=owner.sequence_id, first_index=0, bound=True)])
 
     def hand_over(self, key: SequenceKey) -> None:
         if key not in self._owners:
             return  # cancelled while its reader's word was on its way
-        session, sequence_id = self._drop(key, FinishReason.HANDED_OVER.value)
+        owner = self._drop(key, FinishReason.HANDED_OVER.value)
         report = SequenceReport(
-            sequence_id=sequence_id, first_index=0, finish_reason=FinishReason.HANDED_OVER
+            sequence_id=owner.sequence_id, first_index=0, finish_reason=FinishReason.HANDED_OVER
         )
-        session.push([report])
+        owner.session.push([report])
 
     def fail(self, key: SequenceKey, code: ErrorCode, text: str) -> None:
         if key not in self._owners:
             return
         self._scheduler.cancel(key)
-        session, sequence_id = self._drop(key, "error")
-        log.info("failed a sequence %s", fields(sequence=sequence_id, code=code.value, error=text))
-        session.push([_error_report(sequence_id, code, text)])
+        owner = self._drop(key, "error")
+        log.warning("failed a sequence %s", fields(request=owner.request_id, code=code.value, error=text))
+        owner.session.push([_error_report(owner.sequence_id, code, text)])
 
     async def _plan_when_there_is_work(self) -> None:
         while True:
@@ -361,7 +362,7 @@ class Host:
             self._refuse(session, command, ErrorCode.OVERLOADED, str(error))
             return
         self._next_key += 1
-        self._owners[key] = (session, command.sequence_id)
+        self._owners[key] = _Owner(session, command.sequence_id, command.request_id)
         session.keys[command.sequence_id] = key
         self._handler.opened(key, command)
         self._idle.clear()
@@ -415,28 +416,29 @@ class Host:
         self._failure = text
         reports: dict[Session, list[SequenceReport]] = {}
         self._scheduler.cancel_all(self._owners)
-        for key, (session, sequence_id) in list(self._owners.items()):
-            self._drop(key, "error")
-            reports.setdefault(session, []).append(_error_report(sequence_id, ErrorCode.FAILED, text))
+        for key in list(self._owners):
+            owner = self._drop(key, "error")
+            report = _error_report(owner.sequence_id, ErrorCode.FAILED, text)
+            reports.setdefault(owner.session, []).append(report)
         for session, items in reports.items():
             session.push(items)
 
-    def _drop(self, key: SequenceKey, reason: str) -> tuple[Session, SequenceId]:
-        session, sequence_id = self._owners.pop(key)
-        del session.keys[sequence_id]
-        session.release(sequence_id)
+    def _drop(self, key: SequenceKey, reason: str) -> _Owner:
+        owner = self._owners.pop(key)
+        del owner.session.keys[owner.sequence_id]
+        owner.session.release(owner.sequence_id)
         self.metrics.sequences_ended.labels(reason).inc()
         self._handler.ended(key)
         if not self._owners:
             self._idle.set()
-        return session, sequence_id
+        return owner
 
     def _report(self, events: Iterable[ScoresEvent | PagesEvent | TokenEvent | LentEvent]) -> None:
         reports: dict[Session, list[SequenceReport]] = {}
         num_tokens = 0
         for event in events:
-            session, sequence_id = self._owners[event.key]
-            items = reports.setdefault(session, [])
+            owner = self._owners[event.key]
+            sequence_id, items = owner.sequence_id, reports.setdefault(owner.session, [])
             match event:
                 case ScoresEvent():
                     items.append(_scores_report(sequence_id, event))
@@ -453,6 +455,15 @@ class Host:
         self.metrics.tokens_generated.inc(num_tokens)
         for session, items in reports.items():
             session.push(items)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """Who opened a sequence."""
+
+    session: Session
+    sequence_id: SequenceId
+    request_id: str  # for log lines
 
 
 class PrefillRate:

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.worker.rank_link import RANK_COMMAND
 from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS
-from rorqual.service import parse_address
+from rorqual.service import check_above_zero, parse_address
 from rorqual.telemetry import add_log_options
 
 
@@ -53,10 +53,7 @@ def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
 
 def worker_options(args: argparse.Namespace) -> WorkerOptions:
     """What `worker_parser` has parsed, checked. Raises ConfigError naming the option."""
-    for option in ("pages", "slots", "prefill_tokens", "threads", "drain_seconds", "step_seconds"):
-        value = getattr(args, option)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {value}")
+    check_above_zero(args, "pages", "slots", "prefill_tokens", "threads", "drain_seconds", "step_seconds")
     if args.prefill_tokens % PAGE_TOKENS:
         raise ConfigError(f"--prefill-tokens must be a multiple of {PAGE_TOKENS}, not {args.prefill_tokens}")
     if args.exact and args.threads > 1:
@@ -134,7 +131,7 @@ def add_transfer_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=10.0,
         metavar="S",
-        help="longest read of another worker's memory; equal on all workers (default 10)",
+        help="longest read of another worker's memory; of owner and reader the smaller one holds (default 10)",
     )
 
 

@@ -1,8 +1,8 @@
 """What a worker does with sequences beyond computing them: its role, as the host sees it.
 
-The host (`engine.worker.host`) calls a `RoleHandler` at fixed points, always in its own task: `prefill_worker` lends
-state, `decode_worker` borrows it, and a worker of both roles has nothing to add (`BothRole`). What a handler starts
-beside that (timers, calls to other workers) changes the scheduler only through `HandlerHost.enqueue`.
+The host (`engine.worker.host`) calls a `RoleHandler` at fixed points, in its own task: `prefill_worker` lends state,
+`decode_worker` borrows it, and a worker of both roles has nothing to add (`BothRole`). What happens to a handler beside
+that (timers, calls to and from other workers) changes the scheduler only through `HandlerHost.enqueue`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class RoleHandler(Protocol):
         """What happens beside the host; ends only by raising or by being cancelled."""
         ...
 
+    async def finish(self) -> None:
+        """Nothing is open any more and the worker is about to end: what it still owes others."""
+        ...
+
     def credit(self, *, num_sessions: int, keys: Collection[SequenceKey]) -> Credit | None:
         """What a session with these open sequences may have, promised and open together."""
         ...
@@ -111,6 +115,9 @@ class BothRole:
 
     async def run(self) -> None:
         await asyncio.Event().wait()
+
+    async def finish(self) -> None:
+        pass
 
     def credit(self, *, num_sessions: int, keys: Collection[SequenceKey]) -> Credit | None:
         return None

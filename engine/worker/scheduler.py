@@ -87,6 +87,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.num_preemptions = 0
+        self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
         self._holdings = Holdings(
             num_pages=config.num_pages, num_slots=config.num_slots, num_records=config.num_records
@@ -185,6 +186,7 @@ class Scheduler:
         if len(self._inflight) >= self.config.plans_inflight_max:
             return None
         step = Step(number=self._next_number)
+        self.is_starved = False
         self._plan_decodes(step)
         self._admit()
         self._plan_chunks(step)
@@ -379,6 +381,7 @@ class Scheduler:
                 continue
             victim = self._running[next(reversed(self._running))]
             if victim is sequence and (self._adopting or self._holdings.num_quarantined):
+                self.is_starved = True
                 return False
             self._preempt(victim)
             if victim is sequence:

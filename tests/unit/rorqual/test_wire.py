@@ -258,7 +258,6 @@ def take(*, token_ids: tuple[int, ...] = (), **fields) -> pb.Command:
         (take(token_ids=(1,)), "no record and 1 tokens"),
         (take(record=RECORD, token_ids=(2**31,)), "2\\*\\*31"),
         (take(pages=(1, 2), digests=(1, 2, 3)), "2 pages and 3 digests"),
-        (take(pages=(1, 2)), "2 pages and no digests"),
         (take(digests=(1,)), "0 pages and 1 digests"),
         (take(record=pb.RecordOffer(num_tokens=1)), "1 tokens and 0 bytes"),
         (take(record=pb.RecordOffer(num_bytes=1)), "0 tokens and 1 bytes"),
