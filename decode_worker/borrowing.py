@@ -206,6 +206,8 @@ class Borrower:
                 while not loan.takes:
                     loan.news.clear()
                     loan.is_waiting = True
+                    if self.host.scheduler.is_starved:
+                        self.host.enqueue(lambda: None)  # `turned` sees that it could give way
                     await loan.news.wait()
         except TimeoutError:
             text = f"nothing was offered by {loan.source.address} for {seconds:g} s"

@@ -20,7 +20,7 @@ class FakeLink:
         self.failure: FromRank | None = None
         self.is_gone = False
         self.num_inflight_max = 0
-        self._messages: asyncio.Queue[ToRank | None] = asyncio.Queue()
+        self._messages: asyncio.Queue[ToRank | FromRank | None] = asyncio.Queue()
 
     def send(self, message: ToRank) -> None:
         self._messages.put_nowait(message)
@@ -35,7 +35,9 @@ class FakeLink:
         self._messages.put_nowait(None)
 
     async def receive(self) -> FromRank:
-        message = await self._messages.get()
+        return await self.answer(await self._messages.get())
+
+    async def answer(self, message: ToRank | None) -> FromRank:
         await self.gate.wait()
         if self.is_gone:
             raise RankLost("the rank process 1 ended: exit status 3")

@@ -68,19 +68,33 @@ class Asking:
             f"after {len(self.tokens)} tokens: {self._failure or self._answer.errors}"
         )
 
+    def wait_until_over(self, *, seconds_max: float) -> None:
+        """Ended well or badly, by the server's word."""
+        self._thread.join(seconds_max)
+        assert self.is_over, f"no end within {seconds_max:g} s; heard {len(self.tokens)} tokens"
+        if self._failure is not None:
+            raise self._failure
+
     def result(self, *, seconds_max: float = SECONDS_MAX) -> list[int]:
         """The tokens of an answer that ends well."""
-        self._wait(seconds_max)
+        self.wait_until_over(seconds_max=seconds_max)
         assert not self._answer.errors, f"after {len(self.tokens)} tokens: {self._answer.errors}"
         assert self._answer.is_finished, "the answer has no finish reason"
         return self.tokens
 
     def error(self, *, seconds_max: float = SECONDS_MAX) -> tuple[str, str]:
         """Code and message of the one error that an answer ends with."""
-        self._wait(seconds_max)
+        self.wait_until_over(seconds_max=seconds_max)
         assert not self._answer.is_finished, "the answer has a finish reason"
         (error,) = self._answer.errors
         return error
+
+    def wait_until_cut_off(self, *, seconds_max: float) -> None:
+        """The server is gone, in the middle of the answer."""
+        self._thread.join(seconds_max)
+        assert self.is_over, f"no end within {seconds_max:g} s"
+        assert self._failure is not None, "the answer had an end"
+        assert not self._answer.is_finished
 
     def leave(self) -> None:
         """As one whose process was killed: no good-bye to the server."""
@@ -89,12 +103,6 @@ class Asking:
         self._thread.join(SECONDS_MAX)
         assert self.is_over
         assert self._failure is None, self._failure
-
-    def _wait(self, seconds_max: float) -> None:
-        self._thread.join(seconds_max)
-        assert self.is_over, f"no end within {seconds_max:g} s; heard {len(self.tokens)} tokens"
-        if self._failure is not None:
-            raise self._failure
 
     def _hear(self) -> None:
         try:

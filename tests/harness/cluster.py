@@ -133,6 +133,7 @@ async def a_cluster(
     prefills: Sequence[str] = (),
     decodes: Sequence[str] = (),
     start: bool = True,
+    seconds_max: float = 30.0,
     fleet: FleetConfig | None = None,
     **stages: float,
 ) -> AsyncIterator[Cluster]:
@@ -157,7 +158,7 @@ async def a_cluster(
     cluster = Cluster(dispatcher, the_fleet, transport, registry)
     cluster.tasks.append(asyncio.create_task(the_fleet.run()))
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(seconds_max):
             if start:
                 for address in addresses:
                     cluster.start_worker(address)

@@ -15,9 +15,9 @@ from tests.harness.asking import Asking, Door, ask
 from tests.harness.pools import Pools, Role
 from tests.harness.system import IDS_CONFIG, SECONDS_MAX, wait_until
 
-LEASE_SECONDS = 5.0
-TRANSFER_SECONDS = 1.5
-CALL_SECONDS = 1.0
+LEASE_SECONDS = 4.0
+TRANSFER_SECONDS = 1.0
+CALL_SECONDS = 0.8
 RETURN_SECONDS_MAX = LEASE_SECONDS + TRANSFER_SECONDS + 5.0
 """And a few for a busy machine."""
 
@@ -70,35 +70,30 @@ def living(pools: Pools, role: Role) -> list[str]:
     return [member.name for member in pools.survivors() if member.role == role]
 
 
-def holder(pools: Pools, role: Role) -> str:
-    """The one worker of a role with whom there is something of a request."""
-    (name,) = [name for name in living(pools, role) if pools[name].held()]
-    return name
-
-
 def computing(pools: Pools, *, door: Door = "http", max_tokens: int = NUM_TOKENS) -> tuple[Asking, str]:
     """A request whose prompt a prefill worker has begun to compute, and that worker. The ranks of all prefill workers
     are left standing still."""
-    pools.stop(*living(pools, "prefill"), part="rank")
+    before = num_opened(pools, "prefill")
+    pools.stop(*before, part="rank")
     asking = ask(pools, PROMPT, max_tokens=max_tokens, door=door)
-    wait_until(lambda: any(pools[name].held() for name in living(pools, "prefill")), seconds_max=SECONDS_MAX)
-    return asking, holder(pools, "prefill")
+    return asking, opened_by(pools, "prefill", before)
 
 
 def unread(pools: Pools, *, door: Door = "http", max_tokens: int = NUM_TOKENS) -> tuple[Asking, str]:
     """A request whose client has its first token, and whose state is lent and has not been read, and the worker that
     lends. All decode workers are left standing still, hosts and ranks."""
+    before = num_opened(pools, "prefill")
     pools.stop(*living(pools, "decode"))
     asking = ask(pools, PROMPT, max_tokens=max_tokens, door=door)
     asking.wait_for_tokens(1)
-    return asking, holder(pools, "prefill")
+    return asking, opened_by(pools, "prefill", before)
 
 
-def reading(pools: Pools, *, max_tokens: int = NUM_TOKENS) -> tuple[Asking, str, str]:
+def reading(pools: Pools, *, door: Door = "http", max_tokens: int = NUM_TOKENS) -> tuple[Asking, str, str]:
     """A request whose state is being read, the worker that lends, whose rank is left standing still and so holds the
     read up, and the one that reads."""
     decoders = living(pools, "decode")
-    asking, lender = unread(pools, max_tokens=max_tokens)
+    asking, lender = unread(pools, door=door, max_tokens=max_tokens)
     pools.stop(lender, part="rank")
     pools.resume(*decoders)
     wait_until(lambda: any(is_reading(pools, name) for name in decoders), seconds_max=SECONDS_MAX)
@@ -111,7 +106,36 @@ def is_reading(pools: Pools, name: str) -> bool:
 
 
 def streaming(pools: Pools, *, door: Door = "http", max_tokens: int = NUM_TOKENS_LONG) -> tuple[Asking, str]:
-    """A request that is being decoded, and the worker that does."""
+    """A request that is being decoded, and the worker that does. What was lent for it has been given back."""
+    before = num_opened(pools, "decode")
     asking = ask(pools, PROMPT, max_tokens=max_tokens, door=door)
     asking.wait_for_tokens(3)
-    return asking, holder(pools, "decode")
+    wait_until(
+        lambda: not any(pools[name].held() for name in living(pools, "prefill")), seconds_max=SECONDS_MAX
+    )
+    return asking, opened_by(pools, "decode", before)
+
+
+def num_opened(pools: Pools, role: Role) -> dict[str, float]:
+    """Sequences by worker, of those that live."""
+    return {
+        name: pools[name].metrics()["rorqual_worker_sequences_opened_total"] for name in living(pools, role)
+    }
+
+
+def opened_by(pools: Pools, role: Role, before: dict[str, float]) -> str:
+    """The one worker that has opened a sequence since."""
+    found: list[str] = []
+
+    def has_opened() -> bool:
+        found[:] = [name for name, count in num_opened(pools, role).items() if count > before[name]]
+        return bool(found)
+
+    wait_until(has_opened, seconds_max=SECONDS_MAX)
+    (name,) = found
+    return name
+
+
+def num_ended(pools: Pools, name: str, reason: str) -> float:
+    """Sequences that a worker counts as ended so."""
+    return pools[name].by_label("rorqual_worker_sequences_ended_total", "reason").get(reason, 0)

@@ -1,8 +1,8 @@
 """Time that passes only when nobody has anything to do: an event loop for tests of everything that waits.
 
-A test decorated with `virtual` takes no longer for the hours in it, sees every deadline at its very moment, and runs the
-same way every time. When everybody waits and no timer is set it fails at once, since nothing could ever happen again.
-Nothing in it may wait for sockets, threads or processes.
+A test decorated with `virtual` takes no longer for the hours in it, sees every deadline at its very moment, and runs
+the same way every time. When everybody waits and no timer is set it fails at once, since nothing could ever happen
+again. Nothing in it may wait for sockets, threads or processes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._timeline.now
+
+    def stand_still(self, seconds: float) -> None:
+        """As if the whole process had been stopped for so long: what was due meanwhile is due now, in order."""
+        self._timeline.now += seconds
+
+
+def stand_still(seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop.stand_still(seconds)
 
 
 class LoopClock:
