@@ -11,6 +11,7 @@ from tests.harness.asking import ask
 from tests.harness.failures import (
     CALL_SECONDS,
     NUM_TOKENS,
+    NUM_TOKENS_LONG,
     PATIENT,
     PROMPT,
     RETURN_SECONDS_MAX,
@@ -19,6 +20,7 @@ from tests.harness.failures import (
     check_serving,
     computing,
     living,
+    num_opened,
     reading,
     streaming,
 )
@@ -120,12 +122,14 @@ def test_one_killed_while_a_lender_that_stands_still_has_its_requests_costs_one_
 
 
 def test_one_told_to_end_goes_on_to_the_last_token(pools: Pools, expected: list[int]) -> None:
-    asking, decoder = streaming(pools, max_tokens=4 * NUM_TOKENS)
+    asking, decoder = streaming(pools, max_tokens=NUM_TOKENS_LONG)
     assert not pools[decoder].terminate()
     wait_until(
-        lambda: pools["router"].metrics()["rorqual_router_workers_connected"] == 4, seconds_max=SLACK_SECONDS
+        lambda: pools[decoder].metrics()["rorqual_worker_draining_bool"] == 1, seconds_max=SLACK_SECONDS
     )
+    opened = num_opened(pools, "decode")[decoder]
     assert ask(pools, PROMPT, max_tokens=NUM_TOKENS).result() == expected  # on the other one
+    assert num_opened(pools, "decode")[decoder] == opened
     assert asking.result()[:NUM_TOKENS] == expected
     assert not pools[decoder].end()
     check_serving(pools, expected)

@@ -72,7 +72,7 @@ def outcomes(pools: Pools, outcome: str) -> float:
     )
 
 
-@pytest.mark.parametrize("region", ["c4", "c4_index", "c128", "records"])
+@pytest.mark.parametrize("region", ["c4", "records"])
 def test_state_that_has_changed_since_it_was_offered_is_not_used(
     pools: Pools, expected: list[int], region: str
 ) -> None:

@@ -85,7 +85,7 @@ class Storm:
             max_tokens=self.draw.choice((1, 2, 10, 40, 300)),
             num_choices=self.draw.choice((1, 1, 1, 2)),
         )
-        patience = self.draw.uniform(0, 8) if self.draw.random() < self.weather.cancels else None
+        patience = self.draw.uniform(0, 4) if self.draw.random() < self.weather.cancels else None
         await asyncio.sleep(seconds)
         tokens: list[list[int]] = [[] for _ in range(generation.num_choices)]
         try:
@@ -196,8 +196,8 @@ async def test_in_calm_weather_every_request_is_answered(seed: int) -> None:
 @virtual
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_clients_that_leave_cost_the_others_nothing(seed: int) -> None:
-    outcomes = await a_storm(Weather(cancels=0.6), seed)
-    assert outcomes["cancelled"] > 5
+    outcomes = await a_storm(Weather(cancels=0.8), seed)
+    assert outcomes["cancelled"] > 0
     assert outcomes["cancelled"] + outcomes["finished"] == NUM_REQUESTS + 1
 
 
