@@ -67,7 +67,7 @@ class RouterOptions:
     bind_early_tokens: int = 8192
     start_seconds_max: float = 30.0  # until enough workers are connected to answer a request
     connect_seconds_max: float = 10.0
-    silence_seconds_max: float = 20.0
+    silence_seconds_max: float = 8.0
     place_seconds_max: float = 10.0
     credit_seconds_max: float = 60.0
     first_token_seconds_max: float = 600.0
@@ -165,7 +165,7 @@ def build_dispatcher(
     metrics = FleetMetrics(registry)
     fleet = Fleet(
         addresses=options.workers,
-        transport=GrpcTransport(),
+        transport=GrpcTransport(silence_seconds_max=options.silence_seconds_max),
         config=FleetConfig(
             connect_seconds_max=options.connect_seconds_max,
             silence_seconds_max=options.silence_seconds_max,
@@ -365,9 +365,7 @@ def _add_deadlines(parser: argparse.ArgumentParser) -> None:
 
     add("--start-seconds", 30.0, "until workers are reached that can answer a request")
     add("--connect-seconds", 10.0, "for a worker to welcome us; then it is tried again")
-    add(
-        "--silence-seconds", 20.0, "without a word from a worker, which reports every second; then it is lost"
-    )
+    add("--silence-seconds", 8.0, "without a word from a worker, which reports every second; then it is lost")
     add("--place-seconds", 10.0, "a request waits while no worker is connected that could serve it")
     add("--credit-seconds", 60.0, "a request waits until a decode worker has room for it")
     add("--first-token-seconds", 600.0, "to the first token, all waiting before it included")

@@ -5,6 +5,7 @@ Carries bytes and turns gRPC's failures into SessionLost with one clear line; it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -19,27 +20,34 @@ _OPTIONS = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     # Each attempt makes a channel of its own: a shared one would put gRPC's backoff on top of the fleet's.
     ("grpc.use_local_subchannel_pool", 1),
-    # A worker whose host vanished sends no FIN; pings find that within about 15 s.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # the deadline of a keepalive ping in current gRPC
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_http_proxy", 0),
 )
 
 
 class GrpcTransport:
+    def __init__(self, *, silence_seconds_max: float) -> None:
+        """A worker whose host vanished, or that stands still, answers no ping: the connection is given up then, but
+        not before the fleet gives up a session without reports. Workers take offence at more pings than these."""
+        third_ms = max(5_000, int(silence_seconds_max * 1e3 / 3))
+        self._options = (
+            *_OPTIONS,
+            ("grpc.keepalive_time_ms", 2 * third_ms),
+            ("grpc.keepalive_timeout_ms", third_ms),
+            ("grpc.http2.ping_timeout_ms", third_ms),  # the deadline of a keepalive ping in current gRPC
+        )
+
     async def connect(self, address: str) -> GrpcChannel:
-        return GrpcChannel(address)
+        return GrpcChannel(address, options=self._options)
 
 
 class GrpcChannel:
     """One session stream on a connection of its own."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, options: Sequence[tuple[str, int]]) -> None:
         self._address = address
         # Any: the stubs of grpc do not know that a stream can be used by read and write.
-        self._channel: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel: Any = grpc.aio.insecure_channel(address, options=options)
         self._call: Any = self._channel.stream_stream(SESSION_PATH, None, None)()
 
     async def send(self, command: Hello | Command) -> None:

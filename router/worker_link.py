@@ -71,7 +71,9 @@ class Transport(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
     connect_seconds_max: float = 10.0  # from the attempt to the Welcome
-    silence_seconds_max: float = 20.0  # a worker reports at least every second
+    # A worker reports at least every second. Shorter than half a lease, so that a lease that a decode worker renewed
+    # before it stood still can be renewed for another one.
+    silence_seconds_max: float = 8.0
     write_seconds_max: float = 30.0
     backoff_seconds_min: float = 0.1
     backoff_seconds_max: float = 5.0

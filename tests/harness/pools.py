@@ -2,7 +2,8 @@
 
 Where `tests.harness.system` runs the one command, here every process is started by itself, as in a cluster: with its
 own ready file and its own output, on an address that stays the same when it is started again. What a test learns it
-learns from there and from /metrics. Nothing is left running after `close`, whatever the test did.
+learns from there and from /metrics. Nothing is left running after `close`, whatever the test did. Processes die with
+the thread that started them: start them from the test's own.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ async def a_dispatcher(*addresses: str) -> AsyncIterator[tuple[Dispatcher, Fleet
     metrics = FleetMetrics(CollectorRegistry())
     fleet = Fleet(
         addresses=addresses,
-        transport=GrpcTransport(),
+        transport=GrpcTransport(silence_seconds_max=20.0),
         config=FleetConfig(),
         metrics=metrics,
         router_id="test",
