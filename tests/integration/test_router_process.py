@@ -134,7 +134,7 @@ async def test_a_client_that_goes_away_frees_its_sequence(start_worker: Any, sta
         (["nowhere"], (), "--worker must be HOST:PORT, not 'nowhere'"),
         (["127.0.0.1:1", "127.0.0.1:1"], (), "--worker names the same address twice"),
         (["127.0.0.1:1"], ("--model", "absent-model"), "--model: absent-model: no such directory"),
-        (["127.0.0.1:1"], ("--drain-seconds", "0"), "--drain-seconds must be above 0, not 0.0"),
+        (["127.0.0.1:1"], ("--drain-seconds", "0"), "--drain-seconds must be above 0, not 0"),
     ],
 )
 async def test_a_router_that_cannot_start_says_why_in_one_line(
