@@ -126,11 +126,7 @@ class NixlTransfer:
         if known is not None:
             if known.metadata != metadata:
                 raise TransferError(f"{name} is known with other metadata")
-            if known.has_failed and known.num_peers:
-                raise TransferError(f"the connection to {name} has failed and is not given up by all yet")
-            if not known.has_failed:
-                return known
-            self._remove(known)
+            return known
         if not metadata.startswith(_metadata_start(name)):
             raise TransferError(f"metadata of {name} are not its own")
         try:

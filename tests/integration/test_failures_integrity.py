@@ -30,7 +30,7 @@ from tests.harness.pools import Pools
 from tests.harness.raw_session import RawSession, attach, raw_session, refusal, release, renew
 from tests.harness.system import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tests.harness.failures import (
 from tests.harness.pools import Pools
 from tests.harness.system import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from tests.harness.failures import (
 from tests.harness.pools import Pools
 from tests.harness.system import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(180)]
 
 DOOR = pytest.mark.parametrize("door", ["http", "grpc"])
 

@@ -27,7 +27,7 @@ from tests.harness.pools import Pools
 from tests.harness.system import SECONDS_MAX, TEXT_CONFIG
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.minutes,
     pytest.mark.timeout(300),
     # httpx leaves its socket open when it is cancelled while it connects.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
