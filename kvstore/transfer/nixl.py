@@ -32,7 +32,7 @@ from kvstore.transfer.contract import (
     TransferError,
 )
 from kvstore.transfer.memory import zeroed
-from kvstore.transfer.runs import check_runs, match_regions, region_table
+from kvstore.transfer.runs import check_runs, match_endpoints, region_table
 from rorqual.errors import ConfigError
 
 BACKEND = "nixl"
@@ -111,12 +111,7 @@ class NixlTransfer:
 
     def connect(self, peer: PeerId, endpoint: Endpoint) -> None:
         assert peer not in self._peers, f"peer {peer} is connected"
-        if endpoint.backend != BACKEND:
-            raise TransferError(f"{endpoint.agent} exports through {endpoint.backend!r}, not {BACKEND!r}")
-        if endpoint.agent == self._endpoint.agent:
-            raise TransferError(f"{endpoint.agent} is this agent itself")
-        theirs = region_table(endpoint.regions)
-        match_regions(self._regions, theirs)
+        theirs = match_endpoints(self._endpoint, endpoint)
         agent = self._load(endpoint.agent, endpoint.metadata)
         agent.num_peers += 1
         self._peers[peer] = _Peer(agent=agent, regions=theirs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvstore.transfer.contract import Region, Run, TransferError
+from kvstore.transfer.contract import Endpoint, Region, Run, TransferError
 
 RECORDS = "records"
 """The region of hand-over records. Every other region holds pages, one unit a page id."""
@@ -95,6 +95,17 @@ def region_table(regions: Iterable[Region]) -> dict[str, Region]:
             )
         table[item.name] = item
     return table
+
+
+def match_endpoints(ours: Endpoint, theirs: Endpoint) -> dict[str, Region]:
+    """The peer's regions by name, if this engine can read from them. Raises TransferError."""
+    if theirs.backend != ours.backend:
+        raise TransferError(f"{theirs.agent} exports through {theirs.backend!r}, not {ours.backend!r}")
+    if theirs.agent == ours.agent:
+        raise TransferError(f"{theirs.agent} is this agent itself")
+    found = region_table(theirs.regions)
+    match_regions(region_table(ours.regions), found)
+    return found
 
 
 def match_regions(ours: dict[str, Region], theirs: dict[str, Region]) -> None:

@@ -21,7 +21,7 @@ from kvstore.transfer.contract import (
     TransferError,
 )
 from kvstore.transfer.memory import Segments, make_segments, map_segments
-from kvstore.transfer.runs import check_runs, match_regions, region_table
+from kvstore.transfer.runs import check_runs, match_endpoints, region_table
 
 BACKEND = "shm"
 
@@ -78,12 +78,7 @@ class ShmTransfer:
 
     def connect(self, peer: PeerId, endpoint: Endpoint) -> None:
         assert peer not in self._peers, f"peer {peer} is connected"
-        if endpoint.backend != BACKEND:
-            raise TransferError(f"{endpoint.agent} exports through {endpoint.backend!r}, not {BACKEND!r}")
-        if endpoint.agent == self._endpoint.agent:
-            raise TransferError(f"{endpoint.agent} is this process itself")
-        theirs = region_table(endpoint.regions)
-        match_regions(self._regions, theirs)
+        theirs = match_endpoints(self._endpoint, endpoint)
         sizes = [item.address + item.unit_bytes * item.num_units for item in theirs.values()]
         segments = map_segments(endpoint.metadata, agent=endpoint.agent, sizes=sizes)
         memory = {
