@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.kernels import (
     compress,
     digest,
+    gradients,
     matmul,
     mhc,
     paging,
@@ -25,6 +26,7 @@ from engine.kernels.matmul import Groups
 _MODULES = (  # importing them registers their kernels
     compress,
     digest,
+    gradients,
     matmul,
     mhc,
     paging,
@@ -76,5 +78,21 @@ def choose_kernels(device: str = "cpu", overrides: Mapping[str, str] | None = No
 
 
 def reference_kernels() -> Kernels:
-    """The torch implementations of everything: differentiable, used by training and by tests."""
+    """The torch implementations of everything: differentiable, and what the others are judged by."""
     return choose_kernels("cpu", dict.fromkeys(_OPERATIONS, "torch"))
+
+
+def training_kernels() -> Kernels:
+    """Differentiable kernels for training on CPU: `gradients` where there is one, else the torch implementation; the
+    best where nothing is differentiated."""
+    overrides: dict[str, str] = {}
+    for name in _OPERATIONS:
+        names = [item.name for item in registry.implementations(name, "cpu")]
+        if gradients.NAME in names:
+            overrides[name] = gradients.NAME
+        elif name not in _NEVER_DIFFERENTIATED:
+            overrides[name] = "torch"
+    return choose_kernels("cpu", overrides)
+
+
+_NEVER_DIFFERENTIATED = {"rope_angles", "top_rows", "group_pairs", "locate_rows", "round_bf16", "round_fp8"}

@@ -13,8 +13,8 @@ from torch import Tensor
 from engine.model.attend import BLOCK_COLUMNS, attend
 from engine.model.batch import BatchSegment, DecodeGroup
 from engine.model.compressor import compress
-from engine.model.context import Pass
-from engine.model.indexer import IndexQueries, chunk_picks, decode_picks, index_queries
+from engine.model.context import IndexQueries, Pass
+from engine.model.indexer import chunk_picks, decode_picks, index_queries
 from engine.model.state import Keys
 from engine.model.weights import AttentionWeights
 from kvstore.layout import Component
@@ -50,6 +50,8 @@ def attention(
         head_weights = compress(run, layer, item, weights.compressor, x_TD)
         if item.kind is LayerKind.CSA:
             queries = index_queries(run, wide[:, q_width:], head_weights, angles)
+            if run.observer is not None:
+                run.observer.sparse(layer, q_THd, kv_Td, queries)
 
     outputs = [
         _attend_decodes(run, layer, item, weights, q_THd, queries, window, group)

@@ -30,6 +30,27 @@ class PickHook(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Sees what a pass computed, with its graph, and changes nothing. For training: losses on what is inside."""
+
+    def sparse(self, layer: int, q_THd: Tensor, kv_Td: Tensor, index: IndexQueries) -> None:
+        """A CSA layer's queries and raw rows (rotated), and its indexer's queries. Its compressed rows have been put
+        into the pass's state."""
+        ...
+
+    def routed(self, layer: int, experts_TK: Tensor) -> None:
+        """The experts of every row of a layer, i64."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexQueries:
+    """The indexer's side of a batch: q_THd f32 [T, Hi, di], rotated and rounded; weights_TH f32 [T, Hi], scaled."""
+
+    q_THd: Tensor
+    weights_TH: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frequencies:
     """Rotary frequencies f32 [R/2] of window-only layers and of compressed layers."""
@@ -55,6 +76,7 @@ class Pass:
     plain_angles: Tensor  # [T, R/2, 2], window-only layers
     compressed_angles: Tensor
     hook: PickHook | None
+    observer: Observer | None
 
     def linear(self, x: Tensor, weight_NK: Tensor) -> Tensor:
         return self.kernels.linear(x, weight_NK, self.exact)

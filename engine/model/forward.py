@@ -13,9 +13,9 @@ from torch import Tensor
 from engine.kernels.suite import Kernels
 from engine.model.attention import attention
 from engine.model.batch import RaggedBatch
-from engine.model.context import Pass, PickHook, rotary_frequencies
+from engine.model.context import Observer, Pass, PickHook, rotary_frequencies
 from engine.model.moe import moe
-from engine.model.rounding import rounding_of
+from engine.model.rounding import Rounding, rounding_of
 from engine.model.state import StateView
 from engine.model.weights import HyperWeights, LayerWeights, ModelWeights
 from kvstore.layout import Component, Numerics
@@ -23,20 +23,35 @@ from rorqual.model_config import LayerConfig, ModelConfig
 
 
 class Model:
-    """A model ready to run. `exact` makes a token's results independent of the batch, bit for bit."""
+    """A model ready to run. `exact` makes a token's results independent of the batch, bit for bit. `rounding` replaces
+    that of the numerics (training's has gradients)."""
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, *, numerics: Numerics, kernels: Kernels, exact: bool
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        *,
+        numerics: Numerics,
+        kernels: Kernels,
+        exact: bool,
+        rounding: Rounding | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.numerics = numerics
         self.kernels = kernels
         self.exact = exact
-        self._rounding = rounding_of(numerics, kernels)
+        self._rounding = rounding or rounding_of(numerics, kernels)
         self._frequencies = rotary_frequencies(config)
 
-    def begin(self, batch: RaggedBatch, state: StateView, *, hook: PickHook | None = None) -> Pass:
+    def begin(
+        self,
+        batch: RaggedBatch,
+        state: StateView,
+        *,
+        hook: PickHook | None = None,
+        observer: Observer | None = None,
+    ) -> Pass:
         frequencies = self._frequencies
         return Pass(
             config=self.config,
@@ -49,6 +64,7 @@ class Model:
             plain_angles=self.kernels.rope_angles(batch.positions_T, frequencies.plain),
             compressed_angles=self.kernels.rope_angles(batch.positions_T, frequencies.compressed),
             hook=hook,
+            observer=observer,
         )
 
     def streams(self, run: Pass) -> Tensor:

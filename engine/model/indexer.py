@@ -7,14 +7,12 @@ index_topk rows takes them all, and no score is computed when that holds for the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from engine.model.attend import with_heads
 from engine.model.batch import BatchSegment, DecodeGroup
-from engine.model.context import Pass
+from engine.model.context import IndexQueries, Pass
 from kvstore.layout import Component
 
 DOT_VALUES_MAX = 1 << 22
@@ -23,12 +21,6 @@ more: 64 MiB on Flash at 1M tokens, beside 128 MiB of index rows."""
 
 ROW_MULTIPLE = 16
 """Exact mode: products with fewer columns are computed by other CPU kernels with other rounding."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexQueries:
-    q_THd: Tensor  # [T, Hi, di], rotated and rounded
-    weights_TH: Tensor  # [T, Hi], scaled
 
 
 def index_queries(run: Pass, wide_TX: Tensor, head_weights_TH: Tensor, angles: Tensor) -> IndexQueries:

@@ -20,6 +20,8 @@ def moe(run: Pass, layer: int, weights: MoeWeights, x_TD: Tensor) -> Tensor:
     experts, shares = run.kernels.route_experts(
         logits, weights.bias, picks, config.num_experts_per_token, config.routed_scaling_factor
     )
+    if run.observer is not None:
+        run.observer.routed(layer, experts)
     return run.rounding.act(_experts(run, weights, x_TD, experts, shares))
 
 

@@ -8,8 +8,9 @@ keep f32.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from engine import formats
@@ -89,6 +90,47 @@ class ServedRounding:
     def norm_rope(self, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float) -> Tensor:
         normed = self.act(self._kernels.rms_norm(x_THd, weight_d, eps))
         return self.act(self._kernels.rope(normed, angles, False))
+
+
+class StraightThrough:
+    """The release's quantisation points with gradients: forward as `ServedRounding`, backward as if nothing had been
+    rounded (the Hadamard transform of indexer rows keeps its own gradient). `kernels` must be differentiable."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._served = ServedRounding(kernels)
+
+    def act(self, x: Tensor) -> Tensor:
+        return _with_gradient(x, self._served.act(x.detach()))
+
+    def matmul_input(self, x: Tensor) -> Tensor:
+        return _with_gradient(x, self._served.matmul_input(x.detach()))
+
+    def kv_rows(self, rows_Nd: Tensor, num_plain: int) -> Tensor:
+        return _with_gradient(rows_Nd, self._served.kv_rows(rows_Nd.detach(), num_plain))
+
+    def index_rows(self, rows: Tensor) -> Tensor:
+        matrix = formats.hadamard(torch.eye(rows.shape[-1]))  # symmetric
+        return _with_gradient(rows @ matrix, self._served.index_rows(rows.detach()))
+
+    def norm_rope(self, x_THd: Tensor, weight_d: Tensor | None, angles: Tensor, *, eps: float) -> Tensor:
+        normed = self.act(self._kernels.rms_norm(x_THd, weight_d, eps))
+        return self.act(self._kernels.rope(normed, angles, False))
+
+
+def _with_gradient(x: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded values exactly, with the gradient of x."""
+    return _Replaced.apply(x, rounded)  # type: ignore[no-any-return]
+
+
+class _Replaced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return args[1].view_as(args[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def rounding_of(numerics: Numerics, kernels: Kernels) -> Rounding:
