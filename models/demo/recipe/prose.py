@@ -8,6 +8,7 @@ cache folder. No other module of the recipe may touch the network.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import re
 import urllib.error
 import urllib.request
@@ -53,18 +54,21 @@ class Prose:
     heldout: tuple[Chapter, ...]
 
 
-def load_prose(*, cache: Path, file: Path | None = None) -> Prose:
+def load_prose(*, cache: Path, file: Path | None = None, url: str = PACKAGE_URL) -> Prose:
     """The six novels. `file` is the Debian package, or a plain text with "CHAPTER 1" headings, already at hand.
 
     Raises ProseError if nothing usable can be read or downloaded.
     """
     source = file or cache / PACKAGE_FILE
     if file is None and not source.exists():
-        _download(source)
+        _download(url, source)
     try:
         data = source.read_bytes()
         if file is not None and file.suffix == ".txt":
-            return split_novels({file.stem: data.decode("utf-8").splitlines()})
+            prose = split_novels({file.stem: data.decode("utf-8").splitlines()})
+            if not prose.train:
+                raise ProseError(f'{source} has no chapters; each must begin with a line like "CHAPTER 1"')
+            return prose
         if hashlib.sha256(data).hexdigest() != PACKAGE_SHA256:
             raise ProseError(f"{source} is not {PACKAGE_FILE} as pinned; delete it or pass another file")
         return split_novels(character_vectors(data, NOVELS))
@@ -107,12 +111,12 @@ def _paragraphs(lines: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _download(target: Path) -> None:
-    advice = f"download it yourself and pass it as a file: {PACKAGE_URL}"
+def _download(url: str, target: Path) -> None:
+    advice = f"download it yourself and pass it as a file: {url}"
     try:
-        with urllib.request.urlopen(PACKAGE_URL, timeout=DOWNLOAD_SECONDS_MAX) as response:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS_MAX) as response:
             data = response.read(PACKAGE_BYTES_MAX + 1)
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise ProseError(f"the novels cannot be downloaded ({error}); {advice}") from None
     if hashlib.sha256(data).hexdigest() != PACKAGE_SHA256:
         raise ProseError(f"what was downloaded is not the pinned package ({len(data)} bytes); {advice}")

@@ -30,7 +30,6 @@ from models.demo.recipe.optimiser import Optimiser
 from models.demo.recipe.quantise import quantised
 from rorqual.model_config import ModelConfig
 
-SAVE_SECONDS = 60.0
 WARM_UP_STEPS = 50
 RECALL_LEARNED = 0.95
 """Accuracy that ends the first stage."""
@@ -53,6 +52,7 @@ class TrainOptions:
     seed: int = 1
     workers: int = 1
     quiet: bool = False
+    save_seconds: float = 60.0
 
 
 @dataclass(slots=True)
@@ -209,7 +209,7 @@ class _Worker:
             began = now
             if progress.step % LOG_STEPS == 0 and self.rank == 0:
                 self._log(phase, bar)
-            if now - last_saved > SAVE_SECONDS and self.rank == 0:
+            if now - last_saved > self.options.save_seconds and self.rank == 0:
                 self._save()
                 last_saved = now
         if self.rank == 0:

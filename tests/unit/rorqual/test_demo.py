@@ -1,5 +1,6 @@
-"""The random demo model's recipe and cache. Serving it is an integration test's business."""
+"""The demo models: files of the trained one, recipe and cache of the random one. Serving is an integration test's."""
 
+import hashlib
 import json
 
 import pytest
@@ -60,3 +61,34 @@ def test_another_seed_or_tokenizer_is_another_model(tmp_path, made):
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(RorqualError, match=r"nowhere\.json: no such file"):
         demo.make_model(folder=tmp_path, seed=1, tokenizer=tmp_path / "nowhere.json")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with a list of its files' digests."""
+    for name in ("config.json", "model-00001-of-00001.safetensors"):
+        (tmp_path / name).write_text(name)
+    sums = [
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in sorted(tmp_path.iterdir())
+    ]
+    (tmp_path / demo.SUMS_FILE).write_text("\n".join(sums) + "\n")
+    return tmp_path
+
+
+def test_a_whole_trained_model_is_served_as_it_is(trained):
+    assert demo.trained_model(trained) == trained
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00001.safetensors", demo.SUMS_FILE])
+def test_a_missing_file_of_the_trained_model_is_named_with_the_command_that_remakes_it(trained, name):
+    (trained / name).unlink()
+    with pytest.raises(RorqualError, match=r"python models/demo/train\.py") as failure:
+        demo.trained_model(trained)
+    assert str(trained / name) in str(failure.value)
+
+
+def test_a_file_that_was_changed_is_named(trained):
+    with (trained / "model-00001-of-00001.safetensors").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(RorqualError, match=r"safetensors: is not what was trained"):
+        demo.trained_model(trained)
