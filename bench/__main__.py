@@ -17,6 +17,10 @@ RACES = {
         "bench.http_servers",
         "HTTP servers: requests, events, slow readers, vanished clients (1 minute)",
     ),
+    "speculation": (
+        "bench.speculation",
+        "decode speed of the demo model by number of drafts and batch, through the whole system (10 minutes)",
+    ),
     "transfer": (
         "bench.transfer",
         "reads of a hand-over between two processes beside plain NIXL (1 minute)",

@@ -111,7 +111,8 @@ class Borrower:
             raise InvalidRequest("a decode worker needs a source of state", field="source")
         if command.source.wire_id != self.config.wire_id:
             raise InvalidRequest(
-                f"state has wire id {command.source.wire_id}; this worker reads {self.config.wire_id}",
+                f"state has wire id {command.source.wire_id}; this worker reads {self.config.wire_id}"
+                " (model, numerics, or --drafts 0 on one side only)",
                 field="source",
             )
         if command.max_tokens < 2:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.model.forward import Model
 from engine.runner import Runner, SegmentTokens
+from kvstore.layout import DRAFTS_MAX
 from rorqual.errors import RorqualError
 from rorqual.model_config import PAGE_TOKENS
 
@@ -30,19 +31,21 @@ class NotExact(RorqualError):
 
 
 def check_exactness(model: Model) -> None:
-    """Raise NotExact unless one sequence's logits are the same bits whole, cut up, and among others."""
+    """Raise NotExact unless one sequence's logits are the same bits whole, cut up, among others, and computed a few
+    single tokens at once, as drafts are."""
     config = replace(model.config, index_topk=min(model.config.index_topk, PROBE_TOPK))
     probe = Model(config, model.weights, numerics=model.numerics, kernels=model.kernels, exact=model.exact)
     num_tokens = min(PROBE_TOKENS, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, num_tokens), generator=generator)
     whole = _run(probe, tokens, cuts=(num_tokens,), companion=())
-    for cuts, companion in (
-        ((3, 60, 1, 1, 70, 100), ()),
-        ((125, 1, 1, 1, 127, 1, 1), (7, 1, 1, 90, 1, 1, 1)),
+    for cuts, companion, decodes_max in (
+        ((3, 60, 1, 1, 70, 100), (), 1),
+        ((125, 1, 1, 1, 127, 1, 1), (7, 1, 1, 90, 1, 1, 1), 1),
+        ((253, *[DRAFTS_MAX + 1] * 6), (9, 1, 1, 1), DRAFTS_MAX + 1),
     ):
         every_cut = _fill(cuts, num_tokens)
-        cut = _run(probe, tokens, cuts=every_cut, companion=companion)
+        cut = _run(probe, tokens, cuts=every_cut, companion=companion, decodes_max=decodes_max)
         if not torch.equal(whole, cut):
             position = int((whole != cut).any(-1).nonzero()[0])
             raise NotExact(
@@ -60,8 +63,11 @@ def _fill(cuts: Sequence[int], num_tokens: int) -> list[int]:
     return [*fitting, num_tokens - sum(fitting)]
 
 
-def _run(model: Model, tokens_2N: Tensor, *, cuts: Sequence[int], companion: Sequence[int]) -> Tensor:
-    """Logits of every token of the first sequence, cut as told; the second runs in the same batches."""
+def _run(
+    model: Model, tokens_2N: Tensor, *, cuts: Sequence[int], companion: Sequence[int], decodes_max: int = 1
+) -> Tensor:
+    """Logits of every token of the first sequence, cut as told; the second runs in the same batches. Up to
+    `decodes_max` tokens of the first are computed as decodes, more as a chunk."""
     num_pages = -(-PROBE_TOKENS // PAGE_TOKENS)
     runner = Runner(model, num_pages=2 * num_pages, num_slots=2)
     for slot in range(2):
@@ -71,13 +77,21 @@ def _run(model: Model, tokens_2N: Tensor, *, cuts: Sequence[int], companion: Seq
     starts = [0, 0]
     for index, count in enumerate(cuts):
         counts = [count, companion[index] if index < len(companion) else 0]
-        work = [
-            SegmentTokens(
-                slot=slot, start=starts[slot], tokens=tokens_2N[slot, starts[slot] :][:size], all_logits=True
-            )
-            for slot, size in enumerate(counts)
-            if size and starts[slot] + size <= tokens_2N.shape[1]
-        ]
-        logits.append(runner.run(work)[0])
+        mine, theirs = (
+            _work(slot, starts[slot], tokens_2N[slot, starts[slot] :][:size], decodes_max=decodes)
+            for slot, size, decodes in zip(range(2), counts, (decodes_max, 1), strict=True)
+        )
+        logits += runner.run([*mine, *theirs])[: len(mine)]
         starts = [start + size for start, size in zip(starts, counts, strict=True)]
     return torch.cat(logits)
+
+
+def _work(slot: int, start: int, tokens_N: Tensor, *, decodes_max: int) -> list[SegmentTokens]:
+    """So many single tokens, or one chunk; nothing of no tokens."""
+    if len(tokens_N) == 0:
+        return []
+    parts = tokens_N.split(1) if len(tokens_N) <= decodes_max else (tokens_N,)
+    return [
+        SegmentTokens(slot=slot, start=start + index, tokens=part, all_logits=True)
+        for index, part in enumerate(parts)
+    ]

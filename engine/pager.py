@@ -34,6 +34,8 @@ class SlotTables:
         self.pools = pools
         self.pages_SP = torch.zeros((pools.num_slots, pages_per_slot_max), dtype=torch.int64)
         self.num_pages = [0] * pools.num_slots
+        self.draft_first_S = torch.zeros(pools.num_slots, dtype=torch.int64)
+        """Rows of a slot's draft window before this index are not there, and are not seen."""
 
     def open(self, slot: int) -> None:
         """Start a sequence at position 0: no pages, and empty unfinished windows (K = 0, S = -inf)."""
@@ -47,6 +49,7 @@ class SlotTables:
     def restart(self, slot: int) -> None:
         """Start a sequence whose state is about to be put there: no pages, rings as they are."""
         self.num_pages[slot] = 0
+        self.draft_first_S[slot] = 0
 
     def append(self, slot: int, pages: Sequence[int]) -> None:
         first = self.num_pages[slot]
@@ -98,20 +101,29 @@ class PagedState:
     def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         pool = self._pools[component]
         positions = torch.arange(segment.start - num_past, segment.start)
-        return _read(pool, layer, _ring_ids(pool.descriptor, segment.slot, positions), self._config)
+        rows = _read(pool, layer, _ring_ids(pool.descriptor, segment.slot, positions), self._config)
+        if component is Component.DRAFT_WINDOW:
+            # Not hidden, only made finite: a chunk of the draft block is run for the rows that it puts.
+            missing = positions < self._tables.draft_first_S[segment.slot]
+            rows = rows.masked_fill(missing.unsqueeze(-1), 0)
+        return rows
 
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
         self._put_ring(self._pools[component], layer, rows_Td)
 
     def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:
         if component not in self._windows:
-            self._windows[component] = self._window_columns(self._pools[component].descriptor)
+            first = 0
+            if component is Component.DRAFT_WINDOW:
+                first = self._tables.draft_first_S[self._decode_slots].unsqueeze(-1)
+            self._windows[component] = self._window_columns(self._pools[component].descriptor, first)
         ids, bias = self._windows[component]
         rows = _read(self._pools[component], layer, ids[group.rows], self._config)
         return Keys(rows=rows, bias=bias[group.rows])
 
-    def _window_columns(self, item: Descriptor) -> tuple[Tensor, Tensor]:
-        """Ring row ids [B, K] and bias; a hidden column reads the decode's own row, which was just written."""
+    def _window_columns(self, item: Descriptor, first: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Ring row ids [B, K] and bias, of positions from `first` (or first [B, 1]) on; a hidden column reads the
+        decode's own row, which was just written."""
         size = self._config.sliding_window
         own = self._decode_positions.unsqueeze(-1)
         if self._exact:
@@ -119,7 +131,7 @@ class PagedState:
             columns = torch.stack([torch.arange(start, stop) for start, stop in spans])
         else:
             columns = own + torch.arange(1 - size, 1)
-        hidden = (columns > own) | (columns <= own - size) | (columns < 0)
+        hidden = (columns > own) | (columns <= own - size) | (columns < first)
         columns = torch.where(hidden, own, columns)
         return _ring_ids(item, self._decode_slots.unsqueeze(-1), columns), hidden_bias(hidden)
 
@@ -152,12 +164,6 @@ class PagedState:
     def put_streams(self, streams_TSD: Tensor) -> None:
         """Keep the last layer's streams of the batch's newest positions, for the drafts."""
         self._put_ring(self._pools[Component.DRAFT_STREAMS], 0, streams_TSD.flatten(1))
-
-    def kept_streams(self, slots_N: Tensor, positions_N: Tensor) -> Tensor:
-        """Streams [N, S, D] that a step before has put."""
-        pool = self._pools[Component.DRAFT_STREAMS]
-        rows = _read(pool, 0, _ring_ids(pool.descriptor, slots_N, positions_N), self._config)
-        return rows.unflatten(1, (self._config.hc_mult, -1))
 
     def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
         pool = self._pools[component]
@@ -242,6 +248,13 @@ class PagedState:
         kept_rows = torch.cat(rows)
         every_row = len(kept_rows) == self._batch.tokens_T.numel()
         return _RingWrites(rows=None if every_row else kept_rows, ids=torch.cat(ids))
+
+
+def kept_streams(pools: Pools, slots_N: Tensor, positions_N: Tensor, config: ModelConfig) -> Tensor:
+    """Streams [N, S, D] that `PagedState.put_streams` has put."""
+    pool = pools[Component.DRAFT_STREAMS]
+    rows = _read(pool, 0, _ring_ids(pool.descriptor, slots_N, positions_N), config)
+    return rows.unflatten(1, (config.hc_mult, -1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     )
     num_records: int = 0  # hand-over records, with a transfer
     agent: str = ""  # name of the transfer agent, fresh for each incarnation
+    drafts_max: int = 0  # of a segment; above 0 the state of the MTP block is kept up, and handed over
 
 
 class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -45,6 +46,9 @@ class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_prompt: int
     sampling: SamplingParams
     restore: Restore | None = None
+    tokens_max: int = (
+        1 << 62
+    )  # prompt and completion: no token beyond is sampled, no position beyond computed
 
 
 class Restore(msgspec.Struct, frozen=True, array_like=True):
@@ -61,6 +65,12 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 
     `sample` is true when the last of these tokens is the last one known: its logits are then sampled, the new token
     is appended to the slot's token buffer at position start+count and reported.
+
+    A decode, a segment of one token with `sample`, may come while the host does not know yet how many drafts earlier
+    plans have accepted: it computes the slot's newest token, wherever that is, and `start` is a lower bound. With
+    `drafts` the rank drafts up to so many tokens, computes them behind the newest one, and samples behind each: what is
+    sampled is accepted up to and with the first token that differs from its draft. `pages` cover all it may compute.
+    A decode of a slot that has `tokens_max` tokens already does nothing.
     """
 
     slot: int
@@ -72,6 +82,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
         False  # its sequence will be read by another worker: digest every full page that this completes
     )
     record: int = -1  # after the segment, pack the sequence's state into this record
+    drafts: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -84,7 +95,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """The token sampled for one segment. `alternatives` holds (token id, logprob) pairs, best first."""
+    """A token sampled for a segment: exactly one without drafts. Those of one slot are in order, one after another.
+    `alternatives` holds (token id, logprob) pairs, best first."""
 
     slot: int
     token_id: int
@@ -111,12 +123,22 @@ class Lent(msgspec.Struct, frozen=True, array_like=True):
     record_digest: int = 0
 
 
+class Verified(msgspec.Struct, frozen=True, array_like=True):
+    """What became of the drafts of one segment that asked for some. `num_drafts` may be fewer than asked for, near
+    `tokens_max`; num_accepted of them were equal to the tokens sampled."""
+
+    slot: int
+    num_drafts: int
+    num_accepted: int
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     number: int
     sampled: tuple[Sampled, ...]
     prompt_scores: tuple[PromptScores, ...]
     step_ms: float
     lent: tuple[Lent, ...] = ()
+    verified: tuple[Verified, ...] = ()
 
 
 class PeerOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -207,6 +229,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_records: int = 0
     num_page_components: int = 0  # digests of a page
     notices: tuple[str, ...] = ()  # one line each: what the files hold other than their config says
+    drafts_max: int = 0  # in use: as the settings say, but 0 for a checkpoint without an MTP block
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -4,6 +4,10 @@ Runs as `python -m engine.rank --fd N`, started by `engine.worker.rank_link`; re
 `RankProgress` while loading and `RankReady`, then one `StepResult` per `StepPlan`, strictly in order, until `Shutdown`
 or the end of the host. With a transfer, others read from its pools and it reads from theirs meanwhile
 (`engine.rank_transfer`). It decides nothing: which pages, slots, records and tokens is the host's business.
+
+Drafts are made (`engine.drafter`) and verified within one step, as rows of its one forward, since only the rank knows
+a sequence's newest token in time. What they are wrong about is never undone: everything is addressed by position, so
+that later tokens overwrite it before it can be read.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ import gc
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.reader import Checkpoint, open_checkpoint
+from engine.drafter import Drafter, DraftWish, MtpDrafter
 from engine.exactness import check_exactness
 from engine.frames import FrameWriter, join_host, read_frame, write_frame
 from engine.kernels import registry
@@ -42,12 +48,14 @@ from engine.plan import (
     SlotOpen,
     StepPlan,
     StepResult,
+    Verified,
 )
 from engine.rank_transfer import PageDigest, PlanQueue, RankTransfer, StateDigests, ThreadFailed, read_host
 from engine.runner import Runner, SegmentTokens
-from engine.sampler import Sampler
+from engine.sampler import Continuation, Sampler
+from engine.warm_up import warm_up
 from kvstore.handover import wire_id
-from kvstore.layout import Numerics, build_layout
+from kvstore.layout import DRAFTS_MAX, Numerics, build_layout
 from kvstore.pools import plain_memory
 from kvstore.transfer.contract import Transfer
 from kvstore.transfer.opening import TransferBuilder, open_transfer
@@ -131,11 +139,14 @@ class _Loaded:
 class Rank:
     """Everything between two frames. Tests drive it without a process."""
 
-    def __init__(self, runner: Runner, *, sampler: Sampler, page_digest: PageDigest) -> None:
+    def __init__(
+        self, runner: Runner, *, sampler: Sampler, page_digest: PageDigest, drafter: Drafter | None = None
+    ) -> None:
         self.digests = StateDigests(runner.pools, runner.records, page_digest=page_digest)
         self.record_bytes = runner.record_bytes
         self._runner = runner
         self._sampler = sampler
+        self._drafter = drafter
         self._slots: dict[int, _Slot] = {}
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -145,17 +156,15 @@ class Rank:
             del self._slots[slot]
         for item in plan.opens:
             self._open(item)
-        sampled: list[Sampled] = []
-        scores: list[PromptScores] = []
-        if plan.segments:
-            sampled, scores = self._compute(plan.segments)
+        done = self._compute(plan.segments)
         lent = self._lend([segment for segment in plan.segments if segment.lend])
         return StepResult(
             number=plan.number,
-            sampled=tuple(sampled),
-            prompt_scores=tuple(scores),
+            sampled=tuple(done.sampled),
+            prompt_scores=tuple(done.scores),
             step_ms=(time.perf_counter() - started) * 1e3,
             lent=tuple(lent),
+            verified=tuple(done.verified),
         )
 
     def _open(self, item: SlotOpen) -> None:
@@ -165,6 +174,8 @@ class Rank:
             self._runner.open(item.slot)
         else:
             self._runner.restore(item.slot, known.num_computed, known.pages, known.record)
+        if self._drafter is not None:
+            self._drafter.open(item.slot, num_computed=0 if known is None else known.num_computed)
         tokens = np.frombuffer(item.tokens, dtype="<i4")
         buffer = torch.empty(len(tokens) + PAGE_TOKENS, dtype=torch.int64)
         buffer[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
@@ -172,41 +183,93 @@ class Rank:
             tokens=buffer,
             num_tokens=len(tokens),
             num_prompt=item.num_prompt,
+            num_tokens_max=item.tokens_max,
             prompt_logprobs=item.sampling.prompt_logprobs,
         )
 
     @torch.inference_mode()
-    def _compute(self, segments: tuple[Segment, ...]) -> tuple[list[Sampled], list[PromptScores]]:
-        work: list[SegmentTokens] = []
+    def _compute(self, segments: Sequence[Segment]) -> _Done:
+        """Draft, then one ragged forward of everything, then choose and verify."""
+        done = _Done()
         for segment in segments:
-            slot = self._slots[segment.slot]
-            end = segment.start + segment.count
-            assert end <= slot.num_tokens, f"slot {segment.slot} knows {slot.num_tokens} tokens, not {end}"
             if segment.pages:
                 self._runner.extend(segment.slot, segment.pages)
-            tokens = slot.tokens[segment.start : end]
-            work.append(
-                SegmentTokens(
-                    slot=segment.slot, start=segment.start, tokens=tokens, all_logits=slot.wants_scores
-                )
+        parts = self._with_drafts([self._part(segment) for segment in segments])
+        busy = [part for part in parts if part.count]
+        if busy:
+            self._forward(busy, done)
+        counts = Counter(item.slot for item in done.sampled)
+        done.verified = [
+            Verified(
+                slot=part.segment.slot,
+                num_drafts=len(part.drafts),
+                num_accepted=max(counts[part.segment.slot] - 1, 0),
             )
-        streams, rows = self._runner.streams(work)
-        scores = [
-            part
-            for segment, segment_rows in zip(segments, rows, strict=True)
-            if self._slots[segment.slot].wants_scores
-            for part in self._score_prompt(segment, streams, segment_rows)
+            for part in parts
+            if part.segment.drafts
         ]
-        chosen = [(segment, part[-1]) for segment, part in zip(segments, rows, strict=True) if segment.sample]
-        if not chosen:
-            return [], scores
-        logits = self._runner.model.logits(streams[torch.stack([row for _, row in chosen])])
-        slots = [segment.slot for segment, _ in chosen]
-        positions = [segment.start + segment.count for segment, _ in chosen]
-        sampled = self._sampler.sample(slots, positions, logits)
-        for item, position in zip(sampled, positions, strict=True):
-            self._slots[item.slot].append(item.token_id, position)
-        return sampled, scores
+        return done
+
+    def _part(self, segment: Segment) -> _Part:
+        """What to compute for a segment, still without drafts: nothing of a slot that is full."""
+        slot = self._slots[segment.slot]
+        if not _is_decode(segment):
+            end = segment.start + segment.count
+            assert end <= slot.num_tokens, f"slot {segment.slot} knows {slot.num_tokens} tokens, not {end}"
+            return _Part(segment=segment, start=segment.start, count=segment.count)
+        newest = slot.num_tokens - 1
+        assert segment.start <= newest, f"slot {segment.slot} knows {slot.num_tokens} tokens"
+        assert segment.start == newest or not segment.lend, "a decode that may be anywhere is not lent"
+        return _Part(segment=segment, start=newest, count=int(slot.num_tokens < slot.num_tokens_max))
+
+    def _with_drafts(self, parts: list[_Part]) -> list[_Part]:
+        wishes: list[DraftWish] = []
+        for part in parts:
+            segment, slot = part.segment, self._slots[part.segment.slot]
+            assert _is_decode(segment) or not segment.drafts, "drafts behind a prompt's tokens"
+            assert not (segment.drafts and segment.lend), "drafts of a sequence that is lent"
+            # The last draft is computed too, and a token sampled behind it.
+            num_drafts = min(segment.drafts, slot.num_tokens_max - slot.num_tokens - 1)
+            if num_drafts > 0:
+                wishes.append(DraftWish(slot=segment.slot, tokens=slot.known, num_drafts=num_drafts))
+        if not wishes:
+            return parts
+        assert self._drafter is not None, "drafts were asked for, and there is no drafter"
+        drafted = self._drafter.draft(wishes)
+        drafts = {wish.slot: found for wish, found in zip(wishes, drafted, strict=True)}
+        return [replace(part, drafts=drafts.get(part.segment.slot, ())) for part in parts]
+
+    def _forward(self, parts: list[_Part], done: _Done) -> None:
+        work: list[SegmentTokens] = []
+        prompts: dict[int, int] = {}
+        for part in parts:
+            slot = self._slots[part.segment.slot]
+            work += slot.work(part)
+            if not _is_decode(part.segment) or part.segment.record >= 0:
+                prompts[part.segment.slot] = slot.num_tokens
+        streams, rows_of_work = self._runner.streams(work)
+        if self._drafter is not None:
+            self._drafter.follow(work, streams, prompts)
+        rows = iter(rows_of_work)
+        wanted: list[Continuation] = []
+        chosen: list[Tensor] = []
+        for part in parts:
+            segment, slot = part.segment, self._slots[part.segment.slot]
+            part_rows = torch.cat(list(islice(rows, 1 + len(part.drafts))))
+            if slot.wants_scores:
+                done.scores += self._score_prompt(segment, streams, part_rows)
+            if segment.sample:
+                wanted.append(
+                    Continuation(slot=segment.slot, position=part.start + part.count, drafts=part.drafts)
+                )
+                chosen.append(part_rows[-1 - len(part.drafts) :])
+        if not wanted:
+            return
+        logits_RV = self._runner.model.logits(streams[torch.cat(chosen)])
+        for item, accepted in zip(wanted, self._sampler.verify(wanted, logits_RV), strict=True):
+            for index, sampled in enumerate(accepted):
+                self._slots[item.slot].append(sampled.token_id, item.position + index)
+            done.sampled += accepted
 
     def _lend(self, segments: Sequence[Segment]) -> list[Lent]:
         """What these segments have made readable: the full pages they completed, and records."""
@@ -237,6 +300,7 @@ class Rank:
         """Logprobs of the prompt tokens that follow this segment's tokens."""
         slot = self._slots[segment.slot]
         assert slot.prompt_logprobs is not None
+        # Of a decode nothing: it stands at or behind the prompt's last token.
         num_scored = min(segment.count, slot.num_prompt - 1 - segment.start)
         parts: list[PromptScores] = []
         for first in range(0, num_scored, SCORED_ROWS):
@@ -254,12 +318,32 @@ class Rank:
         return parts
 
 
+@dataclass(slots=True)
+class _Done:
+    """What a step's segments have given."""
+
+    sampled: list[Sampled] = field(default_factory=list[Sampled])
+    scores: list[PromptScores] = field(default_factory=list[PromptScores])
+    verified: list[Verified] = field(default_factory=list[Verified])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What is computed for a segment: tokens start .. start+count-1, which are known, and `drafts` behind them."""
+
+    segment: Segment
+    start: int
+    count: int
+    drafts: tuple[int, ...] = ()
+
+
 @dataclass(slots=True, kw_only=True)
 class _Slot:
     """Tokens of the sequence in a slot: given by the host, then extended by the sampler."""
 
     tokens: Tensor  # i64, longer than needed
     num_tokens: int
+    num_tokens_max: int
     num_prompt: int
     prompt_logprobs: int | None
 
@@ -267,12 +351,36 @@ class _Slot:
     def wants_scores(self) -> bool:
         return self.prompt_logprobs is not None
 
+    @property
+    def known(self) -> Tensor:
+        return self.tokens[: self.num_tokens]
+
+    def work(self, part: _Part) -> list[SegmentTokens]:
+        """The known tokens together, then every draft as a segment of its own, so that it is computed as a decode."""
+        slot, end = part.segment.slot, part.start + part.count
+        known = SegmentTokens(
+            slot=slot, start=part.start, tokens=self.tokens[part.start : end], all_logits=self.wants_scores
+        )
+        drafts = torch.tensor(part.drafts, dtype=torch.int64).split(1) if part.drafts else ()
+        return [
+            known,
+            *(
+                SegmentTokens(slot=slot, start=end + index, tokens=draft)
+                for index, draft in enumerate(drafts)
+            ),
+        ]
+
     def append(self, token: int, position: int) -> None:
         assert position == self.num_tokens, "a token was sampled out of turn"
         if position == len(self.tokens):
             self.tokens = torch.cat((self.tokens, torch.empty_like(self.tokens)))
         self.tokens[position] = token
         self.num_tokens = position + 1
+
+
+def _is_decode(segment: Segment) -> bool:
+    """Of the newest token, wherever that is: `start` is a lower bound."""
+    return segment.sample and segment.count == 1
 
 
 def _make_model(
@@ -303,7 +411,9 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     model = _make_model(settings, numerics, checkpoint, weights)
     _tell(connection, "warming up")
     page_digest = implementations["page_digest"].function
-    _warm_up(model, page_digest)
+    drafts_max = settings.drafts_max if checkpoint.has_mtp else 0
+    assert 0 <= drafts_max <= DRAFTS_MAX, f"rings have no room for {drafts_max} drafts"
+    warm_up(model, page_digest, drafts=drafts_max > 0)
     if settings.exact:
         _tell(connection, "testing exactness")
         check_exactness(model)
@@ -316,10 +426,12 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
             num_pages=num_pages,
             num_slots=settings.num_slots,
             num_records=settings.num_records,
+            drafts=drafts_max > 0,
             allocate=plain_memory if builder is None else builder.allocate,
         ),
     )
-    rank = Rank(runner, sampler=sampler, page_digest=page_digest)
+    drafter = MtpDrafter(runner, sampler) if drafts_max else None
+    rank = Rank(runner, sampler=sampler, page_digest=page_digest, drafter=drafter)
     engine = None if builder is None else builder.start()
     ready = RankReady(
         num_pages=num_pages,
@@ -338,6 +450,7 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
         num_records=settings.num_records,
         num_page_components=len(rank.digests.components),
         notices=checkpoint.notices,
+        drafts_max=drafts_max,
     )
     return _Loaded(rank=rank, ready=ready, engine=engine)
 
@@ -372,27 +485,6 @@ def _allocated(what: str, make: Callable[[], Made]) -> Made:
         return make()
     except (MemoryError, OSError, RuntimeError) as error:
         raise RorqualError(f"no memory for {what}: {str(error).splitlines()[0]}") from None
-
-
-def _warm_up(model: Model, page_digest: PageDigest) -> None:
-    """Compile every kernel before the first request: one chunk, then a decode beside a chunk. With a small top-k, so
-    that the indexer has to choose too."""
-    config = replace(model.config, index_topk=1)
-    model = Model(config, model.weights, numerics=model.numerics, kernels=model.kernels, exact=model.exact)
-    runner = Runner(model, num_pages=2, num_slots=2)
-    for slot in range(2):
-        runner.open(slot)
-        runner.extend(slot, [slot])
-    count = max(min(PAGE_TOKENS - 2, model.config.max_position_embeddings - 2), 1)
-    tokens = torch.arange(count + 1) % model.config.vocab_size
-    runner.run([SegmentTokens(slot=0, start=0, tokens=tokens[:count])])
-    runner.run(
-        [
-            SegmentTokens(slot=0, start=count, tokens=tokens[:1]),
-            SegmentTokens(slot=1, start=0, tokens=tokens[:8]),
-        ]
-    )
-    page_digest(torch.zeros((1, 4), dtype=torch.uint8), torch.tensor([0]))
 
 
 def _tell(connection: socket.socket, stage: str) -> None:

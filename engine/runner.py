@@ -16,7 +16,7 @@ from engine.handover import pack_record, unpack_record
 from engine.model.batch import BatchSegment, RaggedBatch, build_batch
 from engine.model.context import PickHook
 from engine.model.forward import Model
-from engine.pager import PagedState, SlotTables
+from engine.pager import PagedState, SlotTables, kept_streams
 from kvstore.handover import record_bytes, record_bytes_max
 from kvstore.layout import build_layout
 from kvstore.pools import Allocate, Pools, plain_memory
@@ -63,6 +63,7 @@ class Runner:
             else torch.from_numpy(memory).view(num_records, longest)
         )
         """uint8 [records, bytes of the longest record]."""
+        self._latest: _Latest | None = None
 
     def open(self, slot: int) -> None:
         """Start a sequence at position 0 in `slot`."""
@@ -89,6 +90,7 @@ class Runner:
         self.tables.restart(slot)
         self.tables.append(slot, pages)
         unpack_record(self.tables, slot, num_tokens, self.records[record], drafts=self.drafts)
+        self.tables.draft_first_S[slot] = max(0, num_tokens - self.model.config.sliding_window)
 
     @torch.inference_mode()
     def run(self, work: Sequence[SegmentTokens], *, hook: PickHook | None = None) -> list[Tensor]:
@@ -103,36 +105,81 @@ class Runner:
     ) -> tuple[Tensor, list[Tensor]]:
         """The streams of all batch rows, and for each item of work the rows whose logits it wants."""
         batch, placed = _lay_out(work)
-        streams = self.model.streams(self.model.begin(batch, self._state(batch), hook=hook))
+        state = self._state(batch)
+        self._latest = _Latest(work=work, placed=placed, state=state)
+        streams = self.model.streams(self.model.begin(batch, state, hook=hook))
         return streams, _wanted_rows(work, placed)
 
     @torch.inference_mode()
-    def advance_drafts(self, work: Sequence[SegmentTokens], streams_TSD: Tensor) -> list[Tensor]:
+    def advance_drafts(
+        self, work: Sequence[SegmentTokens], streams_TSD: Tensor, *, firsts: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """Take MTP block 0 to where the main model is, one index behind: of each item the indices start-1 ..
         start+len-2, since index i takes the streams at i and the token at i+1; then keep the newest streams, from which
-        the next call goes on. `streams_TSD` is what `streams(work)` has just returned.
+        the next call goes on. `streams_TSD` is what `streams(work)` has just returned. `firsts` are the items' first
+        indices where those before are not wanted: a later one than start-1, or one past the last, start+len-1.
 
         Returns the block's streams [indices, S, D] of each item, whose `draft_logits` at index i predict token i+2.
         """
-        batch, placed = _lay_out(work)
-        state = self._state(batch)
-        behind = [_one_behind(item) for item in work]
+        latest = self._latest
+        assert latest is not None, "nothing was computed"
+        assert latest.work is work, "not the work that was computed last"
+        behind = [
+            _one_behind(item, first)
+            for item, first in zip(work, firsts or [item.start - 1 for item in work], strict=True)
+        ]
         advancing = [index for index, item in enumerate(behind) if len(item.tokens)]
         drafted = [streams_TSD[:0]] * len(work)
         if advancing:
-            draft_batch, places = _lay_out([behind[index] for index in advancing])
-            sources = [placed[index] for index in advancing]
-            inputs = _draft_inputs(state, streams_TSD, sources, places)
-            run = self.model.begin(draft_batch, self._state(draft_batch))
-            found = self.model.draft(run, 0, inputs, draft_batch.tokens_T)
-            for index, place in zip(advancing, places, strict=True):
-                drafted[index] = found[place.rows]
-        state.put_streams(streams_TSD)
+            indices = [behind[index] for index in advancing]
+            inputs = [
+                self._draft_inputs(streams_TSD, latest.placed[index], behind[index].start)
+                for index in advancing
+            ]
+            counts = [len(item.tokens) for item in indices]
+            found = self.draft(indices, torch.cat(inputs)).split(counts)
+            for index, part in zip(advancing, found, strict=True):
+                drafted[index] = part
+        latest.state.put_streams(streams_TSD)
         return drafted
+
+    @torch.inference_mode()
+    def draft(self, indices: Sequence[SegmentTokens], inputs_TSD: Tensor) -> Tensor:
+        """MTP block 0 over indices start .. start+len-1 of each item, whose tokens are those one position on, that is
+        start+1 .. start+len. `inputs_TSD` holds the streams that they take, item by item, and so does what is returned
+        the block's streams [T, S, D]."""
+        batch, places = _lay_out(indices)
+        order_T = torch.tensor([row for place in places for row in range(place.row, place.row + place.count)])
+        inputs = torch.empty_like(inputs_TSD).index_copy_(0, order_T, inputs_TSD)
+        streams = self.model.draft(self.model.begin(batch, self._state(batch)), 0, inputs, batch.tokens_T)
+        return streams.index_select(0, order_T)
+
+    @torch.inference_mode()
+    def kept_streams(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """The main model's streams [N, S, D] at these positions, which must be among the last that `advance_drafts` has
+        kept of these slots."""
+        return kept_streams(self.pools, torch.tensor(slots), torch.tensor(positions), self.model.config)
+
+    def _draft_inputs(self, streams_TSD: Tensor, source: BatchSegment, first: int) -> Tensor:
+        """Streams [indices, S, D] of the indices `first` .. of a segment: that of the position before it was kept by
+        the step before."""
+        if first >= source.start:
+            return streams_TSD[source.row + first - source.start : source.row + source.count - 1]
+        kept = self.kept_streams([source.slot], [first])
+        return torch.cat((kept, streams_TSD[source.row : source.row + source.count - 1]))
 
     def _state(self, batch: RaggedBatch) -> PagedState:
         model = self.model
         return PagedState(model.config, self.tables, batch, kernels=model.kernels, exact=model.exact)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Latest:
+    """How the last forward was laid out, for the drafts' block that follows it."""
+
+    work: Sequence[SegmentTokens]
+    placed: list[BatchSegment]
+    state: PagedState
 
 
 def _lay_out(work: Sequence[SegmentTokens]) -> tuple[RaggedBatch, list[BatchSegment]]:
@@ -146,32 +193,9 @@ def _wanted_rows(work: Sequence[SegmentTokens], placed: Sequence[BatchSegment]) 
     ]
 
 
-def _one_behind(item: SegmentTokens) -> SegmentTokens:
-    """Indices of the MTP block for an item, with the tokens that they take; none for the first token of a sequence."""
-    if item.start == 0:
-        return SegmentTokens(slot=item.slot, start=0, tokens=item.tokens[1:])
-    return SegmentTokens(slot=item.slot, start=item.start - 1, tokens=item.tokens)
-
-
-def _draft_inputs(
-    state: PagedState,
-    streams_TSD: Tensor,
-    sources: Sequence[BatchSegment],
-    places: Sequence[BatchSegment],
-) -> Tensor:
-    """Streams [T', S, D] for the batch of indices `places`, each a segment of `sources` shifted by one: the first
-    index's were kept by the step before, unless the sequence begins here."""
-    num_rows = sum(place.count for place in places)
-    inputs = torch.empty((num_rows, *streams_TSD.shape[1:]))
-    kept: list[tuple[int, int, int]] = []
-    for source, place in zip(sources, places, strict=True):
-        first = place.row
-        if source.start > 0:
-            kept.append((first, place.slot, place.start))
-            first += 1
-        count = place.row + place.count - first
-        inputs[first : first + count] = streams_TSD[source.row : source.row + count]
-    if kept:
-        rows, slots, positions = torch.tensor(kept).unbind(1)
-        inputs[rows] = state.kept_streams(slots, positions)
-    return inputs
+def _one_behind(item: SegmentTokens, first: int) -> SegmentTokens:
+    """Indices of the MTP block for an item, from `first` on, with the tokens that they take; none for the first token
+    of a sequence."""
+    first = max(first, 0)
+    assert first >= item.start - 1, "an index before those that the item takes"
+    return SegmentTokens(slot=item.slot, start=first, tokens=item.tokens[first + 1 - item.start :])

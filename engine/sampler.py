@@ -2,8 +2,9 @@
 history.
 
 Owns, for each open slot, the sampling parameters and, only where a penalty asks for them, the counts of
-tokens seen. The rank (`engine.rank`) calls `open` and `close` as a step plan says and `sample` once after
-each forward. It may never keep anything that cannot be rebuilt from the slot's tokens, never read a random
+tokens seen. The rank (`engine.rank`) calls `open` and `close` as a step plan says and `verify` once after
+each forward; the drafter (`engine.drafter`) calls `draft`, which chooses by the same function and counts
+nothing. It may never keep anything that cannot be rebuilt from the slot's tokens, never read a random
 generator, and never let a row's answer depend on the other rows of the batch.
 
 What happens to a row of raw logits, in this order:
@@ -18,6 +19,8 @@ What happens to a row of raw logits, in this order:
 
 Ties go to the lowest token id everywhere. Logprobs are of the raw logits, before all of this.
 
+A row behind drafts is sampled as if they were the sequence's newest output: `assumed` below.
+
 Shapes: R rows of a call, V vocabulary, B rows of a block, K alternatives.
 """
 
@@ -26,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -45,6 +49,16 @@ more."""
 
 REPETITION_PENALTY_MIN = 1e-6
 """A smaller repetition penalty acts as this one, so that dividing by it stays finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """Where a slot's next token is asked for: at `position`, the tokens that the slot has counted, and `drafts` after
+    it, which may turn out not to be the sequence's."""
+
+    slot: int
+    position: int
+    drafts: tuple[int, ...] = ()
 
 
 class Sampler:
@@ -89,25 +103,53 @@ class Sampler:
         del self._slots[slot]
 
     def sample(self, slots: Sequence[int], positions: Sequence[int], logits_RV: Tensor) -> list[Sampled]:
-        """Sample one token for each row and count it as the slot's newest output.
+        """`verify` without drafts: one token for each row, row r of `slots[r]` at `positions[r]`."""
+        wanted = [
+            Continuation(slot=slot, position=position)
+            for slot, position in zip(slots, positions, strict=True)
+        ]
+        return [sampled for (sampled,) in self.verify(wanted, logits_RV)]
 
-        Row r holds the float32 logits of `slots[r]`, each slot at most once; `positions[r]` is the absolute
-        position the new token will have in its sequence. `logits_RV` is only read. A row with NaN or infinity
-        breaks an invariant of the model and ends the process.
+    def verify(self, wanted: Sequence[Continuation], logits_RV: Tensor) -> list[tuple[Sampled, ...]]:
+        """Sample behind each slot's newest token and behind each of its drafts; accept what is sampled up to and with
+        the first token that is not the draft at its place, and count that as the slot's newest output.
+
+        The rows of a continuation, one more than it has drafts, follow those of the one before; each slot comes at
+        most once. Returns the accepted tokens of each, at least one, those of `position` .. in order. `logits_RV` is
+        float32 and only read. A row with NaN or infinity breaks an invariant of the model and ends the process.
         """
-        assert logits_RV.shape == (len(slots), self._vocab_size), f"logits of shape {tuple(logits_RV.shape)}"
-        assert logits_RV.dtype == torch.float32, f"logits are {logits_RV.dtype}"
-        assert len(positions) == len(slots), f"{len(positions)} positions for {len(slots)} slots"
-        assert len(set(slots)) == len(slots), "a slot was sampled twice in one call"
-        if not slots:
-            return []
-        states = [self._slots[slot] for slot in slots]
-        token_ids = self._choose(states, positions, logits_RV)
-        for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
-            assert token_id >= 0, f"slot {slot}, position {position}: logits hold NaN or infinity"
-        for state, token_id in zip(states, token_ids, strict=True):
-            state.count_output(token_id)
-        return self._report(slots, states, token_ids, logits_RV)
+        assert len({item.slot for item in wanted}) == len(wanted), "a slot was sampled twice in one call"
+        rows = [
+            self._row(item.slot, item.position + index, item.drafts[:index])
+            for item in wanted
+            for index in range(len(item.drafts) + 1)
+        ]
+        token_ids = self._choose(rows, logits_RV)
+        accepted: list[int] = []  # rows
+        counts: list[int] = []
+        first = 0
+        for item in wanted:
+            chosen = token_ids[first : first + len(item.drafts) + 1]
+            count = 1 + _num_equal(chosen, item.drafts)
+            for token_id in chosen[:count]:
+                self._slots[item.slot].count_output(token_id)
+            accepted += range(first, first + count)
+            counts.append(count)
+            first += len(chosen)
+        reports = iter(
+            self._report(
+                [rows[row] for row in accepted],
+                [token_ids[row] for row in accepted],
+                self._rows(logits_RV, accepted),
+            )
+        )
+        return [tuple(islice(reports, count)) for count in counts]
+
+    def draft(self, wanted: Sequence[Continuation], logits_RV: Tensor) -> list[int]:
+        """The token that `verify` would sample after all drafts of each continuation, were row r the model's logits
+        there. Counts nothing. A slot may come more than once."""
+        rows = [self._row(item.slot, item.position + len(item.drafts), item.drafts) for item in wanted]
+        return self._choose(rows, logits_RV)
 
     def prompt_scores(
         self,
@@ -132,26 +174,33 @@ class Sampler:
             slot=slot, first=first_position, logprobs=tuple(logprobs), alternatives=tuple(alternatives)
         )
 
-    def _choose(self, states: list[_SlotState], positions: Sequence[int], logits_RV: Tensor) -> list[int]:
-        scores_RV = self._edited(states, logits_RV)
-        greedy = [row for row, state in enumerate(states) if state.is_greedy]
-        if len(greedy) == len(states):
-            return self._argmax(scores_RV).tolist()
-        drawn = [row for row, state in enumerate(states) if not state.is_greedy]
-        chosen = [-1] * len(states)
+    def _row(self, slot: int, position: int, assumed: tuple[int, ...]) -> _Row:
+        return _Row(slot=slot, state=self._slots[slot], position=position, assumed=assumed)
+
+    def _choose(self, rows: list[_Row], logits_RV: Tensor) -> list[int]:
+        assert logits_RV.shape == (len(rows), self._vocab_size), f"logits of shape {tuple(logits_RV.shape)}"
+        assert logits_RV.dtype == torch.float32, f"logits are {logits_RV.dtype}"
+        if not rows:
+            return []
+        scores_RV = self._edited(rows, logits_RV)
+        chosen = [-1] * len(rows)
+        greedy = [index for index, row in enumerate(rows) if row.state.is_greedy]
         if greedy:
             greedy_ids: list[int] = self._argmax(self._rows(scores_RV, greedy)).tolist()
-            for row, token_id in zip(greedy, greedy_ids, strict=True):
-                chosen[row] = token_id
-        drawn_ids = self._draw(
-            [states[row] for row in drawn], [positions[row] for row in drawn], self._rows(scores_RV, drawn)
-        )
-        for row, token_id in zip(drawn, drawn_ids, strict=True):
-            chosen[row] = token_id
+            for index, token_id in zip(greedy, greedy_ids, strict=True):
+                chosen[index] = token_id
+        drawn = [index for index, row in enumerate(rows) if not row.state.is_greedy]
+        if drawn:
+            drawn_ids = self._draw([rows[index] for index in drawn], self._rows(scores_RV, drawn))
+            for index, token_id in zip(drawn, drawn_ids, strict=True):
+                chosen[index] = token_id
+        for row, token_id in zip(rows, chosen, strict=True):
+            assert token_id >= 0, f"slot {row.slot}, position {row.position}: logits hold NaN or infinity"
         return chosen
 
-    def _draw(self, states: list[_SlotState], positions: Sequence[int], scores_RV: Tensor) -> list[int]:
+    def _draw(self, rows: list[_Row], scores_RV: Tensor) -> list[int]:
         """Steps 4 to 6 for rows that all have a temperature."""
+        states = [row.state for row in rows]
         if any(state.params.temperature != 1.0 for state in states):
             scores_RV = scores_RV / self._column([state.params.temperature for state in states])
         truncated = [row for row, state in enumerate(states) if state.is_truncated]
@@ -165,35 +214,41 @@ class Sampler:
             scores_RV = self._with_rows(scores_RV, truncated, kept_RV)
         seeds_R = self._integers([state.params.seed for state in states])
         choices_R = self._integers([state.params.choice for state in states])
-        return self._gumbel_argmax(scores_RV, seeds_R, choices_R, self._integers(positions)).tolist()
+        positions_R = self._integers([row.position for row in rows])
+        return self._gumbel_argmax(scores_RV, seeds_R, choices_R, positions_R).tolist()
 
-    def _edited(self, states: list[_SlotState], logits_RV: Tensor) -> Tensor:
+    def _edited(self, rows: list[_Row], logits_RV: Tensor) -> Tensor:
         """Steps 1 to 3. The rows themselves, when none asks for any of it."""
-        biased = [(row, state.bias) for row, state in enumerate(states) if state.bias is not None]
+        states = [row.state for row in rows]
+        biased = [(index, state.bias) for index, state in enumerate(states) if state.bias is not None]
         if biased:
             logits_RV = self._with_bias(biased, logits_RV)
-        repeated = [(row, state.seen_V) for row, state in enumerate(states) if state.seen_V is not None]
+        repeated = [index for index, state in enumerate(states) if state.seen_V is not None]
         if repeated:
-            rows = [row for row, _ in repeated]
-            penalty_R1 = self._column([states[row].repetition_penalty for row in rows])
-            seen_RV = torch.stack([seen_V for _, seen_V in repeated])
-            rows_RV = self._rows(logits_RV, rows)
+            penalty_R1 = self._column([states[index].repetition_penalty for index in repeated])
+            seen_RV = torch.stack([_present(states[index].seen_V) for index in repeated])
+            seen_RV[self._assumed([rows[index] for index in repeated])] = True
+            rows_RV = self._rows(logits_RV, repeated)
             penalised_RV = torch.where(rows_RV > 0, rows_RV / penalty_R1, rows_RV * penalty_R1)
-            logits_RV = self._with_rows(logits_RV, rows, torch.where(seen_RV, penalised_RV, rows_RV))
-        counted = [
-            (row, state.output_counts_V)
-            for row, state in enumerate(states)
-            if state.output_counts_V is not None
-        ]
+            logits_RV = self._with_rows(logits_RV, repeated, torch.where(seen_RV, penalised_RV, rows_RV))
+        counted = [index for index, state in enumerate(states) if state.output_counts_V is not None]
         if counted:
-            rows = [row for row, _ in counted]
-            frequency_R1 = self._column([states[row].params.frequency_penalty for row in rows])
-            presence_R1 = self._column([states[row].params.presence_penalty for row in rows])
-            counts_RV = torch.stack([counts_V for _, counts_V in counted])
-            rows_RV = self._rows(logits_RV, rows)
+            frequency_R1 = self._column([states[index].params.frequency_penalty for index in counted])
+            presence_R1 = self._column([states[index].params.presence_penalty for index in counted])
+            counts_RV = torch.stack([_present(states[index].output_counts_V) for index in counted])
+            assumed = self._assumed([rows[index] for index in counted])
+            counts_RV.index_put_(assumed, counts_RV.new_ones(()), accumulate=True)
+            rows_RV = self._rows(logits_RV, counted)
             rows_RV = rows_RV - frequency_R1 * counts_RV - presence_R1 * (counts_RV > 0)
-            logits_RV = self._with_rows(logits_RV, rows, rows_RV)
+            logits_RV = self._with_rows(logits_RV, counted, rows_RV)
         return logits_RV
+
+    def _assumed(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+        """Indices (row, token id) of every token assumed."""
+        return (
+            self._integers([index for index, row in enumerate(rows) for _ in row.assumed]),
+            self._integers([token_id for row in rows for token_id in row.assumed]),
+        )
 
     def _with_bias(self, biased: list[tuple[int, _Bias]], logits_RV: Tensor) -> Tensor:
         rows_N = self._integers([row for row, bias in biased for _ in range(len(bias.token_ids_N))])
@@ -204,28 +259,26 @@ class Sampler:
         logits_RV[rows_N, token_ids_N] += values_N
         return logits_RV
 
-    def _report(
-        self, slots: Sequence[int], states: list[_SlotState], token_ids: list[int], logits_RV: Tensor
-    ) -> list[Sampled]:
+    def _report(self, rows: list[_Row], token_ids: list[int], logits_RV: Tensor) -> list[Sampled]:
         wanted = {
-            row: state.params.logprobs
-            for row, state in enumerate(states)
-            if state.params.logprobs is not None
+            index: row.state.params.logprobs
+            for index, row in enumerate(rows)
+            if row.state.params.logprobs is not None
         }
         scores: dict[int, tuple[float, _Pairs]] = {}
         if wanted:
-            rows = list(wanted)
+            indices = list(wanted)
             logprobs, alternatives = _logprobs(
-                self._rows(logits_RV, rows),
-                self._integers([token_ids[row] for row in rows]),
+                self._rows(logits_RV, indices),
+                self._integers([token_ids[index] for index in indices]),
                 max(wanted.values()),
             )
-            for row, logprob, pairs in zip(rows, logprobs, alternatives, strict=True):
-                scores[row] = (logprob, pairs[: wanted[row]])
+            for index, logprob, pairs in zip(indices, logprobs, alternatives, strict=True):
+                scores[index] = (logprob, pairs[: wanted[index]])
         reports: list[Sampled] = []
-        for row, (slot, token_id) in enumerate(zip(slots, token_ids, strict=True)):
-            logprob, pairs = scores.get(row, (None, ()))
-            reports.append(Sampled(slot, token_id, logprob, pairs))
+        for index, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
+            logprob, pairs = scores.get(index, (None, ()))
+            reports.append(Sampled(row.slot, token_id, logprob, pairs))
         return reports
 
     def _new_state(self, params: SamplingParams, tokens: TokenArray, num_prompt: int) -> _SlotState:
@@ -307,6 +360,29 @@ class _SlotState:
             self.seen_V[token_id] = True
         if self.output_counts_V is not None:
             self.output_counts_V[token_id] += 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """What a row of logits is to be sampled with."""
+
+    slot: int
+    state: _SlotState
+    position: int  # of the token to choose
+    assumed: tuple[int, ...]  # output after what the state has counted
+
+
+def _num_equal(token_ids: Sequence[int], drafts: Sequence[int]) -> int:
+    """How many drafts, from the first on, are the tokens at their places."""
+    for index, draft in enumerate(drafts):
+        if token_ids[index] != draft:
+            return index
+    return len(drafts)
+
+
+def _present(counts_V: Tensor | None) -> Tensor:
+    assert counts_V is not None
+    return counts_V
 
 
 _BLOCK_ELEMENTS = 2**21

@@ -63,7 +63,10 @@ class LendingServer:
             text = f"this is incarnation {config.incarnation:x}, not {request.incarnation:x}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         if request.wire_id != config.wire_id:
-            text = f"state here has wire id {config.wire_id}, not {request.wire_id}"
+            text = (
+                f"state here has wire id {config.wire_id}, not {request.wire_id}"
+                " (model, numerics, or --drafts 0 on one side only)"
+            )
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         self._metrics.endpoints_sent.inc()
         return encode_attach_reply(self._endpoint)

@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
         " decode worker, which reads it out of this worker's memory under a lease.",
         epilog="Decode workers call the Lending service at the address that the router was given for this worker"
         " (--worker): they must be able to reach it.",
+        drafts_help="anything but 0: keep and lend the MTP block's state, so that decode workers can draft from their"
+        " first step on. Both sides must do so, or neither (default 0)",
     )
     add_transfer_options(parser)
     parser.add_argument(

@@ -54,6 +54,7 @@ class UpOptions:
     prefill_tokens: int | None = None
     threads: int | None = None
     kernels: tuple[str, ...] = ()
+    drafts: str | None = None
     transfer: str | None = None
     bind_early_tokens: int | None = None
     credit_seconds: float | None = None
@@ -111,6 +112,7 @@ def parse_options(argv: list[str]) -> UpOptions:
         prefill_tokens=args.prefill_tokens,
         threads=args.threads,
         kernels=tuple(args.kernel),
+        drafts=args.drafts,
         transfer=args.transfer,
         bind_early_tokens=args.bind_early_tokens,
         credit_seconds=args.credit_seconds,
@@ -179,6 +181,8 @@ def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path
         ("--kv-bytes", options.kv_bytes),
         ("--slots", options.slots),
         ("--prefill-tokens", options.prefill_tokens),
+        # The same for all: workers that hand state over must agree whether drafts' state belongs to it.
+        ("--drafts", options.drafts),
         ("--log-level", options.log_level),
         ("--drain-seconds", options.drain_seconds),
         # A worker that does both hands nothing over.
@@ -301,6 +305,12 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="compute threads per worker (default: cores shared, most of them to those that compute prompts)",
     )
     add("--kernel", action="append", default=[], metavar="OP=NAME", help="force a kernel (repeatable)")
+    add(
+        "--drafts",
+        choices=("auto", "0", "1", "2", "3", "4"),
+        help="tokens drafted for each sequence in each step, with the checkpoint's MTP block; auto: as many as pay."
+        " Answers do not depend on it (default 0)",
+    )
     add(
         "--transfer",
         choices=("auto", "nixl", "shm"),

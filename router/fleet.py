@@ -102,7 +102,8 @@ class Fleet:
                 )
             if Role.BOTH not in (welcome.role, other.role) and welcome.wire_id != other.wire_id:
                 raise SessionLost(
-                    f"{address} hands state over as {welcome.wire_id}, the others as {other.wire_id} (wire id)"
+                    f"{address} hands state over as {welcome.wire_id}, the others as {other.wire_id} (wire id:"
+                    " model, numerics, and whether --drafts is 0)"
                 )
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Protocol
 
 from engine.plan import (
@@ -27,10 +28,12 @@ from engine.plan import (
     ToRank,
     ToTransfer,
 )
+from engine.worker.drafting import DraftsOption, make_policy
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.rank_link import RankLost
 from engine.worker.role import BothRole, RoleHandler
 from engine.worker.scheduler import (
+    Event,
     LentEvent,
     PagesEvent,
     Scheduler,
@@ -84,6 +87,7 @@ class HostConfig(SessionBounds):
     sequences_waiting_max: int = 1024
     sessions_max: int = 64
     step_seconds_max: float = 600.0
+    drafts: DraftsOption = 0
 
 
 class Host:
@@ -103,7 +107,10 @@ class Host:
         self._ready = ready
         self._link = link
         self._handler = handler or BothRole()
-        self._scheduler = Scheduler(scheduler_config(ready, config, role=self._handler.role))
+        self._scheduler = Scheduler(
+            scheduler_config(ready, config, role=self._handler.role),
+            make_policy(config.drafts, drafts_max=ready.drafts_max),
+        )
         self._sessions: set[Session] = set()
         self._owners: dict[SequenceKey, _Owner] = {}
         self._next_key = 1
@@ -300,6 +307,7 @@ class Host:
                 self._set_step_deadline()
                 self.metrics.step_seconds.observe(message.step_ms / 1000)
                 self._prefill_rate.landed(message.step_ms / 1000)
+                self._count_drafts(message)
                 # Before the turn: a cancel in it would take away the owner of an event.
                 self._report(self._scheduler.apply(message))
                 self._turn()
@@ -336,6 +344,15 @@ class Host:
         self._prefill_rate.planned(num_all - num_decode)
         self.metrics.tokens_computed.labels("decode").inc(num_decode)
         self.metrics.tokens_computed.labels("prefill").inc(num_all - num_decode)
+
+    def _count_drafts(self, result: StepResult) -> None:
+        for item in result.verified:
+            if not item.num_drafts:
+                continue  # the sequence was at its end
+            self.metrics.drafts_proposed.inc(item.num_drafts)
+            self.metrics.drafts_accepted.inc(item.num_accepted)
+            self.metrics.tokens_computed.labels("decode").inc(item.num_drafts)
+            self.metrics.decode_tokens.observe(1 + item.num_accepted)
 
     def _open(self, session: Session, command: Open) -> None:
         if session not in self._sessions:
@@ -433,10 +450,10 @@ class Host:
             self._idle.set()
         return owner
 
-    def _report(self, events: Iterable[ScoresEvent | PagesEvent | TokenEvent | LentEvent]) -> None:
+    def _report(self, events: Iterable[Event]) -> None:
         reports: dict[Session, list[SequenceReport]] = {}
         num_tokens = 0
-        for event in events:
+        for event, tokens in _with_tokens(events):
             owner = self._owners[event.key]
             sequence_id, items = owner.sequence_id, reports.setdefault(owner.session, [])
             match event:
@@ -447,11 +464,11 @@ class Host:
                     if offer is not None:
                         items.append(_offer_report(sequence_id, offer))
                 case TokenEvent():
-                    num_tokens += 1
-                    items.append(_token_report(sequence_id, event))
+                    num_tokens += len(tokens)
+                    items.append(_token_report(sequence_id, tokens))
                     self._handler.landed(event.key)
-                    if event.finish_reason is not None:
-                        self._drop(event.key, event.finish_reason.value)
+                    if (reason := tokens[-1].finish_reason) is not None:
+                        self._drop(event.key, reason.value)
         self.metrics.tokens_generated.inc(num_tokens)
         for session, items in reports.items():
             session.push(items)
@@ -500,17 +517,30 @@ def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.
         role=role,
         num_records=ready.num_records,
         num_page_components=ready.num_page_components,
+        # A prefill worker keeps the state that drafts are made from, and makes none.
+        drafts_max=0 if role is Role.PREFILL or config.drafts == 0 else ready.drafts_max,
     )
 
 
-def _token_report(sequence_id: SequenceId, event: TokenEvent) -> SequenceReport:
+def _with_tokens(events: Iterable[Event]) -> Iterator[tuple[Event, list[TokenEvent]]]:
+    """Each event; the first of several tokens of one sequence stands for all of them, which come along."""
+    for _, run in groupby(events, key=lambda event: (event.key, type(event))):
+        first, *rest = run
+        if isinstance(first, TokenEvent):
+            yield first, [first, *(event for event in rest if isinstance(event, TokenEvent))]
+        else:
+            yield from ((event, []) for event in (first, *rest))
+
+
+def _token_report(sequence_id: SequenceId, tokens: Sequence[TokenEvent]) -> SequenceReport:
+    has_logprobs = tokens[0].logprob is not None
     return SequenceReport(
         sequence_id=sequence_id,
-        first_index=event.index,
-        token_ids=(event.token_id,),
-        logprobs=(event.logprob,) if event.logprob is not None else (),
-        alternatives=(alternatives_of(event.alternatives),) if event.logprob is not None else (),
-        finish_reason=event.finish_reason,
+        first_index=tokens[0].index,
+        token_ids=tuple(token.token_id for token in tokens),
+        logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
+        alternatives=tuple(alternatives_of(token.alternatives) for token in tokens) if has_logprobs else (),
+        finish_reason=tokens[-1].finish_reason,
     )
 
 

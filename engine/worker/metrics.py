@@ -41,6 +41,20 @@ class WorkerMetrics:
             ["phase"],
             registry=registry,
         )
+        self.drafts_proposed = Counter(
+            "rorqual_worker_drafts_proposed", "Drafted tokens run through the model.", registry=registry
+        )
+        self.drafts_accepted = Counter(
+            "rorqual_worker_drafts_accepted",
+            "Drafted tokens that were equal to the sampled ones.",
+            registry=registry,
+        )
+        self.decode_tokens = Histogram(
+            "rorqual_worker_decode_tokens",
+            "Tokens that one sequence got from one step, where it had drafts.",
+            buckets=(1, 2, 3, 4, 5),
+            registry=registry,
+        )
         self.step_seconds = Histogram(
             "rorqual_worker_step_seconds",
             "A step, measured on the rank.",

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.worker.drafting import DraftsOption
 from engine.worker.rank_link import RANK_COMMAND
+from kvstore.layout import DRAFTS_MAX
 from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.service import check_above_zero, parse_address
@@ -41,6 +43,7 @@ class WorkerOptions:
     rank_command: Sequence[str] = RANK_COMMAND
     transfer: str = "auto"  # engine of one-sided reads; for workers of one role
     num_records: int | None = None  # hand-over records; None: as the role needs
+    drafts: DraftsOption = 0
 
 
 def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
@@ -78,11 +81,14 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         step_seconds_max=args.step_seconds,
         transfer=getattr(args, "transfer", "auto"),
         num_records=getattr(args, "records", None),
+        drafts="auto" if args.drafts == "auto" else int(args.drafts),
     )
 
 
-def worker_parser(*, prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """The options that workers of all roles have."""
+def worker_parser(
+    *, prog: str, description: str, epilog: str | None = None, drafts_help: str | None = None
+) -> argparse.ArgumentParser:
+    """The options that workers of all roles have. `drafts_help`: where --drafts means something of its own."""
     parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="model directory")
@@ -102,6 +108,14 @@ def worker_parser(*, prog: str, description: str, epilog: str | None = None) -> 
     add("--prefill-tokens", type=int, default=1024, metavar="N", help="prompt tokens per step (default 1024)")
     add("--threads", type=int, default=1, metavar="N", help="compute threads of the rank (default 1)")
     add("--kernel", action="append", default=[], metavar="OP=NAME", help="choose a kernel; repeatable")
+    add(
+        "--drafts",
+        choices=["auto", *map(str, range(DRAFTS_MAX + 1))],
+        default="0",
+        help=drafts_help
+        or "tokens drafted for each sequence in each step, with the checkpoint's MTP block; auto: as many as pay, up to"
+        f" {DRAFTS_MAX}. Answers do not depend on it (default 0)",
+    )
     add("--metrics-port", type=int, default=0, metavar="PORT", help="port of /metrics (default: any)")
     add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once the worker is ready")
     add("--worker-id", default="", metavar="NAME", help="name in logs (default: host name and process id)")

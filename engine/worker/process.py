@@ -26,6 +26,7 @@ from engine.worker.options import WorkerOptions, parse_options
 from engine.worker.rank_link import RankLost, RankProcess, start_rank
 from engine.worker.role import BothRole, RoleHandler
 from engine.worker.session_server import SessionServer
+from kvstore.layout import DRAFTS_MAX
 from rorqual.errors import ConfigError
 from rorqual.ids import WorkerId, draw_incarnation
 from rorqual.metrics_endpoint import MetricsEndpoint
@@ -108,6 +109,7 @@ async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
             await end_task(loading)
             return
         ready = loading.result()
+        _check_drafts(ready, options)
         handler = setup.make(ready, config, metrics)
         host = Host(link=rank, ready=ready, config=config, metrics=metrics, handler=handler)
         # Modules and stubs live as long as the process: the collector need not walk them again.
@@ -143,6 +145,7 @@ def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> Ran
         transfer=options.transfer if is_single else "",
         num_records=(options.num_records or 2 * options.num_slots) if is_single else 0,
         agent=f"{config.worker_id}#{config.incarnation:x}",
+        drafts_max=DRAFTS_MAX if options.drafts == "auto" else options.drafts,
     )
 
 
@@ -169,6 +172,17 @@ async def _load(rank: RankProcess, options: WorkerOptions) -> RankReady:
                 raise RankLost(f"the rank sent {type(message).__name__} while loading")
 
 
+def _check_drafts(ready: RankReady, options: WorkerOptions) -> None:
+    """Raises ConfigError when a number of drafts was asked for that the checkpoint cannot give."""
+    if options.drafts == "auto" and not ready.drafts_max:
+        log.info("serves without drafts %s", fields(reason="the checkpoint has no MTP block"))
+    elif options.drafts != "auto" and ready.drafts_max < options.drafts:
+        raise ConfigError(
+            f"--drafts {options.drafts}: {options.model} has no MTP block to draft with;"
+            " choose --drafts 0, or auto, which drafts where it can"
+        )
+
+
 def _log_ready(ready: RankReady) -> None:
     log.info(
         "loaded the model %s",
@@ -178,6 +192,7 @@ def _log_ready(ready: RankReady) -> None:
             weights_mb=ready.weight_bytes // 1_000_000,
             state_mb=ready.state_bytes // 1_000_000,
             mtp=ready.has_mtp,
+            drafts_max=ready.drafts_max,
             fingerprint=ready.model_fingerprint,
         ),
     )
@@ -216,4 +231,5 @@ def _host_config(options: WorkerOptions) -> HostConfig:
         prefill_tokens_max=options.prefill_tokens_max,
         plans_inflight_max=options.plans_inflight_max,
         step_seconds_max=options.step_seconds_max,
+        drafts=options.drafts,
     )

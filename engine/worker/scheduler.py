@@ -11,6 +11,11 @@ next decode segment can be planned before the token it reads is known here. The 
 therefore known ahead; the end by an end-of-sequence token is seen one step late, and the extra token is
 dropped.
 
+With drafts (how many, `engine.worker.drafting` says) a decode gives one token or more, how many is known when its
+result is back. What is known of a sequence meanwhile has a lower bound, which says where it ends at the latest, and an
+upper bound, which it holds pages for. Nobody is preempted for the sake of drafts: without a free page there are
+fewer, and a sequence whose upper bound alone wants a page waits for its results first.
+
 Admission takes the head of the queue; it looks at slots, pages and records alone, and the rank hears of a
 sequence with its first chunk. A preempted sequence, the youngest running one (that started to run last), returns
 to the head. The oldest one can thus always get the pages it needs. How prompts share a step is told in
@@ -41,6 +46,7 @@ import msgspec
 
 from engine.plan import Lent, PromptScores, Sampled, StepPlan, StepResult
 from engine.worker.chunks import chunk_counts
+from engine.worker.drafting import DraftPolicy, DraftRoom, FixedDrafts, Outcome
 from engine.worker.events import (
     Adoption,
     Event,
@@ -74,6 +80,8 @@ class SchedulerConfig:
     role: Role = Role.BOTH
     num_records: int = 0  # hand-over records; none is needed with Role.BOTH
     num_page_components: int = 0  # digests of a lent page
+    drafts_max: int = 0  # of a decode
+    draft_rows_max: int = 256  # of all decodes of a step: rows that the rank computes on top of one for each
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens_max > 0
@@ -84,8 +92,9 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, policy: DraftPolicy | None = None) -> None:
         self.config = config
+        self._policy = policy or FixedDrafts(config.drafts_max)
         self.num_preemptions = 0
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
@@ -212,13 +221,11 @@ class Scheduler:
 
     def apply(self, result: StepResult) -> list[Event]:
         """Take in the oldest plan's result; what it did to each sequence that is still wanted: its scores, its full
-        pages, its token, and then that it can go on elsewhere."""
+        pages, its tokens, and then that it can go on elsewhere."""
         assert self._inflight, f"result {result.number} answers no plan"
         step = self._inflight.popleft()
         assert step.number == result.number, f"result {result.number} came for plan {step.number}"
-        sampled = {SlotId(item.slot) for item in result.sampled}
-        assert sampled == step.sampling, f"slots sampled {sampled}, planned {step.sampling}"
-        assert len(result.sampled) == len(step.sampling), "a slot was sampled twice"
+        sampled = step.tokens_of(result)
         lent = {SlotId(item.slot): item for item in result.lent}
         assert lent.keys() == step.lending.keys(), "slots lent are not those planned"
         assert len(result.lent) == len(step.lending), "a slot was lent twice"
@@ -233,13 +240,14 @@ class Scheduler:
             events.extend(self._score(step, result.prompt_scores))
         for slot, item in lent.items():
             events.extend(self._tell(step, slot, item))
-        for item in result.sampled:
-            sequence = step.sequences[SlotId(item.slot)]
-            token = self._land(sequence, item)
-            if token is not None:
-                events.append(token)
-                if sequence.is_lending and token.finish_reason is None:
-                    events.append(self._lend(sequence, lent[SlotId(item.slot)]))
+        for slot, items in sampled.items():
+            sequence = step.sequences[slot]
+            tokens = self._land(sequence, items, drafts=step.sampling[slot])
+            events.extend(tokens)
+            if tokens and sequence.is_lending and tokens[-1].finish_reason is None:
+                events.append(self._lend(sequence, lent[slot]))
+        if self.config.drafts_max:
+            self._learn(step, result)
         self._check()
         return events
 
@@ -306,13 +314,34 @@ class Scheduler:
         return self._next_number - 1
 
     def _plan_decodes(self, step: Step) -> None:
-        """One token for every running sequence whose next token is the only one missing. Oldest first, so
-        that a victim of preemption is never in the step yet."""
+        """One token for every running sequence whose next token is the only one missing, and drafts behind it. Oldest
+        first, so that a victim of preemption is never among those found before."""
+        decoding: list[Sequence] = []
         for sequence in list(self._running.values()):
             if sequence.phase is not Phase.RUNNING or (sequence.num_remaining != 1 and sequence.is_paged):
                 continue
             if self._grow(sequence) and sequence.num_remaining == 1:
-                step.add(sequence, 1)
+                decoding.append(sequence)
+        for sequence, drafts in zip(decoding, self._choose_drafts(decoding), strict=True):
+            step.add(sequence, 1, drafts=self._fit_drafts(sequence, drafts))
+
+    def _choose_drafts(self, decoding: list[Sequence]) -> list[int]:
+        if not self.config.drafts_max or not decoding:
+            return [0] * len(decoding)
+        rooms = [
+            DraftRoom(key=sequence.key, drafts_max=min(self.config.drafts_max, sequence.num_drafts_useful))
+            for sequence in decoding
+        ]
+        counts = self._policy.choose(rooms, rows_max=self.config.draft_rows_max)
+        assert sum(counts) <= self.config.draft_rows_max
+        return counts
+
+    def _fit_drafts(self, sequence: Sequence, drafts: int) -> int:
+        """As many of them as there are pages for, its own and free ones."""
+        while sequence.num_pages_with(drafts) > len(sequence.pages):
+            if not self._holdings.grow(sequence):
+                drafts -= 1
+        return drafts
 
     def _admit(self) -> None:
         """Start waiting sequences, first come first served, while slots, pages and records last."""
@@ -375,10 +404,12 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the known tokens, at the cost of the youngest if need be. False when that was the sequence,
-        or when it waits for pages that come back by themselves."""
+        or when it waits for pages that come back by themselves, or to hear how many of its drafts were accepted."""
         while not sequence.is_paged:
             if self._holdings.grow(sequence):
                 continue
+            if sequence.num_drafting:
+                return False
             victim = self._running[next(reversed(self._running))]
             if victim is sequence and (self._adopting or self._holdings.num_quarantined):
                 self.is_starved = True
@@ -472,24 +503,51 @@ class Scheduler:
         self._end(sequence)
         return event
 
-    def _land(self, sequence: Sequence, sampled: Sampled) -> TokenEvent | None:
-        sequence.num_promised -= 1
+    def _land(self, sequence: Sequence, items: list[Sampled], *, drafts: int) -> list[TokenEvent]:
+        """What a step has sampled of a sequence, in order, until it ends."""
         if sequence.phase is Phase.ENDED:
-            return None  # cancelled, or sampled beyond its end-of-sequence token
+            return []  # cancelled, or sampled beyond its end-of-sequence token
         assert sequence.is_scored, f"a token came after {sequence.num_scored} of the prompt's scores"
+        is_waiting = sequence.phase is Phase.WAITING
+        if is_waiting:
+            self._count_waiting(sequence, -1)
+        sequence.land(len(items), drafts=drafts)
+        events: list[TokenEvent] = []
+        for item in items:
+            events.append(self._take_token(sequence, item))
+            if events[-1].finish_reason is not None:
+                break
+        if is_waiting:
+            self._count_waiting(sequence, +1)
+        if events[-1].finish_reason is not None:
+            self._end(sequence)
+        elif sequence.phase is Phase.RUNNING and sequence.is_planned_to_the_end:
+            self._land_soon(sequence)  # more drafts were accepted than could be known when it was planned
+        return events
+
+    def _take_token(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
         index = len(sequence.generated)
         sequence.generated.append(sampled.token_id)
-        finish_reason = self._finish_reason(sequence, sampled.token_id)
-        if finish_reason is not None:
-            self._end(sequence)
         return TokenEvent(
             key=sequence.key,
             index=index,
             token_id=sampled.token_id,
             logprob=sampled.logprob,
             alternatives=sampled.alternatives,
-            finish_reason=finish_reason,
+            finish_reason=self._finish_reason(sequence, sampled.token_id),
         )
+
+    def _learn(self, step: Step, result: StepResult) -> None:
+        outcomes = [
+            Outcome(
+                key=step.sequences[SlotId(item.slot)].key,
+                num_drafts=item.num_drafts,
+                num_accepted=item.num_accepted,
+            )
+            for item in result.verified
+        ]
+        step_ms = result.step_ms if step.is_plain_decode else None
+        self._policy.learn(outcomes, num_sequences=len(step.sampling), step_ms=step_ms)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         if token_id in self.config.eos_token_ids and not sequence.ignore_eos:
@@ -515,6 +573,7 @@ class Scheduler:
             case Phase.ENDED:
                 raise AssertionError(f"sequence {key} ended twice")
         sequence.phase = Phase.ENDED
+        self._policy.forget(key)
         del self._sequences[key]
 
     def _abandon(self, sequence: Sequence) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -44,6 +44,7 @@ from engine.plan import (
     StepPlan,
     StepResult,
     ToTransfer,
+    Verified,
 )
 from kvstore.transfer.contract import Endpoint
 from rorqual.sampling import SamplingParams
@@ -54,6 +55,7 @@ EOS = 1
 POSITIONS_MAX = 4096
 NUM_PAGE_COMPONENTS = 2
 WIRE_ID = "fake-wire"
+WIRE_ID_DRAFTS = "fake-wire-drafts"
 ROOT = b"root"  # what comes before a sequence's first page
 
 Rows = tuple[bytes, bytes]
@@ -67,6 +69,11 @@ def next_token(last: int, position: int, sampling: SamplingParams) -> int:
     value = value * 2_246_822_519 % 2**32
     value ^= value >> 13
     return value % VOCAB_SIZE
+
+
+def is_drafted_well(position: int, sampling: SamplingParams) -> bool:
+    """Whether the draft for `position` is the token itself: two of three are, in no simple order."""
+    return next_token(5, position, sampling) % 3 != 0
 
 
 def logprob_of(token: int, position: int) -> float:
@@ -110,7 +117,9 @@ class Slot:
     tokens: list[int]
     num_prompt: int
     sampling: SamplingParams
+    tokens_max: int
     num_computed: int = 0
+    has_drafted: bool = False  # from then on the host knows bounds of where it is
     pages: list[int] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)  # what `pages` must hold
     lends: bool | None = None  # known with the first segment
@@ -141,7 +150,8 @@ class Slot:
 
 
 class FakeRank:
-    """`agent`: its name as an owner of memory that others read."""
+    """`agent`: its name as an owner of memory that others read. `drafts_well` says of a position whether the draft for
+    it is right."""
 
     def __init__(
         self,
@@ -151,12 +161,16 @@ class FakeRank:
         prefill_tokens_max: int,
         num_records: int = 0,
         agent: str = "fake",
+        drafts_max: int = 0,
+        drafts_well: Callable[[int, SamplingParams], bool] = is_drafted_well,
     ) -> None:
         self.num_pages = num_pages
         self.num_slots = num_slots
         self.prefill_tokens_max = prefill_tokens_max
         self.num_records = num_records
         self.agent = agent
+        self.drafts_max = drafts_max
+        self.drafts_well = drafts_well
         self.slots: dict[int, Slot] = {}
         self.memory: list[Rows | None] = [None] * num_pages
         self.records: list[bytes | None] = [None] * num_records
@@ -173,7 +187,7 @@ class FakeRank:
         transfer = {}
         if self.num_records:
             transfer = {
-                "wire_id": WIRE_ID,
+                "wire_id": WIRE_ID_DRAFTS if self.drafts_max else WIRE_ID,
                 "endpoint": Endpoint(backend="fake", agent=self.agent, metadata=b"", regions=()),
                 "num_records": self.num_records,
                 "num_page_components": NUM_PAGE_COMPONENTS,
@@ -189,8 +203,9 @@ class FakeRank:
             kernels=(("attention", "fake"), ("argmax", "torch")),
             weight_bytes=0,
             state_bytes=0,
-            has_mtp=False,
-            notices=("no MTP weights: served without drafts",),
+            has_mtp=self.drafts_max > 0,
+            drafts_max=self.drafts_max,
+            notices=() if self.drafts_max else ("no MTP weights: served without drafts",),
             **transfer,
         )
 
@@ -212,8 +227,11 @@ class FakeRank:
         for segment in plan.segments:
             self._map(segment)
         self._check_pages(plan)
-        sampled, scores, lent = [], [], []
+        sampled, scores, lent, verified = [], [], [], []
         for segment in plan.segments:
+            if segment.drafts or self.slots[segment.slot].has_drafted:
+                self._verify(segment, sampled, verified)
+                continue
             self._compute(segment, sampled, scores)
             if segment.lend:
                 lent.append(self._lend(segment))
@@ -223,6 +241,7 @@ class FakeRank:
             prompt_scores=tuple(scores),
             step_ms=1.0,
             lent=tuple(lent),
+            verified=tuple(verified),
         )
 
     def transfer(self, message: ToTransfer, owners: Mapping[str, FakeRank]) -> FromTransfer | None:
@@ -310,8 +329,10 @@ class FakeRank:
         assert 0 <= item.slot < self.num_slots, f"slot {item.slot} of {self.num_slots}"
         assert item.slot not in self.slots, f"slot {item.slot} opened while open"
         tokens = [token for (token,) in struct.iter_unpack("<i", item.tokens)]
-        assert 1 <= item.num_prompt <= len(tokens)
-        slot = Slot(tokens=tokens, num_prompt=item.num_prompt, sampling=item.sampling)
+        assert 1 <= item.num_prompt <= len(tokens) < item.tokens_max
+        slot = Slot(
+            tokens=tokens, num_prompt=item.num_prompt, sampling=item.sampling, tokens_max=item.tokens_max
+        )
         self.slots[item.slot] = slot
         if item.restore is not None:
             self._restore(slot, item.restore)
@@ -333,6 +354,9 @@ class FakeRank:
         slot = self.slots[segment.slot]
         self._check_memory(slot)
         slot.pages.extend(segment.pages)
+        if segment.drafts or slot.has_drafted:
+            self._check_decode(slot, segment)
+            return
         end = segment.start + segment.count
         assert segment.start == slot.num_computed, f"start {segment.start}, computed {slot.num_computed}"
         assert segment.count >= 1
@@ -347,6 +371,20 @@ class FakeRank:
         slot.lends = segment.lend
         assert (segment.record >= 0) == (segment.lend and segment.sample), "a record at the wrong time"
 
+    def _check_decode(self, slot: Slot, segment: Segment) -> None:
+        slot.has_drafted = True
+        assert 0 <= segment.drafts <= self.drafts_max, f"{segment.drafts} drafts of {self.drafts_max}"
+        assert (segment.count, segment.sample, segment.lend) == (1, True, False), "drafts behind no decode"
+        assert slot.num_prompt <= segment.start <= slot.num_computed, "no lower bound of where it is"
+        assert segment.start + 1 < slot.tokens_max, "a plan for a slot that is full for sure"
+        assert slot.num_computed == len(slot.tokens) - 1
+        num_pages = num_pages_of(slot.num_computed + self._num_rows(slot, segment))
+        assert len(slot.pages) >= num_pages, f"{len(slot.pages)} pages where {num_pages} are computed"
+
+    def _num_rows(self, slot: Slot, segment: Segment) -> int:
+        """The newest token and the drafts behind it."""
+        return min(1 + segment.drafts, slot.tokens_max - len(slot.tokens))
+
     def _check_pages(self, plan: StepPlan) -> None:
         owned = [page for slot in self.slots.values() for page in slot.pages]
         assert len(owned) == len(set(owned)), "a page belongs to two sequences"
@@ -358,7 +396,8 @@ class FakeRank:
         assert len(records) == len(set(records)), "a record is used twice"
 
     def _check_memory(self, slot: Slot) -> None:
-        for page, rows in zip(slot.pages, slot.rows, strict=True):
+        # With drafts there may be pages for tokens that were rejected.
+        for page, rows in zip(slot.pages, slot.rows, strict=not slot.has_drafted):
             assert self.memory[page] == rows, f"page {page} does not hold what its sequence has put there"
 
     def _write(self, page: int, rows: Rows) -> None:
@@ -404,17 +443,42 @@ class FakeRank:
                 )
             )
         if segment.sample:
-            token = next_token(slot.tokens[-1], end, slot.sampling)
-            slot.tokens.append(token)
-            count = slot.sampling.logprobs
-            sampled.append(
-                Sampled(
-                    slot=segment.slot,
-                    token_id=token,
-                    logprob=None if count is None else logprob_of(token, end),
-                    alternatives=tuple((rank, -float(rank)) for rank in range(count or 0)),
-                )
-            )
+            sampled.append(self._sample(segment.slot))
+
+    def _sample(self, number: int) -> Sampled:
+        slot = self.slots[number]
+        position = len(slot.tokens)
+        token = next_token(slot.tokens[-1], position, slot.sampling)
+        slot.tokens.append(token)
+        count = slot.sampling.logprobs
+        return Sampled(
+            slot=number,
+            token_id=token,
+            logprob=None if count is None else logprob_of(token, position),
+            alternatives=tuple((rank, -float(rank)) for rank in range(count or 0)),
+        )
+
+    def _verify(self, segment: Segment, sampled: list[Sampled], verified: list[Verified]) -> None:
+        """The newest token and drafts behind it: as many of these are accepted as are right."""
+        slot = self.slots[segment.slot]
+        num_rows = self._num_rows(slot, segment)
+        if num_rows == 0:
+            return  # full
+        self.num_tokens_computed += num_rows
+        for number in range(slot.num_computed // PAGE_TOKENS, num_pages_of(slot.num_computed + num_rows)):
+            # Rows of drafts, which nobody reads when they are rejected.
+            self._write(slot.pages[number], (b"draft", b""))
+        num_accepted = 0
+        while True:
+            for number in slot.compute(1):
+                self._write(slot.pages[number], slot.rows[number])
+            is_right = self.drafts_well(len(slot.tokens), slot.sampling)
+            sampled.append(self._sample(segment.slot))
+            if not is_right or num_accepted == num_rows - 1:
+                break
+            num_accepted += 1
+        if segment.drafts:
+            verified.append(Verified(slot=segment.slot, num_drafts=num_rows - 1, num_accepted=num_accepted))
 
 
 def main() -> None:
@@ -424,6 +488,7 @@ def main() -> None:
     parser.add_argument(
         "--fail", choices=["at-load", "at-step", "exit-at-step", "hang-at-step", "ignore-shutdown"]
     )
+    parser.add_argument("--no-mtp", action="store_true")
     args = parser.parse_args()
     connection = join_host(args.fd)
     settings = read_frame(connection)
@@ -437,6 +502,7 @@ def main() -> None:
         prefill_tokens_max=settings.prefill_tokens_max,
         num_records=settings.num_records if settings.transfer else 0,
         agent=settings.agent,
+        drafts_max=0 if args.no_mtp else settings.drafts_max,
     )
     write_frame(connection, RankProgress(stage="weights", done=1.0, total=2.0, unit="GB"))
     write_frame(connection, rank.ready())

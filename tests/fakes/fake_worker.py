@@ -20,11 +20,14 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--fail", default=None)
     parser.add_argument("--step-ms", default="0")
+    parser.add_argument("--no-mtp", action="store_true")
     parser.add_argument("--step-seconds-max", type=float, default=600.0)
     parser.add_argument("worker", nargs="*")
     args = parser.parse_args()
     die_with_parent(args.parent)
     command = [sys.executable, str(Path(__file__).with_name("fake_rank.py")), "--step-ms", args.step_ms]
+    if args.no_mtp:
+        command.append("--no-mtp")
     if args.fail:
         command += ["--fail", args.fail]
     try:

@@ -11,6 +11,7 @@ import numpy as np
 from fake_rank import EOS, NUM_PAGE_COMPONENTS, VOCAB_SIZE, FakeRank
 
 from engine.plan import Fetch, RecordFetch, StepPlan
+from engine.worker.drafting import DraftPolicy
 from engine.worker.scheduler import (
     Adoption,
     Event,
@@ -42,6 +43,7 @@ class Bench:
         prefill_tokens_max: int = 512,
         role: Role = Role.BOTH,
         num_records: int = 0,
+        policy: DraftPolicy | None = None,
         **options: int,
     ) -> None:
         tokens_max = options.pop("sequence_tokens_max", num_pages * 256)
@@ -57,13 +59,15 @@ class Bench:
                 num_records=num_records,
                 num_page_components=NUM_PAGE_COMPONENTS if num_records else 0,
                 **options,
-            )
+            ),
+            policy,
         )
         self.rank = FakeRank(
             num_pages=num_pages,
             num_slots=num_slots,
             prefill_tokens_max=prefill_tokens_max,
             num_records=num_records,
+            drafts_max=options.get("drafts_max", 0),
         )
         self.pipe: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []

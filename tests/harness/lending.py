@@ -290,6 +290,7 @@ class World:
             prefill_tokens_max=CHUNK_TOKENS,
             num_records=num_records,
             agent=f"{address}#{incarnation}",
+            drafts_max={"auto": 4}.get(drafts := options.get("drafts", 0), drafts),
         )
         config = HostConfig(
             worker_id=WorkerId(address),

@@ -16,7 +16,11 @@ class Pair:
         """`options` are the decode worker's; the prefill worker has room for everything."""
         self.world = world
         self.prefill = world.start_prefill(
-            num_pages=64, num_slots=8, num_records=16, lease_seconds=lease_seconds
+            num_pages=64,
+            num_slots=8,
+            num_records=16,
+            lease_seconds=lease_seconds,
+            drafts=options.get("drafts", 0),
         )
         self.decode = world.start_decode(**options)
         self.up: Ear = self.prefill.connect()

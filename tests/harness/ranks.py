@@ -37,6 +37,7 @@ class RankUnderTest:
         numerics: str | None = "float32",
         exact: bool = False,
         transfer: str = "",
+        drafts_max: int = 0,
         environment: Mapping[str, str] = LOOPBACK,
     ) -> None:
         self.host, theirs = socket.socketpair()
@@ -65,6 +66,7 @@ class RankUnderTest:
             transfer=transfer,
             num_records=NUM_RECORDS if transfer else 0,
             agent=f"rank#{self.process.pid}",
+            drafts_max=drafts_max,
         )
         self.send(settings)
 

@@ -99,7 +99,7 @@ def test_a_reader_of_another_form_or_another_life_learns_nothing(pools: Pools) -
     other = AttachRequest(incarnation=welcome.incarnation, wire_id="another")
     assert refusal(address, ATTACH_PATH, encode_attach_request(other)) == (
         "FAILED_PRECONDITION",
-        f"state here has wire id {welcome.wire_id}, not another",
+        f"state here has wire id {welcome.wire_id}, not another (model, numerics, or --drafts 0 on one side only)",
     )
     old = AttachRequest(incarnation=Incarnation(welcome.incarnation ^ 1), wire_id=welcome.wire_id)
     assert refusal(address, ATTACH_PATH, encode_attach_request(old)) == (
@@ -139,7 +139,8 @@ def test_a_decode_worker_refuses_state_that_it_cannot_read(pools: Pools, expecte
         session.send(an_open(source=source))
         report = session.wait_for(is_last)
         assert (report.finish_reason, report.error_code) == (FinishReason.ERROR, ErrorCode.INVALID)
-        assert report.error == f"state has wire id another; this worker reads {session.welcome.wire_id}"
+        text = f"state has wire id another; this worker reads {session.welcome.wire_id}"
+        assert report.error == f"{text} (model, numerics, or --drafts 0 on one side only)"
         # Nor state under a lease of a life that has ended.
         session.send(an_open(source=replace(source, wire_id=session.welcome.wire_id)))
         report = session.wait_for(is_last)

@@ -188,6 +188,42 @@ async def test_the_start_says_what_was_chosen_and_what_the_model_lacks_in_a_line
     assert sum("no MTP weights: served without drafts" in line for line in lines) == 1
 
 
+async def test_a_worker_that_drafts_says_so_and_answers_the_same(start_worker: Any) -> None:
+    worker = await start_worker("--drafts", "auto")
+    ready = await worker.ready()
+    async with a_dispatcher(ready["address"]) as (dispatcher, _):
+        generation = a_generation(1, length=300, max_tokens=400, num_choices=2)
+        got = await collect(dispatcher, generation)
+        metrics = await asyncio.to_thread(scrape, ready["metrics"])
+        worker.signal(signal.SIGTERM)
+        _, output = await worker.ended()
+    assert got == [the_answer(generation, choice) for choice in range(2)]
+    assert (
+        0 < metrics["rorqual_worker_drafts_accepted_total"] < metrics["rorqual_worker_drafts_proposed_total"]
+    )
+    assert "mtp=True drafts_max=4" in output
+
+
+async def test_drafts_that_the_checkpoint_cannot_give_are_one_clear_line(start_worker: Any) -> None:
+    worker = await start_worker("--drafts", "2", fake=("--no-mtp",))
+    status, output = await worker.ended()
+    assert status == 1
+    assert "rorqual: --drafts 2: " in output.splitlines()[-1]
+    assert "has no MTP block" in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
+async def test_drafting_where_it_can_is_serving_without_where_it_cannot(start_worker: Any) -> None:
+    worker = await start_worker("--drafts", "auto", fake=("--no-mtp",))
+    ready = await worker.ready()
+    async with a_dispatcher(ready["address"]) as (dispatcher, _):
+        assert await collect(dispatcher, a_generation(1)) == [the_answer(a_generation(1))]
+        worker.signal(signal.SIGTERM)
+        status, output = await worker.ended()
+    assert status == 0
+    assert sum("serves without drafts" in line for line in output.splitlines()) == 1
+
+
 async def test_a_second_signal_cuts_the_drain_short(start_worker: Any) -> None:
     worker = await start_worker(fake=("--step-ms", "20"))
     ready = await worker.ready()

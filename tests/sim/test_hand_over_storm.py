@@ -53,6 +53,7 @@ class Storm:
         self.cluster = cluster
         self.weather = weather
         self.draw = random.Random(seed)
+        self.drafts = (0, "auto", 4)[seed % 3]
         self.outcomes: Counter[str] = Counter()
         world.step_seconds = lambda: self.draw.uniform(0.002, 0.03)
         world.read_seconds = self._read_seconds
@@ -62,7 +63,8 @@ class Storm:
 
     def start(self, address: str) -> None:
         start = self.world.start_prefill if address in PREFILLS else self.world.start_decode
-        worker = start(address, num_pages=24, num_slots=4, num_records=8, heartbeat_seconds=0.5)
+        room = {"num_pages": 24, "num_slots": 4, "num_records": 8}
+        worker = start(address, **room, heartbeat_seconds=0.5, drafts=self.drafts)
         self.cluster.transport.hosts[address] = worker.host
 
     async def run(self) -> None:

@@ -31,7 +31,7 @@ from models.demo.recipe.quantise import quantised
 from rorqual.model_config import ModelConfig
 
 WARM_UP_STEPS = 50
-RECALL_LEARNED = 0.95
+RECALL_LEARNED = 0.9
 """Accuracy that ends the first stage."""
 LOG_STEPS = 20
 

@@ -311,7 +311,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no source": ({"source": None}, "a decode worker needs a source of state"),
     "another form": (
         {"source": dataclasses.replace(SOURCE, wire_id="float32-2")},
-        "state has wire id float32-2; this worker reads fake-wire",
+        "state has wire id float32-2; this worker reads fake-wire"
+        " (model, numerics, or --drafts 0 on one side only)",
     ),
     "one token": (
         {"source": SOURCE, "max_tokens": 1},

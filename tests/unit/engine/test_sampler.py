@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.kernels.gumbel import gumbel_noise
 from engine.kernels.registry import choose
 from engine.plan import SlotOpen
-from engine.sampler import TEMPERATURE_MIN, Sampler
+from engine.sampler import TEMPERATURE_MIN, Continuation, Sampler
 from rorqual.sampling import SamplingParams
 
 torch.set_num_threads(1)
@@ -247,6 +247,75 @@ def test_frequencies_over_positions_follow_the_filtered_softmax():
     chi_squared = sum((seen - due) ** 2 / due for seen, due in zip(counts, expected, strict=False))
     assert counts[5:] == [0, 0]
     assert chi_squared < 23.5  # 4 degrees of freedom: exceeded once in 10,000
+
+
+# Drafts ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_hits", range(5))
+def test_verifying_gives_what_sampling_one_by_one_gives_up_to_the_first_wrong_draft(num_hits):
+    """Slots with all kinds of needs in one call, drafts right up to `num_hits`, then counts as they should be."""
+    vocab_size, num_slots, num_drafts = 40, 24, 4
+    rng = random.Random(num_hits)
+    logits_NRV = torch.randn(
+        num_slots, num_drafts + 2, vocab_size, generator=torch.Generator().manual_seed(num_hits)
+    )
+    opens = [
+        slot_open(slot, random_params(rng, vocab_size), [rng.randrange(vocab_size) for _ in range(9)], 5)
+        for slot in range(num_slots)
+    ]
+    stepping, verifying = new_sampler(vocab_size), new_sampler(vocab_size)
+    for item in opens:
+        stepping.open(item)
+        verifying.open(item)
+    wanted, chunks, expected = [], [], []
+    for slot in range(num_slots):
+        count = rng.randrange(num_hits, num_drafts + 1)
+        alone = [
+            stepping.sample([slot], [9 + row], logits_NRV[slot, row : row + 1])[0]
+            for row in range(num_hits + 1)
+        ]
+        right = [item.token_id for item in alone]
+        drafts = [*right[:num_hits], *[(right[-1] + 1) % vocab_size] * (count - num_hits)]
+        wanted.append(Continuation(slot=slot, position=9, drafts=tuple(drafts)))
+        chunks.append(logits_NRV[slot, : count + 1])
+        expected.append(tuple(alone))
+    assert verifying.verify(wanted, torch.cat(chunks)) == expected
+    # And both go on alike.
+    positions = [10 + num_hits] * num_slots
+    assert verifying.sample(range(num_slots), positions, logits_NRV[:, -1]) == stepping.sample(
+        range(num_slots), positions, logits_NRV[:, -1]
+    )
+
+
+def test_a_draft_is_the_token_that_would_be_sampled_and_counts_nothing():
+    vocab_size, num_slots = 40, 24
+    rng = random.Random(3)
+    logits_NRV = torch.randn(num_slots, 4, vocab_size, generator=torch.Generator().manual_seed(3))
+    drafting, stepping = new_sampler(vocab_size), new_sampler(vocab_size)
+    for slot in range(num_slots):
+        tokens = [rng.randrange(vocab_size) for _ in range(9)]
+        item = slot_open(slot, random_params(rng, vocab_size), tokens, 5)
+        drafting.open(item)
+        stepping.open(item)
+    for _ in range(2):
+        drafts = [()] * num_slots
+        for row in range(4):
+            wanted = [Continuation(slot=slot, position=9, drafts=drafts[slot]) for slot in range(num_slots)]
+            chosen = drafting.draft(wanted, logits_NRV[:, row])
+            drafts = [(*before, token_id) for before, token_id in zip(drafts, chosen, strict=True)]
+    for row in range(4):
+        sampled = stepping.sample(range(num_slots), [9 + row] * num_slots, logits_NRV[:, row])
+        assert [item.token_id for item in sampled] == [found[row] for found in drafts]
+
+
+def test_a_draft_of_a_token_seen_before_is_penalised_in_every_row_behind_it():
+    params = SamplingParams(seed=0, temperature=0.0, repetition_penalty=2.0, frequency_penalty=0.1)
+    sampler = new_sampler(3)
+    sampler.open(slot_open(0, params))
+    rows = torch.tensor([[1.0, 0.8, 0.5]]).expand(3, -1)
+    [accepted] = sampler.verify([Continuation(slot=0, position=0, drafts=(0, 1))], rows)
+    assert [item.token_id for item in accepted] == [0, 1, 2]
 
 
 # Each feature, by example ------------------------------------------------------------

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rorqual.errors import ConfigError
-from rorqual.up_options import parse_options, plan_workers, threads_per_worker
+from rorqual.up_options import parse_options, plan_workers, threads_per_worker, worker_arguments
 
 
 def counts(*argv: str) -> tuple[int, int, int]:
@@ -62,6 +62,21 @@ def test_an_unknown_way_of_transfer_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_options(["--model", "m", "--transfer", "pigeon"])
     assert "pigeon" in capsys.readouterr().err
+
+
+def test_all_workers_are_told_the_same_number_of_drafts(tmp_path):
+    for argv, told in (((), []), (("--drafts", "auto"), ["auto"]), (("--drafts", "2"), ["2"])):
+        options = parse_options(["--model", "m", "--prefill", "1", "--decode", "2", "--both", "1", *argv])
+        for plan in plan_workers(options, num_cores=8):
+            arguments = worker_arguments(options, plan, ready_file=tmp_path / "ready")
+            after = [arguments[index + 1] for index, word in enumerate(arguments) if word == "--drafts"]
+            assert after == told
+
+
+def test_an_unknown_number_of_drafts_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--model", "m", "--drafts", "5"])
+    assert "--drafts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,7 @@ async def test_workers_whose_state_is_not_alike_are_kept_out() -> None:
         await cluster.connected(2)
         cluster.start_decode("d", wire_id="another")
         await until(lambda: bool(cluster.fleet.failures()) and "wire id" in cluster.fleet.failures()[0])
+        assert "--drafts" in cluster.fleet.failures()[0]
         assert {view.role for view in cluster.fleet.view()} == {Role.BOTH, Role.PREFILL}
 
 

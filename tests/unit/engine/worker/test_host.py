@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +14,14 @@ from fake_link import FakeLink
 from fake_rank import FakeRank, answer, logprob_of
 
 from engine.plan import RankProgress
-from engine.worker.host import Host, HostConfig
+from engine.worker.host import Host, HostConfig, scheduler_config
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.rank_link import RankLost
 from engine.worker.session import Session, SessionRefused
 from rorqual.errors import RorqualError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
-from rorqual.session import Cancel, ErrorCode, FinishReason, Open, SequenceReport
+from rorqual.session import Cancel, ErrorCode, FinishReason, Open, Role, SequenceReport
 
 
 class Worker:
@@ -30,8 +32,13 @@ class Worker:
 
 
 @asynccontextmanager
-async def a_worker(*, num_pages: int = 16, num_slots: int = 4, **options: float) -> AsyncIterator[Worker]:
-    rank = FakeRank(num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512)
+async def a_worker(*, num_pages: int = 16, num_slots: int = 4, **options: Any) -> AsyncIterator[Worker]:
+    rank = FakeRank(
+        num_pages=num_pages,
+        num_slots=num_slots,
+        prefill_tokens_max=512,
+        drafts_max=4 if options.get("drafts") else 0,
+    )
     link = FakeLink(rank)
     config = HostConfig(
         worker_id=WorkerId("w"),
@@ -342,3 +349,48 @@ async def test_a_broken_invariant_ends_the_host_and_is_not_an_expected_error() -
         with pytest.raises(AssertionError) as caught:
             await worker.serving
         assert not isinstance(caught.value, RorqualError)
+
+
+@pytest.mark.parametrize("drafts", [1, 4, "auto"])
+async def test_accepted_drafts_leave_in_one_report_with_their_logprobs(drafts: int | str) -> None:
+    async with a_worker(drafts=drafts) as worker:
+        session = worker.host.connect("r")
+        session.submit(an_open(1, max_tokens=60, logprobs=2))
+        session.submit(an_open(2, length=300, max_tokens=60))
+        reports = await collect(session, 1, 2)
+        await until(lambda: worker.host.is_idle)
+        metrics = worker.host.metrics.registry
+        proposed = metrics.get_sample_value("rorqual_worker_drafts_proposed_total")
+        accepted = metrics.get_sample_value("rorqual_worker_drafts_accepted_total")
+        decodes = metrics.get_sample_value("rorqual_worker_decode_tokens_count")
+        decoded = metrics.get_sample_value("rorqual_worker_decode_tokens_sum")
+    for number, length in ((1, 5), (2, 300)):
+        assert tokens(reports[number]) == the_answer(an_open(number, length=length, max_tokens=60))
+        indices = [report.first_index for report in reports[number]]
+        assert indices == [sum(len(r.token_ids) for r in reports[number][:n]) for n in range(len(indices))]
+        assert reports[number][-1].finish_reason is FinishReason.LENGTH
+    for report in reports[1]:
+        assert len(report.logprobs) == len(report.alternatives) == len(report.token_ids)
+        for index, token in enumerate(report.token_ids):
+            assert report.logprobs[index] == logprob_of(token, 5 + report.first_index + index)
+    assert all(report.logprobs == report.alternatives == () for report in reports[2])
+    assert 0 < accepted < proposed
+    assert decoded == decodes + accepted
+    several = [len(report.token_ids) for items in reports.values() for report in items]
+    assert max(several) > 1
+    assert sum(several) == 120
+
+
+async def test_a_prefill_worker_plans_no_drafts_whatever_its_rank_could_do() -> None:
+    rank = FakeRank(num_pages=8, num_slots=4, prefill_tokens_max=512, num_records=4, drafts_max=4)
+    config = HostConfig(
+        worker_id=WorkerId("w"),
+        incarnation=Incarnation(7),
+        exact=False,
+        prefill_tokens_max=512,
+        drafts="auto",
+    )
+    assert scheduler_config(rank.ready(), config, role=Role.PREFILL).drafts_max == 0
+    assert scheduler_config(rank.ready(), config, role=Role.DECODE).drafts_max == 4
+    none = dataclasses.replace(config, drafts=0)
+    assert scheduler_config(rank.ready(), none, role=Role.DECODE).drafts_max == 0

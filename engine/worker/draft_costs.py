@@ -1,0 +1,91 @@
+"""What a decode step takes with so many drafts, learned from the steps that were done.
+
+Used by `engine.worker.drafting` alone. Pure: it is told times and measures none.
+
+A step's time is modelled as c0 + c1 x sequences + c2 x rounds + c3 x drafts: a round drafts one token of every
+sequence that wants that many, and each draft is one more row of the main forward. The four are fitted by least
+squares, old steps counting less and less, with a slight pull towards a guess; that pull alone tells apart what the
+steps have not. What is not linear in the rounds (a device computes some rows for the price of fewer) is a factor of
+its own for each number of rounds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+KEPT = 0.997
+"""What a step counts when the next one is done: about 330 steps are remembered."""
+PULL = 0.3
+"""What the guess counts, in steps."""
+FACTOR_PULL = 4.0
+"""What the factor 1 counts, in steps."""
+OUTLIER = 4.0
+"""A step that took this many times what was expected says that something else went on."""
+_GUESS = np.array([0.8, 0.1, 0.2, 0.1])
+"""Of a first step of one sequence without drafts: most of it is there with any number of rows."""
+
+
+class StepCosts:
+    def __init__(self, *, rounds_max: int) -> None:
+        self.num_learned = 0
+        self._products_FF = np.zeros((4, 4))  # F: features of a step
+        self._times_F = np.zeros(4)
+        self._costs_F = _GUESS
+        self._factor_sums = [FACTOR_PULL] * (rounds_max + 1)
+        self._factor_weights = [FACTOR_PULL] * (rounds_max + 1)
+
+    def learn(self, *, num_sequences: int, rounds: int, num_drafts: int, step_ms: float) -> None:
+        features_F = np.array([1.0, num_sequences, rounds, num_drafts])
+        if self.num_learned >= 8:
+            step_ms = min(step_ms, OUTLIER * self.step_ms(num_sequences, rounds, num_drafts))
+        self._products_FF = KEPT * self._products_FF + np.outer(features_F, features_F)
+        self._times_F = KEPT * self._times_F + features_F * step_ms
+        self.num_learned += 1
+        self._costs_F = self._fit()
+        expected_ms = float(features_F @ self._costs_F)
+        if expected_ms > 0:
+            self._learn_factor(rounds, step_ms / expected_ms)
+
+    def base_ms(self, num_sequences: int, rounds: int) -> float:
+        """Of a step whose drafts cost nothing beyond their rounds."""
+        costs_F = self._costs_F
+        linear_ms = float(costs_F[0] + costs_F[1] * num_sequences + costs_F[2] * rounds)
+        return self.factor(rounds) * max(linear_ms, 1e-6)
+
+    def draft_ms(self, rounds: int) -> float:
+        """Of each draft."""
+        return self.factor(rounds) * float(self._costs_F[3])
+
+    def step_ms(self, num_sequences: int, rounds: int, num_drafts: int) -> float:
+        return self.base_ms(num_sequences, rounds) + num_drafts * self.draft_ms(rounds)
+
+    def factor(self, rounds: int) -> float:
+        return self._factor_sums[rounds] / self._factor_weights[rounds]
+
+    def _fit(self) -> np.ndarray:
+        products_FF, times_F = self._products_FF, self._times_F
+        # In units of what was seen: the guess is right for the mean step, and pulls at every feature alike.
+        guess_F = _GUESS * (times_F[0] / float(products_FF[0] @ _GUESS))
+        weight = products_FF[0, 0]
+        pull_F = PULL * np.maximum(np.diag(products_FF) / weight, 1.0)
+        matrix_FF = products_FF + np.diag(pull_F)
+        right_F = times_F + pull_F * guess_F
+        used = [0, 1, 2, 3]
+        while True:
+            costs_F = np.zeros(4)
+            costs_F[used] = np.linalg.solve(matrix_FF[np.ix_(used, used)], right_F[used])
+            negative = [index for index in used if costs_F[index] < 0]
+            if not negative:
+                return costs_F
+            # Nothing takes less than no time.
+            used.remove(min(negative, key=lambda index: float(costs_F[index] * math.sqrt(pull_F[index]))))
+
+    def _learn_factor(self, rounds: int, ratio: float) -> None:
+        """Others forget at the same pace, so that a number of rounds not tried for long is not held against it."""
+        for index in range(len(self._factor_sums)):
+            for values, start in ((self._factor_sums, FACTOR_PULL), (self._factor_weights, FACTOR_PULL)):
+                values[index] = start + KEPT * (values[index] - start)
+        self._factor_sums[rounds] += ratio
+        self._factor_weights[rounds] += 1.0
