@@ -48,7 +48,7 @@ class Sequenced(Protocol):
 class LossOptions:
     draft_weight: float = 0.3
     indexer_weight: float = 0.0  # 0: the indexer is not trained, nothing is computed for it
-    temperature: float = 1.0
+    second_draft: bool = False  # also train the MTP block on its own streams, as it makes further drafts
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ def train_step(
     _measure(measures, logits.detach(), losses.detach(), next_T, next_weights, answers_T[following])
     if model.weights.mtp:
         loss = loss + options.draft_weight * _draft_loss(
-            model, batch, state, observer, streams, logits.detach(), weights_T, measures
+            model, batch, state, observer, streams, logits.detach(), weights_T, measures, options
         )
     if observer.divergences:
         divergence = torch.stack(observer.divergences).mean()
@@ -114,23 +114,39 @@ def _draft_loss(
     logits: Tensor,
     weights_T: Tensor,
     measures: Measures,
+    options: LossOptions,
 ) -> Tensor:
     """Index t has the streams of t and the token t+1. Half of its target is the token at t+2; the other half is the
-    model's own distribution there, which is what drafts are judged by."""
+    model's own distribution there, which is what drafts are judged by.
+
+    For further drafts the block gets its own streams of index t-1 in place of the model's at t, and the same targets.
+    (When serving, only the newest rows of its window are of that kind; here all are.)
+    """
     following = _following(batch)
-    observer.in_mtp = True
-    run = model.begin(batch, state, observer=observer)
-    drafted = model.draft_logits(0, model.draft(run, 0, streams, batch.tokens_T[following]))
+    tokens = batch.tokens_T[following]
     second = following[following]
     inside = _inside(batch, 2)
     weights = (weights_T[second] + 0.05) * inside
-    own = logits[following]
-    hard = functional.cross_entropy(drafted, batch.tokens_T[second], reduction="none")
-    soft = -(own.softmax(-1) * functional.log_softmax(drafted, dim=-1)).sum(-1)
-    loss = ((0.5 * hard + 0.5 * soft) * weights).sum() / weights.sum().clamp(min=1)
-    agree = (drafted.detach().argmax(-1) == own.argmax(-1)).float()
     prose = inside * (weights_T[second] == 1.0)
-    measures.add("draft agreement", float((agree * prose).sum()), float(prose.sum()))
+    own = logits[following]
+    own_shares = own.softmax(-1)
+    observer.in_mtp = True
+
+    def judged(drafted: Tensor, name: str) -> Tensor:
+        hard = functional.cross_entropy(drafted, batch.tokens_T[second], reduction="none")
+        soft = -(own_shares * functional.log_softmax(drafted, dim=-1)).sum(-1)
+        agree = (drafted.detach().argmax(-1) == own.argmax(-1)).float()
+        measures.add(name, float((agree * prose).sum()), float(prose.sum()))
+        return ((0.5 * hard + 0.5 * soft) * weights).sum() / weights.sum().clamp(min=1)
+
+    made = model.draft(model.begin(batch, state, observer=observer), 0, streams, tokens)
+    loss = judged(model.draft_logits(0, made), "draft agreement")
+    if options.second_draft:
+        shifted = torch.cat((streams[:1], made[:-1]))
+        firsts = [segment.row for segment in batch.chunks]
+        shifted = shifted.index_copy(0, torch.tensor(firsts), streams[firsts])
+        again = model.draft(model.begin(batch, state, observer=observer), 0, shifted, tokens)
+        loss = 0.7 * loss + 0.5 * judged(model.draft_logits(0, again), "second draft agreement")
     return loss
 
 

@@ -16,7 +16,7 @@ def plot_losses(history: Sequence[dict[str, float]], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, names in (
         (left, ("loss", "prose nats", "indexer")),
-        (right, ("recall", "draft agreement")),
+        (right, ("recall", "draft agreement", "second draft agreement")),
     ):
         for name in names:
             points = [(entry["tokens"] / 1e6, entry[name]) for entry in history if name in entry]

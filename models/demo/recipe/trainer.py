@@ -85,10 +85,12 @@ class Phase:
     rate: float  # of the learning rates
     indexer_weight: float
     quantised: bool
+    second_draft: bool = False
 
 
 BASICS_MAX = 0.25
 DECAY_FROM = 0.6
+SECOND_DRAFT_FROM = 0.3
 INDEXER_FROM = 0.45
 QUANTISED_FROM = 0.82
 
@@ -103,6 +105,8 @@ def phase_of(progress: Progress, budget: Budget) -> Phase:
         rate=warm * decay,
         indexer_weight=0.3 if used >= INDEXER_FROM else 0.0,
         quantised=used >= QUANTISED_FROM,
+        # Every other step: it costs a fifth.
+        second_draft=used >= SECOND_DRAFT_FROM and progress.step % 2 == 0,
     )
 
 
@@ -230,7 +234,7 @@ class _Worker:
         sequences = self.source.batch(progress.step, self.rank, phase)
         index = progress.step * options.workers + self.rank
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
-        loss_options = LossOptions(indexer_weight=phase.indexer_weight)
+        loss_options = LossOptions(indexer_weight=phase.indexer_weight, second_draft=phase.second_draft)
         self.optimiser.zero()
         if phase.quantised:
             with quantised(self.config, self.weights):
@@ -279,7 +283,7 @@ class _Worker:
         progress.history.append({name: float(value) for name, value in entry.items()})
         self.measures = Measures()
         bar.n = int(1000 * phase.used)
-        shown = ("loss", "prose nats", "recall", "draft agreement", "indexer")
+        shown = ("loss", "prose nats", "recall", "draft agreement", "second draft agreement", "indexer")
         text = " ".join(f"{name} {entry[name]:.3f}" for name in shown if name in entry)
         rate = progress.tokens / max(progress.seconds, 1e-9)
         stage = "basics" if phase.basics else "served" if phase.quantised else "main"
