@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.demo.recipe.drills import copy_drill, pairs_drill
 from models.demo.recipe.prose import load_prose
 from models.demo.recipe.recall import RecallOptions
 from models.demo.recipe.sequences import Mixture, SequenceMaker, StreamOptions
-from models.demo.recipe.tape import WEIGHT_NONE, Tape, TrainSequence
+from models.demo.recipe.tape import TrainSequence
 from models.demo.recipe.trainer import Phase
-from models.demo.recipe.vocabulary import BOS_ID, Vocabulary
+from models.demo.recipe.vocabulary import Vocabulary
 
 BASIC_TOKENS, BASIC_LENGTH = 1024, 128
 STEP_TOKENS = 2048
@@ -26,8 +27,10 @@ LENGTHS = (256, 512, 1024, 2048)
 LENGTH_SHARES = (0.2, 0.3, 0.3, 0.2)
 
 BASICS = Mixture(recall=0.9, prose=0.1, skills=0.0)
-EARLY = Mixture(recall=0.4, prose=0.45, skills=0.15)
-LATE = Mixture(recall=0.2, prose=0.55, skills=0.25)
+EARLY = Mixture(recall=0.35, prose=0.4, skills=0.25)
+LATE = Mixture(recall=0.2, prose=0.5, skills=0.3)
+BASICS_PAIRS, BASICS_COPIES, COPIES = 0.5, 0.1, 0.2
+"""Shares of drills in the first stage, and of copying at the beginning of the others; it ends with the run."""
 LATE_FROM = 0.55
 """Part of the budget after which recall makes room."""
 
@@ -53,12 +56,7 @@ class PhasedSource:
         length, count, options = self._options(step, phase)
         # 64 sequences a batch are more than there ever are.
         first = (step * 64 + rank) * 64
-        sequences = [
-            self._drill(first + number, length)
-            if phase.basics and number % 2
-            else self.maker.sequence(seed=self.seed, index=first + number, options=options)
-            for number in range(count)
-        ]
+        sequences = [self._sequence(first + number, length, phase, options) for number in range(count)]
         return [
             TrainBatch(
                 tokens=torch.from_numpy(item.tokens),
@@ -68,25 +66,17 @@ class PhasedSource:
             for item in sequences
         ]
 
-    def _drill(self, index: int, length: int) -> TrainSequence:
-        """Names with their animals, again and again in any order: every second token is an answer. A model learns to
-        look back from this several times sooner than from chats."""
-        rng = np.random.default_rng((self.seed, index))
+    def _sequence(self, index: int, length: int, phase: Phase, options: StreamOptions) -> TrainSequence:
+        """A drill, or what the stream has at that index."""
         pieces = self.maker.recall.pieces
-        count = int(rng.integers(2, 9))
-        pairs = np.stack((rng.permutation(pieces.names)[:count], rng.permutation(pieces.animals)[:count]), 1)
-        tape = Tape(length)
-        tape.put_one(BOS_ID, WEIGHT_NONE)
-        stated: dict[int, int] = {}
-        while tape.room:
-            for name, animal in rng.permutation(pairs).tolist():
-                tape.put_one(name, WEIGHT_NONE)
-                if name in stated:
-                    tape.put_answer(animal, stated_at=stated[name])
-                else:
-                    tape.put_one(animal, WEIGHT_NONE)
-                stated[name] = tape.position - 1
-        return tape.finish("recall")
+        rng = np.random.default_rng((self.seed, 1, index))
+        draw = float(rng.random())
+        if draw < (BASICS_PAIRS if phase.basics else 0.0):
+            return pairs_drill(rng, length, pieces)
+        if draw > 1 - (BASICS_COPIES if phase.basics else COPIES * (1 - phase.used)):
+            words = np.concatenate((pieces.names, pieces.animals, self.maker.corpus.flow[: 1 << 16]))
+            return copy_drill(rng, length, pieces, words)
+        return self.maker.sequence(seed=self.seed, index=index, options=options)
 
     def _options(self, step: int, phase: Phase) -> tuple[int, int, StreamOptions]:
         """Length and number of the batch's sequences, and how they are written."""
@@ -99,7 +89,7 @@ class PhasedSource:
         known = LENGTHS if phase.used > 0.12 else LENGTHS[:3]
         shares = np.array(LENGTH_SHARES[: len(known)])
         length = int(random.choice(known, p=shares / shares.sum()))
-        recall = RecallOptions(paraphrase_share=0.1)
+        recall = RecallOptions(filler_share=0.8, paraphrase_share=0.05)
         mixture = EARLY if phase.used < LATE_FROM else LATE
         options = StreamOptions(length=length, mixture=mixture, recall=recall)
         return length, self._count(STEP_TOKENS, length), options
