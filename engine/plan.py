@@ -35,6 +35,7 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_records: int = 0  # hand-over records, with a transfer
     agent: str = ""  # name of the transfer agent, fresh for each incarnation
     drafts_max: int = 0  # of a segment; above 0 the state of the MTP block is kept up, and handed over
+    drafts_required: bool = False  # else a checkpoint without an MTP block is served without
 
 
 class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -255,14 +255,15 @@ class Rank:
         chosen: list[Tensor] = []
         for part in parts:
             segment, slot = part.segment, self._slots[part.segment.slot]
-            part_rows = torch.cat(list(islice(rows, 1 + len(part.drafts))))
+            known_rows, *draft_rows = islice(rows, 1 + len(part.drafts))
             if slot.wants_scores:
-                done.scores += self._score_prompt(segment, streams, part_rows)
+                done.scores += self._score_prompt(segment, streams, known_rows)
+                known_rows = known_rows[-1:]
             if segment.sample:
                 wanted.append(
                     Continuation(slot=segment.slot, position=part.start + part.count, drafts=part.drafts)
                 )
-                chosen.append(part_rows[-1 - len(part.drafts) :])
+                chosen += (known_rows, *draft_rows)
         if not wanted:
             return
         logits_RV = self._runner.model.logits(streams[torch.cat(chosen)])
@@ -404,6 +405,7 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     # What is wrong with an option is told before weights are read for minutes.
     implementations = registry.choose("cpu", settings.kernels)
     num_pages = settings.num_pages or _num_pages(config, numerics, settings)
+    drafts_max = _drafts_max(settings, checkpoint)
     builder = _open_transfer(settings, connection)
     weights = _allocated("the weights", lambda: allocate_weights(config))
     checkpoint.load_into(weights.named.__getitem__, _Progress(connection, stage="weights").report)
@@ -411,8 +413,6 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     model = _make_model(settings, numerics, checkpoint, weights)
     _tell(connection, "warming up")
     page_digest = implementations["page_digest"].function
-    drafts_max = settings.drafts_max if checkpoint.has_mtp else 0
-    assert 0 <= drafts_max <= DRAFTS_MAX, f"rings have no room for {drafts_max} drafts"
     warm_up(model, page_digest, drafts=drafts_max > 0)
     if settings.exact:
         _tell(connection, "testing exactness")
@@ -463,6 +463,19 @@ def _open_transfer(settings: RankSettings, connection: socket.socket) -> Transfe
     builder = open_transfer(settings.transfer, agent=settings.agent)
     _tell(connection, f"state is read by {builder.reason}")
     return builder
+
+
+def _drafts_max(settings: RankSettings, checkpoint: Checkpoint) -> int:
+    """Of a segment. Raises RorqualError where drafts are required and there is nothing to draft with."""
+    assert 0 <= settings.drafts_max <= DRAFTS_MAX, f"rings have no room for {settings.drafts_max} drafts"
+    if checkpoint.has_mtp:
+        return settings.drafts_max
+    if settings.drafts_required:
+        raise RorqualError(
+            f"--drafts {settings.drafts_max}: {settings.model} has no MTP block to draft with;"
+            " choose --drafts 0, or auto, which drafts where it can"
+        )
+    return 0
 
 
 def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) -> int:

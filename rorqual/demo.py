@@ -121,8 +121,11 @@ def main(argv: list[str]) -> int:
         model = make_model(folder=args.models, seed=args.seed, tokenizer=args.tokenizer or find_tokenizer())
     else:
         model = trained_model(TRAINED)
-    name = [] if options.served_name else ["--served-name", MODEL_NAME if args.random else TRAINED_NAME]
-    return up.main([*rest, "--model", str(model), *name])
+        if options.drafts is None:
+            rest += ["--drafts", "auto"]  # its MTP block has learned to draft
+    if options.served_name is None:
+        rest += ["--served-name", MODEL_NAME if args.random else TRAINED_NAME]
+    return up.main([*rest, "--model", str(model)])
 
 
 def trained_model(folder: Path) -> Path:

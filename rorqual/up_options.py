@@ -309,7 +309,7 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--drafts",
         choices=("auto", "0", "1", "2", "3", "4"),
         help="tokens drafted for each sequence in each step, with the checkpoint's MTP block; auto: as many as pay."
-        " Answers do not depend on it (default 0)",
+        " Answers are those without; with --exact to the bit, else up to rounding (default 0)",
     )
     add(
         "--transfer",

@@ -12,6 +12,7 @@ its own for each number of rounds.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +23,12 @@ PULL = 0.3
 FACTOR_PULL = 4.0
 """What the factor 1 counts, in steps."""
 OUTLIER = 4.0
-"""A step that took this many times what was expected says that something else went on."""
+"""A step that took this many times what was expected says that something else went on, and is left out."""
+OUTLIERS_BELIEVED = 3
+"""So many of them one after another are what steps take now."""
+FIRST_KEPT = 16
+"""Nothing is expected of the first steps, and the very first may be slow in a way that no later one is. So these are
+kept, and judged by one another, again with each that comes."""
 _GUESS = np.array([0.8, 0.1, 0.2, 0.1])
 """Of a first step of one sequence without drafts: most of it is there with any number of rows."""
 
@@ -30,23 +36,24 @@ _GUESS = np.array([0.8, 0.1, 0.2, 0.1])
 class StepCosts:
     def __init__(self, *, rounds_max: int) -> None:
         self.num_learned = 0
-        self._products_FF = np.zeros((4, 4))  # F: features of a step
-        self._times_F = np.zeros(4)
-        self._costs_F = _GUESS
-        self._factor_sums = [FACTOR_PULL] * (rounds_max + 1)
-        self._factor_weights = [FACTOR_PULL] * (rounds_max + 1)
+        self._rounds_max = rounds_max
+        self._first: list[_Timed] = []
+        self._num_outliers = 0  # one after another
+        self._start_over()
 
     def learn(self, *, num_sequences: int, rounds: int, num_drafts: int, step_ms: float) -> None:
-        features_F = np.array([1.0, num_sequences, rounds, num_drafts])
-        if self.num_learned >= 8:
-            step_ms = min(step_ms, OUTLIER * self.step_ms(num_sequences, rounds, num_drafts))
-        self._products_FF = KEPT * self._products_FF + np.outer(features_F, features_F)
-        self._times_F = KEPT * self._times_F + features_F * step_ms
         self.num_learned += 1
-        self._costs_F = self._fit()
-        expected_ms = float(features_F @ self._costs_F)
-        if expected_ms > 0:
-            self._learn_factor(rounds, step_ms / expected_ms)
+        step = _Timed(num_sequences=num_sequences, rounds=rounds, num_drafts=num_drafts, step_ms=step_ms)
+        if len(self._first) == FIRST_KEPT:
+            self._learn_later(step)
+            return
+        self._first.append(step)
+        ratios = sorted(item.step_ms / item.guess for item in self._first)
+        usual = ratios[(len(ratios) - 1) // 2]
+        self._start_over()
+        for item in self._first:
+            if item.step_ms <= OUTLIER * usual * item.guess:
+                self._add(item, item.step_ms)
 
     def base_ms(self, num_sequences: int, rounds: int) -> float:
         """Of a step whose drafts cost nothing beyond their rounds."""
@@ -63,6 +70,29 @@ class StepCosts:
 
     def factor(self, rounds: int) -> float:
         return self._factor_sums[rounds] / self._factor_weights[rounds]
+
+    def _learn_later(self, step: _Timed) -> None:
+        most_ms = OUTLIER * self.step_ms(step.num_sequences, step.rounds, step.num_drafts)
+        self._num_outliers = self._num_outliers + 1 if step.step_ms > most_ms else 0
+        if not 0 < self._num_outliers < OUTLIERS_BELIEVED:
+            self._add(step, min(step.step_ms, most_ms))
+
+    def _start_over(self) -> None:
+        self._products_FF = np.zeros((4, 4))  # F: features of a step
+        self._times_F = np.zeros(4)
+        self._costs_F = _GUESS
+        self._factor_sums = [FACTOR_PULL] * (self._rounds_max + 1)
+        self._factor_weights = [FACTOR_PULL] * (self._rounds_max + 1)
+
+    def _add(self, step: _Timed, step_ms: float) -> None:
+        """As if it had taken `step_ms`."""
+        features_F, rounds = step.features_F, step.rounds
+        self._products_FF = KEPT * self._products_FF + np.outer(features_F, features_F)
+        self._times_F = KEPT * self._times_F + features_F * step_ms
+        self._costs_F = self._fit()
+        expected_ms = float(features_F @ self._costs_F)
+        if expected_ms > 0:
+            self._learn_factor(rounds, step_ms / expected_ms)
 
     def _fit(self) -> np.ndarray:
         products_FF, times_F = self._products_FF, self._times_F
@@ -89,3 +119,22 @@ class StepCosts:
                 values[index] = start + KEPT * (values[index] - start)
         self._factor_sums[rounds] += ratio
         self._factor_weights[rounds] += 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed:
+    """A step that was done."""
+
+    num_sequences: int
+    rounds: int
+    num_drafts: int
+    step_ms: float
+
+    @property
+    def features_F(self) -> np.ndarray:
+        return np.array([1.0, self.num_sequences, self.rounds, self.num_drafts])
+
+    @property
+    def guess(self) -> float:
+        """In units of a first step's."""
+        return float(self.features_F @ _GUESS)

@@ -1,7 +1,7 @@
 """How many tokens to draft for each sequence of a step: fixed, or as much as pays.
 
-`engine.worker.scheduler` asks a `DraftPolicy` before each step with decodes and tells it what became of the drafts and
-what the step took. Pure: no clock, no randomness. What is chosen never changes a token, only how fast tokens come.
+`engine.worker.speculation` asks a `DraftPolicy` before each step with decodes and tells it what became of the drafts
+and what the step took. Pure: no clock, no randomness. What is chosen decides how fast tokens come, not which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ DraftsOption = int | Literal["auto"]
 """What `--drafts` says: a fixed number, 0 for none, or "auto"."""
 
 FIRST_STEPS = 9
-"""So many steps try everything before anything is chosen."""
+"""So many timed steps try everything before anything is chosen."""
+TRIES_MAX = 36
+"""So many steps try everything at most. Where every step computes prompts too, none is ever timed: then the guess of
+what drafts cost, and the rates that were seen, have to do."""
 PROBE_SHARE = 0.01
 """Of all time: what may be lost by trying something else than what is best."""
 PROBE_EVERY = 12
@@ -96,8 +99,8 @@ class AdaptiveDrafts:
     sequence takes over from all. The drafts of a step are chosen all at once, so that the cost of a round is shared by
     those who pay for it together.
 
-    What is not tried is not known. So the first steps try everything, and later a step now and then does something else
-    than what is best, as seldom as that may cost: `PROBE_SHARE` of the time.
+    What is not tried is not known. So the first steps try everything, in vain where none is timed, and later a step now
+    and then does something else than what is best, as seldom as that may cost: `PROBE_SHARE` of the time.
     """
 
     def __init__(self, drafts_max: int) -> None:
@@ -114,7 +117,7 @@ class AdaptiveDrafts:
         self._step += 1
         tracks = [self._own.setdefault(room.key, _Track()) for room in rooms]
         limits = [min(room.drafts_max, self._drafts_max) for room in rooms]
-        if self._costs.num_learned < FIRST_STEPS:
+        if self._costs.num_learned < FIRST_STEPS and self._step <= TRIES_MAX:
             counts = self._try(limits, rows_max)
         else:
             counts = self._choose_best(tracks, limits, rows_max)

@@ -1,8 +1,9 @@
 """Who holds the worker's pages, slots and records: sequences, readers elsewhere, or reads that may still be running.
 
-`engine.worker.scheduler` owns it and is the only one to call it. A page or record that the host has been told of may
-have been lent: it comes back by `take_back` alone. One that state is read into comes back when the read is settled.
-Everything of every kind is free or has one holder; `check` adds them up.
+`engine.worker.scheduler` owns it and is the only one to call it, but for `engine.worker.speculation`, which takes pages
+for drafts by `grow`. A page or record that the host has been told of may have been lent: it comes back by `take_back`
+alone. One that state is read into comes back when the read is settled. Everything of every kind is free or has one
+holder; `check` adds them up.
 """
 
 from __future__ import annotations

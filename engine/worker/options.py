@@ -114,7 +114,7 @@ def worker_parser(
         default="0",
         help=drafts_help
         or "tokens drafted for each sequence in each step, with the checkpoint's MTP block; auto: as many as pay, up to"
-        f" {DRAFTS_MAX}. Answers do not depend on it (default 0)",
+        f" {DRAFTS_MAX}. Answers are those without; with --exact to the bit, else up to rounding (default 0)",
     )
     add("--metrics-port", type=int, default=0, metavar="PORT", help="port of /metrics (default: any)")
     add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once the worker is ready")

@@ -109,7 +109,8 @@ async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
             await end_task(loading)
             return
         ready = loading.result()
-        _check_drafts(ready, options)
+        if options.drafts == "auto" and not ready.drafts_max:
+            log.info("serves without drafts %s", fields(reason="the checkpoint has no MTP block"))
         handler = setup.make(ready, config, metrics)
         host = Host(link=rank, ready=ready, config=config, metrics=metrics, handler=handler)
         # Modules and stubs live as long as the process: the collector need not walk them again.
@@ -146,6 +147,7 @@ def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> Ran
         num_records=(options.num_records or 2 * options.num_slots) if is_single else 0,
         agent=f"{config.worker_id}#{config.incarnation:x}",
         drafts_max=DRAFTS_MAX if options.drafts == "auto" else options.drafts,
+        drafts_required=options.drafts not in ("auto", 0),
     )
 
 
@@ -170,17 +172,6 @@ async def _load(rank: RankProcess, options: WorkerOptions) -> RankReady:
                 raise RankLost(message.message)
             case _:
                 raise RankLost(f"the rank sent {type(message).__name__} while loading")
-
-
-def _check_drafts(ready: RankReady, options: WorkerOptions) -> None:
-    """Raises ConfigError when a number of drafts was asked for that the checkpoint cannot give."""
-    if options.drafts == "auto" and not ready.drafts_max:
-        log.info("serves without drafts %s", fields(reason="the checkpoint has no MTP block"))
-    elif options.drafts != "auto" and ready.drafts_max < options.drafts:
-        raise ConfigError(
-            f"--drafts {options.drafts}: {options.model} has no MTP block to draft with;"
-            " choose --drafts 0, or auto, which drafts where it can"
-        )
 
 
 def _log_ready(ready: RankReady) -> None:

@@ -11,7 +11,7 @@ next decode segment can be planned before the token it reads is known here. The 
 therefore known ahead; the end by an end-of-sequence token is seen one step late, and the extra token is
 dropped.
 
-With drafts (how many, `engine.worker.drafting` says) a decode gives one token or more, how many is known when its
+With drafts (how many, `engine.worker.speculation` says) a decode gives one token or more, how many is known when its
 result is back. What is known of a sequence meanwhile has a lower bound, which says where it ends at the latest, and an
 upper bound, which it holds pages for. Nobody is preempted for the sake of drafts: without a free page there are
 fewer, and a sequence whose upper bound alone wants a page waits for its results first.
@@ -46,7 +46,7 @@ import msgspec
 
 from engine.plan import Lent, PromptScores, Sampled, StepPlan, StepResult
 from engine.worker.chunks import chunk_counts
-from engine.worker.drafting import DraftPolicy, DraftRoom, FixedDrafts, Outcome
+from engine.worker.drafting import DraftPolicy, FixedDrafts
 from engine.worker.events import (
     Adoption,
     Event,
@@ -59,11 +59,12 @@ from engine.worker.events import (
 )
 from engine.worker.holdings import Holdings
 from engine.worker.sequences import Phase, Sequence, Step
+from engine.worker.speculation import Speculation
 from rorqual.errors import InvalidRequest, Overloaded
 from rorqual.ids import PageId, RecordId, SlotId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
-from rorqual.session import FinishReason, Load, Role, TokenArray, check_sequence, credit_pages
+from rorqual.session import Load, Role, TokenArray, check_sequence, credit_pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +95,17 @@ class SchedulerConfig:
 class Scheduler:
     def __init__(self, config: SchedulerConfig, policy: DraftPolicy | None = None) -> None:
         self.config = config
-        self._policy = policy or FixedDrafts(config.drafts_max)
         self.num_preemptions = 0
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
         self._holdings = Holdings(
             num_pages=config.num_pages, num_slots=config.num_slots, num_records=config.num_records
+        )
+        self._speculation = Speculation(
+            policy or FixedDrafts(config.drafts_max),
+            self._holdings,
+            drafts_max=config.drafts_max,
+            rows_max=config.draft_rows_max,
         )
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._waiting: deque[Sequence] = deque()  # oldest first
@@ -246,8 +252,7 @@ class Scheduler:
             events.extend(tokens)
             if tokens and sequence.is_lending and tokens[-1].finish_reason is None:
                 events.append(self._lend(sequence, lent[slot]))
-        if self.config.drafts_max:
-            self._learn(step, result)
+        self._speculation.learn(step, result)
         self._check()
         return events
 
@@ -322,26 +327,8 @@ class Scheduler:
                 continue
             if self._grow(sequence) and sequence.num_remaining == 1:
                 decoding.append(sequence)
-        for sequence, drafts in zip(decoding, self._choose_drafts(decoding), strict=True):
-            step.add(sequence, 1, drafts=self._fit_drafts(sequence, drafts))
-
-    def _choose_drafts(self, decoding: list[Sequence]) -> list[int]:
-        if not self.config.drafts_max or not decoding:
-            return [0] * len(decoding)
-        rooms = [
-            DraftRoom(key=sequence.key, drafts_max=min(self.config.drafts_max, sequence.num_drafts_useful))
-            for sequence in decoding
-        ]
-        counts = self._policy.choose(rooms, rows_max=self.config.draft_rows_max)
-        assert sum(counts) <= self.config.draft_rows_max
-        return counts
-
-    def _fit_drafts(self, sequence: Sequence, drafts: int) -> int:
-        """As many of them as there are pages for, its own and free ones."""
-        while sequence.num_pages_with(drafts) > len(sequence.pages):
-            if not self._holdings.grow(sequence):
-                drafts -= 1
-        return drafts
+        for sequence, drafts in zip(decoding, self._speculation.choose(decoding), strict=True):
+            step.add(sequence, 1, drafts=self._speculation.fit(sequence, drafts))
 
     def _admit(self) -> None:
         """Start waiting sequences, first come first served, while slots, pages and records last."""
@@ -512,11 +499,7 @@ class Scheduler:
         if is_waiting:
             self._count_waiting(sequence, -1)
         sequence.land(len(items), drafts=drafts)
-        events: list[TokenEvent] = []
-        for item in items:
-            events.append(self._take_token(sequence, item))
-            if events[-1].finish_reason is not None:
-                break
+        events = sequence.take_tokens(items, self.config.eos_token_ids)
         if is_waiting:
             self._count_waiting(sequence, +1)
         if events[-1].finish_reason is not None:
@@ -524,37 +507,6 @@ class Scheduler:
         elif sequence.phase is Phase.RUNNING and sequence.is_planned_to_the_end:
             self._land_soon(sequence)  # more drafts were accepted than could be known when it was planned
         return events
-
-    def _take_token(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
-        index = len(sequence.generated)
-        sequence.generated.append(sampled.token_id)
-        return TokenEvent(
-            key=sequence.key,
-            index=index,
-            token_id=sampled.token_id,
-            logprob=sampled.logprob,
-            alternatives=sampled.alternatives,
-            finish_reason=self._finish_reason(sequence, sampled.token_id),
-        )
-
-    def _learn(self, step: Step, result: StepResult) -> None:
-        outcomes = [
-            Outcome(
-                key=step.sequences[SlotId(item.slot)].key,
-                num_drafts=item.num_drafts,
-                num_accepted=item.num_accepted,
-            )
-            for item in result.verified
-        ]
-        step_ms = result.step_ms if step.is_plain_decode else None
-        self._policy.learn(outcomes, num_sequences=len(step.sampling), step_ms=step_ms)
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in self.config.eos_token_ids and not sequence.ignore_eos:
-            return FinishReason.STOP
-        if len(sequence.generated) == sequence.max_tokens:
-            return FinishReason.LENGTH
-        return None
 
     def _end(self, sequence: Sequence) -> None:
         key = sequence.key
@@ -573,7 +525,7 @@ class Scheduler:
             case Phase.ENDED:
                 raise AssertionError(f"sequence {key} ended twice")
         sequence.phase = Phase.ENDED
-        self._policy.forget(key)
+        self._speculation.forget(key)
         del self._sequences[key]
 
     def _abandon(self, sequence: Sequence) -> None:

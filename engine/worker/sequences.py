@@ -1,25 +1,25 @@
 """One sequence on a worker, and one step while it is in flight: what the scheduler remembers of them.
 
-Only `engine.worker.scheduler` and `engine.worker.holdings` touch these. A sequence knows its tokens and what it
-holds; it never takes or gives back anything itself.
+Only `engine.worker.scheduler`, `engine.worker.holdings` and `engine.worker.speculation` touch these. A sequence knows
+its tokens and what it holds; it never takes or gives back anything itself.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
 from engine.plan import PromptScores, Restore, Sampled, Segment, SlotOpen, StepResult
-from engine.worker.events import SequenceKey
+from engine.worker.events import SequenceKey, TokenEvent
 from kvstore.pages import pages_for
 from rorqual.ids import PageId, RecordId, SlotId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
-from rorqual.session import Alternatives, PromptLogprobs, TokenArray, alternatives_of
+from rorqual.session import Alternatives, FinishReason, PromptLogprobs, TokenArray, alternatives_of
 
 RESERVE_TOKENS = PAGE_TOKENS // 4
 """A running sequence within this many tokens of a page boundary keeps one free page from being given to a
@@ -216,6 +216,32 @@ class Sequence:
         self.num_promised -= 1
         self.num_drafting -= drafts
         self.num_computed += max(0, num_sampled - 1)
+
+    def take_tokens(self, items: Iterable[Sampled], eos_token_ids: Collection[int]) -> list[TokenEvent]:
+        """What has been sampled of it, in order; nothing behind the token that ends it."""
+        events: list[TokenEvent] = []
+        for item in items:
+            index = len(self.generated)
+            self.generated.append(item.token_id)
+            event = TokenEvent(
+                key=self.key,
+                index=index,
+                token_id=item.token_id,
+                logprob=item.logprob,
+                alternatives=item.alternatives,
+                finish_reason=self._finish_reason(item.token_id, eos_token_ids),
+            )
+            events.append(event)
+            if event.finish_reason is not None:
+                break
+        return events
+
+    def _finish_reason(self, token_id: int, eos_token_ids: Collection[int]) -> FinishReason | None:
+        if token_id in eos_token_ids and not self.ignore_eos:
+            return FinishReason.STOP
+        if len(self.generated) == self.max_tokens:
+            return FinishReason.LENGTH
+        return None
 
     def take_scores(self, parts: Iterable[PromptScores]) -> PromptLogprobs | None:
         """What is new of them: a preempted prompt is scored again from its beginning, in other chunks."""

@@ -496,6 +496,9 @@ def main() -> None:
     if args.fail == "at-load":
         write_frame(connection, RankFailed(message=f"{settings.model}/config.json: no such file"))
         return
+    if args.no_mtp and settings.drafts_required:
+        write_frame(connection, RankFailed(message=f"--drafts {settings.drafts_max}: has no MTP block"))
+        return
     rank = FakeRank(
         num_pages=settings.num_pages or 64,
         num_slots=settings.num_slots,

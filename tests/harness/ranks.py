@@ -38,6 +38,7 @@ class RankUnderTest:
         exact: bool = False,
         transfer: str = "",
         drafts_max: int = 0,
+        drafts_required: bool = False,
         environment: Mapping[str, str] = LOOPBACK,
     ) -> None:
         self.host, theirs = socket.socketpair()
@@ -67,6 +68,7 @@ class RankUnderTest:
             num_records=NUM_RECORDS if transfer else 0,
             agent=f"rank#{self.process.pid}",
             drafts_max=drafts_max,
+            drafts_required=drafts_required,
         )
         self.send(settings)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.plan import RankReady, Segment, SlotOpen, StepPlan, StepResult
+from engine.plan import RankFailed, RankReady, Segment, SlotOpen, StepPlan, StepResult
 from rorqual.sampling import SamplingParams
 from tests.harness.ranks import RankUnderTest
 from tests.harness.system import IDS_CONFIG, make_checkpoint
@@ -40,6 +40,20 @@ def test_a_checkpoint_without_an_mtp_block_has_no_drafts(tmp_path: Path) -> None
     assert not asked.has_mtp
     assert asked.drafts_max == 0
     assert asked.wire_id == without.wire_id
+
+
+@pytest.mark.slow
+def test_drafts_that_are_required_and_not_to_be_had_are_refused_before_weights_are_read(
+    tmp_path: Path,
+) -> None:
+    rank = RankUnderTest(make_checkpoint(tmp_path, WITHOUT_MTP, name="m"), drafts_max=2, drafts_required=True)
+    try:
+        first = rank.receive()
+    finally:
+        rank.close()
+    assert isinstance(first, RankFailed), first
+    assert first.message.startswith("--drafts 2: ")
+    assert "has no MTP block" in first.message
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -193,6 +193,35 @@ def test_sequences_whose_drafts_are_accepted_get_more_of_them_than_others() -> N
     assert sum(sum(counts[:4]) for counts in late) > 5 * sum(sum(counts[4:]) for counts in late)
 
 
+class Hiccup:
+    """One step takes a hundred times what such a step takes."""
+
+    def __init__(self, number: int) -> None:
+        self._inner = AdaptiveDrafts(4)
+        self._left = number
+
+    def choose(self, rooms: Sequence[DraftRoom], *, rows_max: int) -> list[int]:
+        return self._inner.choose(rooms, rows_max=rows_max)
+
+    def learn(self, outcomes: Sequence[Outcome], *, num_sequences: int, step_ms: float | None) -> None:
+        assert step_ms is not None
+        self._left -= 1
+        self._inner.learn(
+            outcomes, num_sequences=num_sequences, step_ms=step_ms * (100 if self._left == 0 else 1)
+        )
+
+    def forget(self, key: SequenceKey) -> None:
+        self._inner.forget(key)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 9, 17, 40])
+@pytest.mark.parametrize(("cost", "rate"), [(CHEAP, 0.9), (MIDDLE, 0.7), (DEAR, 0.7)])
+def test_one_very_slow_step_spoils_nothing_and_be_it_the_first(number: int, cost: Cost, rate: float) -> None:
+    """As a first step is that touches memory for the first time."""
+    found = ride(Hiccup(number), batch=8, rate=lambda *_: rate, cost=cost, steps=200)
+    assert found.speed(first=60) >= 0.95 * best_fixed(8, rate, cost)
+
+
 def test_the_choice_does_not_flap() -> None:
     """At a rate where one draft more gives as much as it takes."""
     even = linear(9, 1, 0.5, 0.5)
@@ -200,6 +229,29 @@ def test_the_choice_does_not_flap() -> None:
     found = ride(AdaptiveDrafts(4), batch=1, rate=lambda *_: rate, cost=even, steps=1000)
     changes = sum(first != second for first, second in itertools.pairwise(found.counts[100:]))
     assert changes < 200
+
+
+@pytest.mark.parametrize(("rate", "least", "most"), [(0.05, 0, 1), (0.95, 16, 32)])
+def test_where_no_step_is_ever_timed_the_rates_alone_decide_after_a_while(
+    rate: float, least: int, most: int
+) -> None:
+    """As on a worker that computes prompts in every step."""
+    policy = AdaptiveDrafts(4)
+    rooms = [DraftRoom(key=SequenceKey(key), drafts_max=4) for key in range(8)]
+    rng = random.Random(0)
+    totals: list[int] = []
+    for _ in range(400):
+        counts = policy.choose(rooms, rows_max=256)
+        totals.append(sum(counts))
+        outcomes: list[Outcome] = []
+        for room, count in zip(rooms, counts, strict=True):
+            hits = len(list(itertools.takewhile(lambda _: rng.random() < rate, range(count))))
+            outcomes.append(Outcome(key=room.key, num_drafts=count, num_accepted=hits))
+        policy.learn(outcomes, num_sequences=8, step_ms=None)
+    assert least <= sum(totals[100:]) / 300 <= most
+    # And once some are timed, what they took counts.
+    dear = ride(policy, batch=8, rate=lambda *_: rate, cost=DEAR, steps=300)
+    assert dear.speed(first=150) >= 0.97 * best_fixed(8, rate, DEAR)
 
 
 def test_a_sequence_that_has_ended_is_forgotten_and_what_comes_of_it_later_counts_for_all() -> None:
@@ -290,6 +342,17 @@ def test_one_step_that_took_very_long_changes_little() -> None:
     before = found.step_ms(4, 2, 8)
     found.learn(num_sequences=4, rounds=2, num_drafts=8, step_ms=100 * before)
     assert found.step_ms(4, 2, 8) < 1.1 * before
+
+
+def test_that_all_steps_take_ten_times_as_long_from_now_on_is_believed() -> None:
+    found = costs_of(7, 1.5, 2, 0.25)
+    before = found.step_ms(4, 2, 8)
+    for _ in range(20):
+        found.learn(num_sequences=4, rounds=2, num_drafts=8, step_ms=10 * before)
+    assert found.step_ms(4, 2, 8) > 1.15 * before
+    for _ in range(500):
+        found.learn(num_sequences=4, rounds=2, num_drafts=8, step_ms=10 * before)
+    assert found.step_ms(4, 2, 8) > 6 * before
 
 
 def test_no_cost_is_ever_below_nothing() -> None:

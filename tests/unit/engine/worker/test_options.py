@@ -28,7 +28,9 @@ def test_a_rank_of_any_role_keeps_what_the_drafts_asked_for_need(
 ) -> None:
     options, _ = parse_options(["--model", "m", *argv])
     assert options.drafts == drafts
-    assert rank_settings(options, CONFIG, role).drafts_max == drafts_max
+    settings = rank_settings(options, CONFIG, role)
+    assert settings.drafts_max == drafts_max
+    assert settings.drafts_required == (drafts in (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("value", ["5", "-1", "many", "1.5"])

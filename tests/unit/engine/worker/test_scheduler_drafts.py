@@ -247,6 +247,27 @@ def test_the_policy_hears_of_every_outcome_and_of_the_time_of_plain_decodes() ->
     assert all(0 <= item.num_accepted <= item.num_drafts <= 4 for item in policy.outcomes)
 
 
+def test_the_policy_does_not_hear_of_the_time_of_a_step_that_had_nothing_left_to_compute() -> None:
+    """It takes next to none. Were it learned as a decode's, every plain decode would seem to be cheap."""
+    policy = AnyDrafts(1)
+    bench = Bench(drafts_max=4, policy=policy, plans_inflight_max=2)
+    bench.rank.drafts_well = well
+    for key, max_tokens in enumerate((9, 14, 23, 30)):
+        computed: list[int] = []
+        policy.timed.clear()
+        bench.open(key, [5], max_tokens, ignore_eos=True)
+        while not bench.scheduler.is_idle:
+            before = bench.rank.num_tokens_computed
+            bench.send()
+            bench.send()
+            bench.receive()
+            computed.append(bench.rank.num_tokens_computed - before)
+        # The first computes the prompt as it opens the slot.
+        assert [ms is not None for _, ms in policy.timed[1:]] == [rows > 0 for rows in computed[1:]]
+        assert [number for number, _ in policy.timed[1:]] == [int(rows > 0) for rows in computed[1:]]
+    assert 0 in computed
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -106,7 +106,9 @@ def test_every_weight_but_the_indexers_and_the_bias_gets_a_gradient(
         config, weights, numerics=Numerics.FLOAT32, dense=True, kernels=training_kernels()
     )
     sequences = source.batch(0, 0, phase(used=0.5))
-    result = train_step(model, sequences, LossOptions(indexer_weight=0.3, second_draft=True), torch.Generator().manual_seed(1))
+    result = train_step(
+        model, sequences, LossOptions(indexer_weight=0.3, second_draft=True), torch.Generator().manual_seed(1)
+    )
     result.loss.backward()
     for name, grad in optimiser.named_grads.items():
         assert bool(grad.abs().sum() > 0) == (not name.endswith("gate.bias")), name
