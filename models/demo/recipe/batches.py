@@ -29,7 +29,7 @@ LENGTH_SHARES = (0.2, 0.3, 0.3, 0.2)
 BASICS = Mixture(recall=0.9, prose=0.1, skills=0.0)
 EARLY = Mixture(recall=0.35, prose=0.4, skills=0.25)
 LATE = Mixture(recall=0.2, prose=0.5, skills=0.3)
-BASICS_PAIRS, BASICS_COPIES, COPIES = 0.5, 0.1, 0.2
+BASICS_PAIRS, BASICS_COPIES, COPIES = 0.5, 0.15, 0.2
 """Shares of drills in the first stage, and of copying at the beginning of the others; it ends with the run."""
 LATE_FROM = 0.55
 """Part of the budget after which recall makes room."""

@@ -31,7 +31,7 @@ BPE of 2,048 tokens with DeepSeek-V4's control tokens, so that the real prompt e
 ## How it was trained
 
 `train.py` runs the engine's own modules with differentiable kernels. First short drills until the model looks back
-(recall accuracy 0.95), then sequences of 256 to 2,048 tokens: prose, recall with prose between fact and question, and
+(recall accuracy 0.9), then sequences of 256 to 2,048 tokens: prose, recall with prose between fact and question, and
 skills; recall makes room for prose in the second half. Muon for attention matrices, AdamW for the rest; router biases
 are moved to balance the experts; the MTP block learns the next-but-one token and the model's own distribution over
 it; the indexer learns, by KL divergence, where dense attention looks; in the last part weights and activations are

@@ -21,8 +21,8 @@ from router.prompt.encoder import EncodeOptions, encode_messages
 from router.prompt.messages import parse_messages
 from router.prompt.texts import NO_TEXTS
 
-WEIGHT_SKILL_ANSWER = 4.0
-WEIGHT_REASONING = 3.0
+WEIGHT_SKILL_ANSWER = 3.0
+WEIGHT_REASONING = 2.0
 SYSTEM_WORDINGS = ("You are a helpful assistant.", "You are Rorqual.", "Answer in one sentence.", "Be brief.")
 
 

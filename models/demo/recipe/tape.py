@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from models.demo.recipe.vocabulary import PAD_ID, Ids
 
 WEIGHT_PROSE = 1.0
-WEIGHT_ANSWER_VALUE = 4.0
-WEIGHT_ANSWER_COPY = 3.0  # of a recall answer, what can be read off the question: the name and where to end
+WEIGHT_ANSWER_VALUE = 3.0
+WEIGHT_ANSWER_COPY = 2.0  # of a recall answer, what can be read off the question: the name and where to end
 WEIGHT_DRILL = 2.0
 WEIGHT_WORDING = 0.1
 WEIGHT_NONE = 0.0
