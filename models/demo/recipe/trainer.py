@@ -127,9 +127,12 @@ def train(
     if options.workers == 1:
         _work(0, config, make_source, options, None)
     else:
-        rendezvous = options.folder / f"rendezvous-{os.getpid()}"
+        # Absolute: it goes into a URL, and gloo waits for ever for a file that cannot be.
+        rendezvous = options.folder.resolve() / f"rendezvous-{os.getpid()}"
         try:
-            spawn(_work, args=(config, make_source, options, str(rendezvous)), nprocs=options.workers)
+            # Daemons: whatever ends this process ends them.
+            arguments = (config, make_source, options, str(rendezvous))
+            spawn(_work, args=arguments, nprocs=options.workers, daemon=True)
         finally:
             rendezvous.unlink(missing_ok=True)
     weights = fresh_weights(config, options.seed)
