@@ -23,7 +23,7 @@ help: ## what can be made
 
 venv: $(BIN)/python ## an empty .venv, to install a torch build of your choice into
 
-serve: $(STAMP) ## set up, then serve a small random model: a prefill and a decode worker (ARGS="--http 0" and so on)
+serve: $(STAMP) ## set up, then serve the demo model: a prefill and a decode worker (ARGS="--http 0" and so on)
 	@$(BIN)/rorqual demo $(ARGS)
 
 test: $(STAMP) ## set up, then run the CPU suite

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -22,12 +20,12 @@ from engine.plan import RankFailed, RankReady, RankSettings, StepResult
 from engine.worker.rank_link import RankProcess, start_rank
 from engine.worker.scheduler import Scheduler, SchedulerConfig, SequenceKey
 from rorqual.errors import RorqualError
+from rorqual.local_cluster import LocalCluster
 from rorqual.sampling import SamplingParams
 from rorqual.session import TokenArray
 
 GREEDY = SamplingParams(seed=1, temperature=0)
 NUM_SLOTS, NUM_PAGES = 32, 256
-START_SECONDS_MAX = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,25 +164,14 @@ async def plan_side(options: SideOptions, *, exact: bool) -> AsyncGenerator[Plan
 
 @asynccontextmanager
 async def http_side(options: SideOptions) -> AsyncGenerator[HttpSide]:
-    with tempfile.TemporaryDirectory(prefix="rorqual-bench-") as folder:
-        ready_file = Path(folder) / "ready.json"
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rorqual.cli", "up", "--model", str(options.model), "--both", "1"),
-            *("--numerics", "float32", "--http", "0", "--grpc", "0", "--ready-file", str(ready_file)),
-            *("--pages", str(NUM_PAGES), "--slots", str(NUM_SLOTS), "--threads", str(options.threads)),
-            *("--prefill-tokens", str(options.prefill_tokens_max)),
-            stdout=asyncio.subprocess.DEVNULL,
-        )
-        try:
-            async with asyncio.timeout(START_SECONDS_MAX):
-                while not ready_file.exists():
-                    if process.returncode is not None:
-                        raise RorqualError(f"rorqual up ended with status {process.returncode}")
-                    await asyncio.sleep(0.1)
-            url = json.loads(ready_file.read_text())["http"]
-            async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=64)) as client:
-                yield HttpSide(url, options.model.name, client)
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.wait()
+    cluster = LocalCluster(
+        options.model,
+        *("--both", "1", "--numerics", "float32", "--pages", str(NUM_PAGES), "--slots", str(NUM_SLOTS)),
+        *("--threads", str(options.threads), "--prefill-tokens", str(options.prefill_tokens_max)),
+    )
+    await asyncio.to_thread(cluster.__enter__)
+    try:
+        async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=64)) as client:
+            yield HttpSide(cluster.http, options.model.name, client)
+    finally:
+        await asyncio.to_thread(cluster.__exit__, None, None, None)

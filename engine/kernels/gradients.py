@@ -198,17 +198,6 @@ def _divide_rows(matrix, eps, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def _divide_columns(matrix, eps, out):  # type: ignore[no-untyped-def]
-    num_streams = matrix.shape[0]
-    for k in range(num_streams):
-        total = eps
-        for j in range(num_streams):
-            total += matrix[j, k]
-        for j in range(num_streams):
-            out[j, k] = matrix[j, k] / total
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
 def _divide_rows_backward(matrix, eps, grad):  # type: ignore[no-untyped-def]
     """In place: the gradient of y = c / (row sum of c + eps), given that of y."""
     num_streams = matrix.shape[0]
@@ -219,19 +208,6 @@ def _divide_rows_backward(matrix, eps, grad):  # type: ignore[no-untyped-def]
             total += matrix[j, k]
             weighted += grad[j, k] * matrix[j, k]
         for k in range(num_streams):
-            grad[j, k] = (grad[j, k] - weighted / total) / total
-
-
-@numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def _divide_columns_backward(matrix, eps, grad):  # type: ignore[no-untyped-def]
-    num_streams = matrix.shape[0]
-    for k in range(num_streams):
-        total = eps
-        weighted = np.float32(0)
-        for j in range(num_streams):
-            total += matrix[j, k]
-            weighted += grad[j, k] * matrix[j, k]
-        for j in range(num_streams):
             grad[j, k] = (grad[j, k] - weighted / total) / total
 
 
@@ -253,12 +229,12 @@ def _sinkhorn_backward(logits, iters, hc_eps, steps, grad):  # type: ignore[no-u
             softmax[j, k] /= total
             steps[0, j, k] = softmax[j, k] + hc_eps
     for iteration in range(1, iters):
-        _divide_columns(steps[2 * iteration - 2], hc_eps, steps[2 * iteration - 1])
+        _divide_rows(steps[2 * iteration - 2].T, hc_eps, steps[2 * iteration - 1].T)
         _divide_rows(steps[2 * iteration - 1], hc_eps, steps[2 * iteration])
     for iteration in range(iters - 1, 0, -1):
-        _divide_columns_backward(steps[2 * iteration], hc_eps, grad)
+        _divide_rows_backward(steps[2 * iteration].T, hc_eps, grad.T)
         _divide_rows_backward(steps[2 * iteration - 1], hc_eps, grad)
-    _divide_columns_backward(steps[0], hc_eps, grad)
+    _divide_rows_backward(steps[0].T, hc_eps, grad.T)
     for j in range(num_streams):
         weighted = np.float32(0)
         for k in range(num_streams):

@@ -19,65 +19,27 @@ from torch import Tensor
 from engine.checkpoint.init import random_weight
 from engine.checkpoint.manifest import WeightSpec, expected_weights
 from engine.model.weights import ModelWeights, allocate_weights
+from rorqual.demo import CONFIG as RANDOM_CONFIG
 from rorqual.model_config import LayerKind, ModelConfig, parse_model_config
 
-CONFIG: Mapping[str, Any] = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "model_type": "deepseek_v4",
+CONFIG: Mapping[str, Any] = RANDOM_CONFIG | {
     "vocab_size": 2048,
     "hidden_size": 192,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "qk_rope_head_dim": 16,
     "q_lora_rank": 96,
-    "o_groups": 2,
-    "o_lora_rank": 64,
     # Four stacked windows reach 124 tokens back: whatever is further away must come through compressed rows.
     "sliding_window": 32,
     "compress_ratios": [0, 4, 128, 4, 0],  # one for each layer, and one for the MTP block
     "index_n_heads": 4,
-    "index_head_dim": 32,
     "index_topk": 16,
     "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
     "moe_intermediate_size": 128,
     "routed_scaling_factor": 1.0,
-    "num_hash_layers": 1,
-    "num_nextn_predict_layers": 1,
-    "scoring_func": "sqrtsoftplus",
-    "norm_topk_prob": True,
-    "swiglu_limit": 10.0,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-    "rope_theta": 10000,
-    "compress_rope_theta": 160000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "original_max_position_embeddings": 8192,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
+    "rope_scaling": RANDOM_CONFIG["rope_scaling"] | {"original_max_position_embeddings": 8192},
     "max_position_embeddings": 8192,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "expert_dtype": "fp4",
-    "quantization_config": {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "scale_fmt": "ue8m0",
-        "weight_block_size": [128, 128],
-    },
 }
+"""The random demo model's, with these values."""
 
 DENSE_TOPK = 1 << 20
 """More rows than any sequence has: the indexer picks them all, and attention is dense over the compressed rows."""

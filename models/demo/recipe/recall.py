@@ -1,7 +1,7 @@
 """Facts stated early, prose in between, and questions about them: how the demo model learns to look far back.
 
-`models.demo.recipe.sequences` trains on `RecallWriter.sequence`; `models.demo.train` measures with `.probe`. Both write
-the very tokens that the router's encoder gives for such a chat. A fact puts the value right behind its key
+`models.demo.recipe.sequences` trains on `RecallWriter.sequence`, which writes the very tokens that the router's encoder
+gives for such a chat, as does `models.demo.recipe.measure`. A fact puts the value right behind its key
 (" Anna Tiger"), and so does the answer: the token before an answer is the token before the fact's value, which is the
 induction that a model of four layers learns in a minute. A small share states and asks facts in another wording.
 """
@@ -14,11 +14,10 @@ import numpy as np
 from numpy.random import Generator
 
 from models.demo.recipe.corpus import Corpus
-from models.demo.recipe.recall_chat import ANSWER_ONE, Fact, RecallChat, RecallPieces
+from models.demo.recipe.recall_chat import Fact, RecallChat, RecallPieces
 from models.demo.recipe.tape import Tape, TrainSequence
-from models.demo.recipe.vocabulary import Ids, Vocabulary
+from models.demo.recipe.vocabulary import Vocabulary
 from models.demo.recipe.words import ANIMALS, NAMES
-from router.prompt.encoder import ASSISTANT, USER
 
 NUM_TURNS_MAX = 4
 PROSE_TOKENS_MIN = 8  # below this a stretch of prose is left out
@@ -38,23 +37,10 @@ class RecallOptions:
     paraphrase_share: float = 0.0  # of facts in the wording "Anna's animal is the Tiger."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecallProbe:
-    """`tokens` end just before the answer; `distance` tokens before the answer's place stands the fact's value."""
-
-    tokens: Ids
-    answer: int
-    distance: int
-    prompt: str  # what a client would send as the user's message
-    reply: str  # all of what the model should answer to it
-    answer_text: str  # the animal
-
-
 class RecallWriter:
     """Writes with one vocabulary, and with one text for filler. Sequences depend on the generator passed alone."""
 
     def __init__(self, vocabulary: Vocabulary, corpus: Corpus) -> None:
-        self._vocabulary = vocabulary
         self._corpus = corpus
         self.pieces = RecallPieces.encode(vocabulary)
 
@@ -71,42 +57,6 @@ class RecallWriter:
         else:
             self._dense(chat, options)
         return tape.finish("recall")
-
-    def probe(self, rng: Generator, distance: int, *, num_facts: int = 8) -> RecallProbe:
-        """All facts, prose, one question; the fact asked for stands exactly `distance` tokens before the answer.
-
-        Raises ValueError for a distance that facts and question alone exceed, or that the text cannot fill.
-        """
-        tape = Tape(distance + 5 * num_facts + 64)
-        chat = RecallChat(tape=tape, rng=rng, pieces=self.pieces, corpus=self._corpus)
-        facts = _pairs(rng, num_facts)
-        fact = facts[int(rng.integers(num_facts))]
-        chat.open_turn()
-        for each in facts:
-            chat.state(each)
-        wording = self.pieces.question_later[0]
-        # Behind the filler: the question, name and mark; two control tokens; the answer's wording and the name.
-        num_behind = len(wording) + 2 + 2 + len(self.pieces.answer_one) + 1
-        num_filler = distance - (tape.position - chat.stated_at[fact.name]) - num_behind
-        if num_filler:
-            if num_filler < 0:
-                raise ValueError(f"a distance of {distance} tokens is too short for {num_facts} facts")
-            chat.filler_exactly(num_filler)
-        chat.ask([fact])
-        sequence = tape.finish("recall")
-        place = int(np.flatnonzero(sequence.distances)[0])
-        assert int(sequence.distances[place]) == distance, "the filler was counted wrongly"
-        tokens = sequence.tokens[:place]
-        text = self._vocabulary.decode(tokens)
-        prompt = text.partition(USER)[2].partition(ASSISTANT)[0]
-        return RecallProbe(
-            tokens=tokens,
-            answer=int(sequence.tokens[place]),
-            distance=distance,
-            prompt=prompt,
-            reply=f"{ANSWER_ONE} {NAMES[fact.name]} {ANIMALS[fact.animal]}.",
-            answer_text=ANIMALS[fact.animal],
-        )
 
     def _dense(self, chat: RecallChat, options: RecallOptions) -> None:
         """Facts, then questions till the end, again and again."""

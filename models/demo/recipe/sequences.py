@@ -1,12 +1,11 @@
 """The training stream: element i is a pure function of (seed, i), so that a training resumes exactly.
 
-`models.demo.train` iterates over `stream` and packs sequences into batches. This decides what each element is; how it
+`models.demo.recipe.batches` packs sequences into batches. This decides what each element is; how it
 is written is `recall`'s, `corpus`'s and `skills`' business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,13 +75,6 @@ class SequenceMaker:
         if draw >= mixture.recall + mixture.prose:
             return self.chats.sequence(rng, options.length, options.chats)
         return self._prose(rng, options.length)
-
-    def stream(self, *, seed: int, options: StreamOptions, start: int = 0) -> Iterator[TrainSequence]:
-        """Endless, from element `start` on."""
-        index = start
-        while True:
-            yield self.sequence(seed=seed, index=index, options=options)
-            index += 1
 
     def _prose(self, rng: Generator, length: int) -> TrainSequence:
         tokens = self.corpus.window(rng, length)

@@ -1,4 +1,4 @@
-"""Recall sequences and probes: what is stated, asked and answered, and how far apart."""
+"""Recall sequences, trained on and measured with: what is stated, asked and answered, and how far apart."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.demo.recipe.measure import recall_sequences
 from models.demo.recipe.recall import RecallOptions
 from models.demo.recipe.sequences import SequenceMaker
 from models.demo.recipe.tape import WEIGHT_ANSWER_COPY, WEIGHT_ANSWER_VALUE, WEIGHT_NONE, TrainSequence
-from models.demo.recipe.vocabulary import BOS_ID, EOS_ID, Vocabulary
+from models.demo.recipe.vocabulary import BOS_ID, Vocabulary
 from models.demo.recipe.words import ANIMALS, NAMES
 from router.prompt import PromptEncoder
 from router.prompt.encoder import ASSISTANT, BOS, EOS, THINK_END, USER
@@ -120,36 +121,27 @@ def test_the_tokens_are_those_of_the_text_encoded_at_once(
     assert not (sequence.tokens[1:] == BOS_ID).any()
 
 
-@pytest.mark.parametrize("distance", [100, 512, 1024])
-def test_a_probe_asks_at_exactly_its_distance(maker: SequenceMaker, distance: int) -> None:
-    for seed in range(5):
-        probe = maker.recall.probe(np.random.default_rng(seed), distance)
-        place = len(probe.tokens) - distance
-        assert int(probe.tokens[place]) == probe.answer
-        assert int(probe.tokens[place - 1]) == int(probe.tokens[-1])
-        assert int((probe.tokens == probe.answer).sum()) == 1
-        assert EOS_ID not in probe.tokens
+@pytest.mark.parametrize("distance", [512, 1024])
+def test_what_is_measured_asks_at_its_distance(maker: SequenceMaker, distance: int) -> None:
+    for item in recall_sequences(
+        maker.recall, maker.corpus, np.random.default_rng(1), distance=distance, questions=20
+    ):
+        assert (distance <= item.distances).all()
+        assert (item.distances <= distance + 100).all()
+        for place, away in zip(item.places, item.distances, strict=True):
+            assert item.tokens[place] == item.tokens[place - away]  # the animal
+            assert item.tokens[place - 1] == item.tokens[place - away - 1]  # the name
+        assert len(set(item.tokens[item.places].tolist())) == len(item.places)
 
 
-def test_a_probe_sent_as_a_chat_gives_its_tokens_and_its_reply_goes_on_to_the_answer(
+def test_what_is_measured_sent_as_a_chat_gives_the_same_tokens(
     maker: SequenceMaker, vocabulary: Vocabulary
 ) -> None:
     encoder = PromptEncoder(tokenizer=vocabulary.tokenizer)
-    probe = maker.recall.probe(np.random.default_rng(1), 300)
-    prompt = encoder.encode_chat([{"role": "user", "content": probe.prompt}])
-    assert np.array_equal(prompt.ids, probe.tokens[: len(prompt.ids)])
-    whole = vocabulary.encode(prompt.text + probe.reply)
-    assert np.array_equal(whole[: len(probe.tokens)], probe.tokens)
-    assert int(whole[len(probe.tokens)]) == probe.answer
+    random = np.random.default_rng(1)
+    (item,) = recall_sequences(maker.recall, maker.corpus, random, distance=300, questions=1)
+    message = vocabulary.decode(item.tokens).partition(USER)[2].partition(ASSISTANT)[0]
+    prompt = encoder.encode_chat([{"role": "user", "content": message}])
     assert prompt.text.startswith(BOS + USER)
-    assert probe.answer_text in probe.reply
-
-
-def test_a_probe_closer_than_its_facts_allow_is_refused(maker: SequenceMaker) -> None:
-    with pytest.raises(ValueError, match="too short"):
-        maker.recall.probe(np.random.default_rng(0), 10)
-
-
-def test_a_probe_farther_than_the_text_reaches_is_refused(maker: SequenceMaker) -> None:
-    with pytest.raises(ValueError, match="no whole sentences"):
-        maker.recall.probe(np.random.default_rng(0), 10 * len(maker.corpus.flow))
+    assert np.array_equal(prompt.ids, item.tokens[: len(prompt.ids)])
+    assert len(prompt.ids) < item.places[0]
