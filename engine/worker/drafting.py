@@ -10,22 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from engine.worker.draft_costs import StepCosts
+from engine.worker.draft_costs import BatchCosts, StepCosts
 from engine.worker.events import SequenceKey
 
 DraftsOption = int | Literal["auto"]
 """What `--drafts` says: a fixed number, 0 for none, or "auto"."""
 
 FIRST_STEPS = 9
-"""So many timed steps try everything before anything is chosen."""
+"""So many timed steps of a size of batch try everything before anything is chosen."""
 TRIES_MAX = 36
-"""So many steps try everything at most. Where every step computes prompts too, none is ever timed: then the guess of
-what drafts cost, and the rates that were seen, have to do."""
+"""So many steps of it try everything at most. Where every step computes prompts too, none is ever timed: then the guess
+of what drafts cost, and the rates that were seen, have to do."""
 PROBE_SHARE = 0.01
 """Of all time: what may be lost by trying something else than what is best."""
 PROBE_EVERY = 12
 """Steps between two such tries, at least."""
 HYSTERESIS = 0.03
+GAIN_MIN = 0.05
+"""What drafting must promise over not drafting, in speed, before it is begun; what it promises on average, steps give
+unevenly, and what costs the host and the router more work for nothing is not worth it."""
+GAIN_KEPT = 0.02
+"""What it must promise to go on."""
 RATE_KEPT = 0.97
 """What a draft counts when the next step is chosen: about 33 steps are remembered."""
 RATE_PULL = 3.0
@@ -105,7 +110,7 @@ class AdaptiveDrafts:
 
     def __init__(self, drafts_max: int) -> None:
         self._drafts_max = drafts_max
-        self._costs = StepCosts(rounds_max=drafts_max)
+        self._costs = BatchCosts(rounds_max=drafts_max)
         self._all = _Acceptance(num_trials=RATE_TRIALS, num_accepted=RATE_TRIALS * RATE_GUESS)
         self._own: dict[SequenceKey, _Track] = {}
         self._step = 0
@@ -117,7 +122,9 @@ class AdaptiveDrafts:
         self._step += 1
         tracks = [self._own.setdefault(room.key, _Track()) for room in rooms]
         limits = [min(room.drafts_max, self._drafts_max) for room in rooms]
-        if self._costs.num_learned < FIRST_STEPS and self._step <= TRIES_MAX:
+        costs = self._costs.of(len(rooms))
+        costs.num_asked += 1
+        if costs.num_learned < FIRST_STEPS and costs.num_asked <= TRIES_MAX:
             counts = self._try(limits, rows_max)
         else:
             counts = self._choose_best(tracks, limits, rows_max)
@@ -134,7 +141,7 @@ class AdaptiveDrafts:
         self._all.keep_trials(RATE_TRIALS)
         if step_ms is not None and num_sequences:
             counts = [outcome.num_drafts for outcome in outcomes]
-            self._costs.learn(
+            self._costs.of(num_sequences).learn(
                 num_sequences=num_sequences,
                 rounds=max(counts, default=0),
                 num_drafts=sum(counts),
@@ -165,7 +172,7 @@ class AdaptiveDrafts:
         overall = self._all.rate(pull=0.0, towards=0.0)
         rates = [track.acceptance.rate_at(self._step, pull=RATE_PULL, towards=overall) for track in tracks]
         before = [track.num_drafts for track in tracks]
-        best = best_counts(rates, limits, before, self._costs, rows_max=rows_max)
+        best = best_counts(rates, limits, before, self._costs.of(len(tracks)), rows_max=rows_max)
         tokens, ms = self._expected(best, rates)
         self._allowance_ms += PROBE_SHARE * ms
         if self._step - self._last_probe < PROBE_EVERY:
@@ -207,7 +214,7 @@ class AdaptiveDrafts:
         tokens = sum(
             (1 - rate ** (count + 1)) / (1 - rate) for rate, count in zip(rates, counts, strict=True)
         )
-        return tokens, self._costs.step_ms(len(counts), max(counts), sum(counts))
+        return tokens, self._costs.of(len(counts)).step_ms(len(counts), max(counts), sum(counts))
 
 
 def best_counts(
@@ -220,7 +227,8 @@ def best_counts(
 ) -> list[int]:
     """Drafts for each sequence, most tokens per time. With so many rounds paid for, one draft costs what any other
     does, so those that give most come first; and a draft is less likely to be accepted than the one before it. What
-    was drafted `before` counts a little more, so that near a tie the choice stays what it is."""
+    was drafted `before` counts a little more, so that near a tie the choice stays what it is; and drafting at all must
+    promise more than a little."""
     gains: list[tuple[float, int, int]] = []
     for index, (rate, limit, kept) in enumerate(zip(rates, limits, before, strict=True)):
         gain = 1.0
@@ -229,7 +237,8 @@ def best_counts(
             gains.append((gain * (1 + HYSTERESIS) if depth <= kept else gain, depth, index))
     gains.sort(key=lambda item: (-item[0], item[1]))
     num_sequences = len(rates)
-    best_speed = num_sequences / costs.base_ms(num_sequences, 0)
+    gain_least = GAIN_KEPT if any(before) else GAIN_MIN
+    best_speed = (1 + gain_least) * num_sequences / costs.base_ms(num_sequences, 0)
     best_rounds = best_drafts = 0
     for rounds in range(1, max(limits, default=0) + 1):
         tokens, ms, draft_ms = (

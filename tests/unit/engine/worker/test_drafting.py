@@ -155,9 +155,12 @@ def test_so_they_do_with_any_costs(
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.9])
-def test_where_nothing_pays_finding_that_out_costs_less_than_two_percent(batch: int, rate: float) -> None:
-    found = ride(AdaptiveDrafts(4), batch=batch, rate=lambda *_: rate, cost=DEAR, steps=1500)
-    assert found.speed(first=10) >= 0.98 * best_fixed(batch, rate, DEAR)
+@pytest.mark.parametrize(("cost", "first"), [(DEAR, 10), (linear(1, 0.5, 6, 1), 40)])
+def test_where_nothing_pays_finding_that_out_costs_less_than_two_percent(
+    batch: int, rate: float, cost: Cost, first: int
+) -> None:
+    found = ride(AdaptiveDrafts(4), batch=batch, rate=lambda *_: rate, cost=cost, steps=1500)
+    assert found.speed(first=first) >= 0.98 * best_fixed(batch, rate, cost)
     assert any(sum(counts) for counts in found.counts[100:]), "it never tries again"
 
 
@@ -315,7 +318,34 @@ def test_the_best_choice_is_as_good_as_any(
     found = best_counts(rates, limits, [0] * len(rates), model, rows_max=rows_max)
     every = itertools.product(range(4), repeat=len(rates))
     # Where the factors of rounds differ, a draft that nobody wants can make a step seem shorter.
-    assert speed(found) >= 0.98 * max(speed(counts) for counts in every if sum(counts) <= rows_max)
+    best = max(speed(counts) for counts in every if sum(counts) <= rows_max)
+    plain = speed([0] * len(rates))
+    # What is better by a little only is left.
+    assert speed(found) >= (0.98 * best if any(found) or best > 1.08 * plain else plain)
+
+
+@pytest.mark.parametrize(("gain", "begins", "goes_on"), [(1.01, 0, 0), (1.035, 0, 1), (1.08, 1, 1)])
+def test_drafting_must_promise_more_to_be_begun_than_to_go_on(gain: float, begins: int, goes_on: int) -> None:
+    model = costs_of(8, 1, 0.5, 0.5)
+    rate = gain * 10 / 9 - 1  # one draft makes 9 ms into 10
+    assert best_counts([rate], [1], [0], model, rows_max=8) == [begins]
+    assert best_counts([rate], [1], [1], model, rows_max=8) == [goes_on]
+
+
+def test_costs_that_grow_with_the_batch_are_told_apart_in_bursts() -> None:
+    """Among few rows drafts are cheap, among many as dear as tokens: as where a device is busy from some size on."""
+
+    def cost(batch: int, rounds: int, drafts: int) -> float:
+        return 10 + rounds + 0.1 * (batch + drafts) + 1.2 * max(0, batch + drafts - 12)
+
+    policy = AdaptiveDrafts(4)
+    speeds: dict[int, list[Ride]] = {1: [], 4: [], 16: []}
+    for burst in range(6):
+        for batch, rides in speeds.items():
+            rides.append(ride(policy, batch=batch, rate=lambda *_: 0.7, cost=cost, steps=60, seed=burst))
+    for batch, rides in speeds.items():
+        found = sum(item.speed() for item in rides[1:]) / len(rides[1:])
+        assert found >= 0.97 * best_fixed(batch, 0.7, cost), f"batch {batch}"
 
 
 def costs_of(c0: float, c1: float, c2: float, c3: float) -> StepCosts:
