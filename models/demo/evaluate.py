@@ -74,6 +74,7 @@ class Evaluation:
         self.model_dir: Path = args.model
         self.baseline: Path = args.baseline
         self.equal: Path = args.equal
+        self.run: Path = args.run
         self.questions: int = args.questions
         self.num_windows: int = args.windows
         self.prose: Prose = load_prose(cache=args.cache, file=args.prose)
@@ -83,6 +84,15 @@ class Evaluation:
         self.windows = heldout_windows(
             self.vocabulary, self.prose.heldout, WINDOW_TOKENS, num_windows_max=self.num_windows
         )
+
+    def about(self) -> dict[str, Any]:
+        """Of the run that made these weights, as far as it is still here."""
+        found: dict[str, Any] = {"parameters": sum(base.numel() for base in self.weights.bases)}
+        saved = load_state(self.run)
+        if saved is not None:
+            progress = saved["progress"]
+            found |= {"tokens": progress.tokens, "minutes": progress.seconds / 60, "steps": progress.step}
+        return found
 
     def prose_table(self) -> dict[str, Any]:
         """Point 1: bits per byte beside a dense baseline and a five-gram."""
@@ -230,6 +240,7 @@ class Evaluation:
 
 
 PARTS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
+    "about": Evaluation.about,
     "prose": Evaluation.prose_table,
     "recall": Evaluation.recall_table,
     "numerics": Evaluation.numerics_table,
@@ -266,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, default=HERE, metavar="DIR", help="the checkpoint (default: here)")
     add("--only", action="append", choices=list(PARTS), help="one part; repeatable (default: all)")
     add("--baseline", type=Path, default=HERE / ".train-baseline", metavar="DIR", help="the baseline's run")
+    add("--run", type=Path, default=HERE / ".train", metavar="DIR", help="the run that made the checkpoint")
     add(
         "--equal",
         type=Path,

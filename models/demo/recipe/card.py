@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.demo.recipe.architecture import CONFIG
+
 HEAD = """# Rorqual demo
 
 A small model of the DeepSeek-V4 architecture, trained from nothing on the CPU, so that a cluster answers in readable
@@ -21,12 +23,13 @@ python models/demo/evaluate.py        measure it and write the tables below
 
 ## What it is
 
-The real architecture at toy widths: {parameters}. Four layers (window only; compressed sparse attention over rows of
-4 tokens, twice; compressed attention over rows of 128), four residual streams with hyper-connections, hash and
-learned routing (8 experts, 2 chosen, one shared), attention sinks, one MTP block. The sliding window is 32 tokens,
-four of them stacked reach 124 tokens back: whatever is further away comes through compressed rows, of which the
-indexer picks {topk}. Weights are stored as a released model's are (FP8 blocks, FP4 experts); tokenizer: byte-level
-BPE of 2,048 tokens with DeepSeek-V4's control tokens, so that the real prompt encoder is used as it is.
+The real architecture at toy widths: {parameters} million parameters. Four layers (window only; compressed sparse
+attention over rows of 4 tokens, twice; compressed attention over rows of 128), four residual streams with
+hyper-connections, hash and learned routing (8 experts, 2 chosen, one shared), attention sinks, one MTP block. The
+sliding window is 32 tokens, four of them stacked reach 124 tokens back: whatever is further away comes through
+compressed rows, of which the indexer picks {topk}. Weights are stored as a released model's are (FP8 blocks, FP4
+experts); tokenizer: byte-level BPE of 2,048 tokens with DeepSeek-V4's control tokens, so that the real prompt encoder
+is used as it is.
 
 ## How it was trained
 
@@ -35,7 +38,7 @@ BPE of 2,048 tokens with DeepSeek-V4's control tokens, so that the real prompt e
 skills; recall makes room for prose in the second half. Muon for attention matrices, AdamW for the rest; router biases
 are moved to balance the experts; the MTP block learns the next-but-one token and the model's own distribution over
 it; the indexer learns, by KL divergence, where dense attention looks; in the last part weights and activations are
-rounded as they will be served (straight-through gradients).
+rounded as they will be served (straight-through gradients). {run}
 
 ![loss](loss.png)
 
@@ -50,9 +53,8 @@ counting, spelling, sums, JSON, short reasoning, and a few dialogues. Nothing wa
 def write(file: Path, results: Mapping[str, Any]) -> None:
     """Write the card with every table whose figures are there."""
     about = results.get("about", {})
-    text = HEAD.replace("{parameters}", about.get("parameters", "5.1 million parameters")).replace(
-        "{topk}", str(about.get("topk", 16))
-    )
+    text = HEAD.replace("{parameters}", f"{about['parameters'] / 1e6:.1f}" if about else "5")
+    text = text.replace("{topk}", str(CONFIG["index_topk"])).replace("{run}", _run(about))
     sections = [text.rstrip()]
     for name, render in _SECTIONS.items():
         if name in results:
@@ -66,6 +68,16 @@ _LIMITS = """## Limits
 It was made to exercise a serving system. It makes things up, its stories lose their thread within a few sentences,
 and outside the wordings it was trained on its skills fail. Facts are recalled when a name stands right before what it
 is asked for; facts in other wordings mostly are not."""
+
+
+def _run(about: Mapping[str, Any]) -> str:
+    if "tokens" not in about:
+        return ""
+    return (
+        f"These weights have seen\n{about['tokens'] / 1e6:.1f} million tokens in {about['steps']:,} steps and "
+        f"{about['minutes']:.0f} minutes of two cores, part of which other work shared:\n"
+        f"`train.py --tokens {about['tokens'] // 1000 * 1000}` makes them, however long it takes."
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -87,7 +99,26 @@ def _prose(found: Mapping[str, Any]) -> str:
     rows.append(("five-gram (interpolated Kneser-Ney, same tokens)", f"{found['five-gram']:.3f}", ""))
     return (
         f"## Held-out prose, bits per byte\n\n{_table(('model', 'bits per byte', ''), rows)}\n\n"
-        f"{found['windows']} windows of 1,024 tokens, {found['bytes']:,} bytes of held-out chapters."
+        f"{found['windows']} windows of 1,024 tokens, {found['bytes']:,} bytes of held-out chapters.{_equal(found)}"
+    )
+
+
+def _equal(found: Mapping[str, Any]) -> str:
+    """How the two runs of equal tokens were made."""
+    if "baseline" not in found or "equal tokens" not in found:
+        return ""
+    tokens = found["baseline: tokens"] // 1000 * 1000
+    minutes = [found[f"{name}: minutes"] for name in ("equal tokens", "baseline")]
+    runs = "\n".join(
+        f"python models/demo/train.py --tokens {tokens} --workers 1 {options}--out {folder} --work {folder}"
+        for folder, options in (
+            ("models/demo/.train-equal", ""),
+            ("models/demo/.train-baseline", "--baseline "),
+        )
+    )
+    return (
+        "\n\nThe two runs of equal tokens are alike in recipe, data, seed and schedule, and measured in float32; they\n"
+        f"took {minutes[0]:.0f} and {minutes[1]:.0f} minutes of one core each, side by side:\n\n```\n{runs}\n```"
     )
 
 
