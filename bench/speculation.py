@@ -1,17 +1,21 @@
 """Where drafts pay: decode speed through the whole system for 0 to 4 drafts a step and for adaptive ones, by batch.
 
 `python -m bench.speculation` (about 10 minutes): one `rorqual up --both 1` for each arm, all alive at once, asked in
-turn, round after round, so that whatever else the machine does meets all arms alike. An arm's figure is the median over
-rounds of its speed over the same round's speed without drafts. Writes a table, JSON and a plot.
+turn, round after round, so that whatever else the machine does meets all arms alike. As many clients as the batch ask
+one completion after the other, and tokens are counted by the worker over a window in which all of them do: the end of a
+batch, when the slowest sequences run alone, is no measure of a batch. An arm's figure is the median over rounds of its
+speed over the same round's speed without drafts. Writes a table, JSON and a plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +28,8 @@ from rorqual.local_cluster import LocalCluster
 
 ARMS = ("0", "1", "2", "3", "4", "auto")
 BATCHES = (1, 2, 4, 8, 16)
+WARM_SECONDS = 0.3
+"""Until every client has begun."""
 OPENINGS = (
     "Emma was very much pleased with",
     "It was a fine morning in the country, and",
@@ -52,8 +58,8 @@ class Measure:
     batch: int
     temperature: float
     round: int
-    tokens_per_second: float  # of all sequences together, prompts included
-    tokens_per_step: float  # and sequence, in steps that had drafts; 1 without
+    tokens_per_second: float  # of all sequences together, beside the prompts of new ones
+    tokens_per_step: float  # and sequence: 1 and the drafts accepted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             clusters[arm] = stack.enter_context(LocalCluster(args.model, *options, "--drafts", arm))
             print(f"bench.speculation: arm {arm} is up", flush=True)
         for arm, cluster in clusters.items():
-            _serve(cluster, arm=arm, batch=2, temperature=0.0, max_tokens=16, number=-1)  # warm
+            _serve(cluster, arm=arm, batch=2, temperature=0.0, args=args, number=-1)  # warm
         for number in range(args.rounds):
             measures += _round(clusters, args, number)
             print(f"bench.speculation: round {number + 1} of {args.rounds}", flush=True)
@@ -95,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--rounds", type=int, default=5, metavar="N", help="of everything (default 5)")
     add("--tokens", type=int, default=96, metavar="N", help="of each completion (default 96)")
+    add("--seconds", type=float, default=1.2, metavar="S", help="of each window (default 1.2)")
     add("--threads", type=int, default=1, metavar="N", help="compute threads of a worker (default 1)")
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="values of --drafts (default: all)")
     add("--batches", nargs="+", type=int, default=list(BATCHES), metavar="N", help="sequences at once")
@@ -112,7 +119,7 @@ def _round(clusters: dict[str, LocalCluster], args: argparse.Namespace, number: 
             arm=arm,
             batch=batch,
             temperature=temperature,
-            max_tokens=args.tokens,
+            args=args,
             number=number,
         )
         for temperature in args.temperatures
@@ -122,37 +129,51 @@ def _round(clusters: dict[str, LocalCluster], args: argparse.Namespace, number: 
 
 
 def _serve(
-    cluster: LocalCluster, *, arm: str, batch: int, temperature: float, max_tokens: int, number: int
+    cluster: LocalCluster,
+    *,
+    arm: str,
+    batch: int,
+    temperature: float,
+    args: argparse.Namespace,
+    number: int,
 ) -> Measure:
-    before = cluster.metrics()
-    bodies: list[dict[str, Any]] = [
-        {
-            "prompt": OPENINGS[index % len(OPENINGS)],
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": (number + 1) * 100 + index,
-            "ignore_eos": True,
-        }
-        for index in range(batch)
-    ]
-    began = time.perf_counter()
+    is_over = threading.Event()
+
+    def client(index: int) -> None:
+        for turn in itertools.count():
+            if is_over.is_set():
+                return
+            body: dict[str, Any] = {
+                "prompt": OPENINGS[(index + turn) % len(OPENINGS)],
+                "max_tokens": args.tokens,
+                "temperature": temperature,
+                "seed": (number + 1) * 10_000 + 100 * index + turn,
+                "ignore_eos": True,
+            }
+            answer = cluster.ask("/v1/completions", body)
+            assert answer["usage"]["completion_tokens"] == args.tokens
+
     with ThreadPoolExecutor(batch) as pool:
-        answers = list(pool.map(cluster.ask, ["/v1/completions"] * batch, bodies))
-    seconds = time.perf_counter() - began
-    after = cluster.metrics()
-    assert all(answer["usage"]["completion_tokens"] == max_tokens for answer in answers)
+        clients = [pool.submit(client, index) for index in range(batch)]
+        time.sleep(WARM_SECONDS)
+        began, before = time.perf_counter(), cluster.metrics()
+        time.sleep(args.seconds)
+        seconds, after = time.perf_counter() - began, cluster.metrics()
+        is_over.set()
+        for item in clients:
+            item.result()
 
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
 
-    steps = grown("rorqual_worker_decode_tokens_count")
+    generated = grown("rorqual_worker_tokens_generated_total")
     return Measure(
         arm=arm,
         batch=batch,
         temperature=temperature,
         round=number,
-        tokens_per_second=batch * max_tokens / seconds,
-        tokens_per_step=grown("rorqual_worker_decode_tokens_sum") / steps if steps else 1.0,
+        tokens_per_second=generated / seconds,
+        tokens_per_step=generated / (generated - grown("rorqual_worker_drafts_accepted_total")),
     )
 
 

@@ -85,7 +85,8 @@ def _run(args: argparse.Namespace) -> int:
     work: Path = args.work or out / (".train-baseline" if args.baseline else ".train")
     if args.fresh:
         shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
+    for folder in (work, out):
+        folder.mkdir(parents=True, exist_ok=True)
     prose = load_prose(cache=args.cache, file=args.prose)
     config = demo_config()
     if args.baseline:
