@@ -22,8 +22,8 @@ _FLAGS = 0xD1B54A32D192ED03
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 
-VECTOR_MIN = 48
-"""From so many entries on numpy is faster than one by one (20 us a call beside 0.6 us an entry)."""
+VECTOR_MIN = 12
+"""From so many entries on numpy is faster than one by one (11 us a call beside 1 us an entry)."""
 
 
 def digest_of(keys: bytes, flags: bytes) -> int:
