@@ -31,8 +31,8 @@ CHANGE_FLAGS = bytes(
 )
 """What a changed entry can say: its flags before in the upper four bits, its flags from now on in the lower."""
 
-PART_ENTRIES_MAX = 8192
-"""Entries of one snapshot part or one delta: 139 KB on the wire, and a few milliseconds of a router's time."""
+PART_ENTRIES_MAX = 4096
+"""Entries of one snapshot part or one delta: 70 KB on the wire, and a few milliseconds of a router's time."""
 
 CONTENT_ENTRIES_MAX = 1 << 22
 """Entries of one worker's content: a thousand million tokens. A feed that claims more is absurd."""

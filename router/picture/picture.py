@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from rorqual.errors import Overloaded
 from rorqual.feed import ABSENT, KEY_BYTES
-from router.picture.found import I32, Found, deepest_S
-from router.picture.holders import SLOTS_MAX, Holders
+from router.picture.found import I32, Found, deepest_W
+from router.picture.holders import SLOTS_MAX, Bits, Holders
 from router.picture.slots import NOTHING, Slots
 from router.picture.table import U64, KeyTable
 
@@ -105,15 +105,17 @@ class Picture:
     def look_up(self, keys: Sequence[bytes]) -> Found:
         """How far every worker's content reaches into a prompt with these page keys. Arrays are as long as the largest
         index that ever joined; who has left counts as empty."""
-        pages_S, tail_S, num_pages = self._depths(_shorts(b"".join(keys)))
+        pages_DS, tails_DS = self._reach(_shorts(b"".join(keys)))
         slot_W = self._slot_host[: self._num_indexes]
-        return Found(pages_W=pages_S[slot_W], tail_W=tail_S[slot_W], num_pages=num_pages)
+        return Found(
+            pages_W=deepest_W(pages_DS, slot_W), tail_W=deepest_W(tails_DS, slot_W), num_pages=len(pages_DS)
+        )
 
     def tend(self) -> bool:
         """A chunk of the work that is left over: 0.3 ms, or nothing. For when the router is idle; whoever never calls
         it pays with each change. True while there is more."""
         self._tidy()
-        return self._table.move_chunk()
+        return self._table.step()
 
     def check(self) -> None:
         """Asserts that all counts agree."""
@@ -124,8 +126,8 @@ class Picture:
         if holders.num_pairs == 0:
             assert (self.num_keys, holders.num_rows) == (0, 0), "sets without holders"
 
-    def _depths(self, shorts: U64) -> tuple[I32, I32, int]:
-        """Of each slot that a worker shows, leading pages and deepest tail; and the most pages of all."""
+    def _reach(self, shorts: U64) -> tuple[Bits, Bits]:
+        """Row d - 1: whose pages reach depth d, and who has a tail at d or deeper, as far as there is anybody."""
         refs = self._table.refs_of(shorts[:FIRST_KEYS])
         if len(shorts) > FIRST_KEYS and refs.all():
             refs = np.concatenate([refs, self._table.refs_of(shorts[FIRST_KEYS:])])
@@ -136,9 +138,9 @@ class Picture:
             np.bitwise_and.accumulate(pages_DS, axis=0, out=pages_DS)
         num_pages = int(np.count_nonzero(pages_DS.any(axis=1)))
         pages_DS = pages_DS[:num_pages]
-        tails_DS = (tails_DS[:num_pages] & pages_DS)[::-1]
-        np.bitwise_or.accumulate(tails_DS, axis=0, out=tails_DS)
-        return deepest_S(pages_DS), deepest_S(tails_DS[::-1]), num_pages
+        upward_DS = (tails_DS[:num_pages] & pages_DS)[::-1]
+        np.bitwise_or.accumulate(upward_DS, axis=0, out=upward_DS)
+        return pages_DS, upward_DS[::-1]
 
     # What follows is for `WorkerContent` alone.
 
@@ -149,7 +151,7 @@ class Picture:
         for _ in range(2):
             if not self._slots.num_free and self._slots.num_dead:
                 self._table.rebuild()
-                while self._table.move_chunk():
+                while self._table.step():
                     pass
         return self._slots.take()
 

@@ -8,10 +8,10 @@ Collisions go to the next place (linear probing), in at most `LOAD_MAX` of all p
 Single keys are read and written through memoryviews, which costs a tenth of indexing an array; many at once by whole
 arrays. Both see the same memory.
 
-It grows without a pause. A rebuild makes a second pair of arrays, which the system hands out zeroed as they are
-touched, and then moves `CHUNK` places at a time, so many for each key that is claimed that it is done long before the
-new arrays fill up. Meanwhile what is not found in the new arrays is looked for in the old. Removed keys keep their
-place until a rebuild leaves them out; they count as used.
+It grows without a pause. A rebuild makes a second pair of arrays, has the system fill them with zeros piece by piece
+(else the first keys that hit all over them would wait for that), and then moves `CHUNK` places at a time; so much of it
+for each key that is claimed that it is done before places run out. Meanwhile what is not found in the new arrays is
+looked for in the old. Removed keys keep their place until a rebuild leaves them out; they count as used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 
 LOAD_MAX = 0.66
+LOAD_REBUILD = 0.62  # of used places: a rebuild begins
+LOAD_AFTER = 0.75 * LOAD_MAX  # of live keys, at most, when it begins
 PLACES_MIN = 1024
-CHUNK = 4096  # places moved at a time: 0.3 ms
-MOVED_PER_CLAIM = 8  # places; 1 / LOAD_MAX would do
+CHUNK = 4096  # places moved at a time: 0.5 ms
+WARM_CHUNK = 8 * CHUNK  # places filled with zeros at a time: 384 KB
+PLACES_PER_CLAIM = 8
+"""Places moved for each key that is claimed, or eight times as many filled with zeros. A table of S places that doubles
+has its 2 S zeros after S / 32 claims, before LOAD_MAX. Its S places have moved S / 8 claims later, with 0.66 S keys in
+2 S places. One that keeps its size, because most of what fills it was removed, then has at most (LOAD_AFTER + 5 / 32) S
+of them in use, which is 0.65 S."""
 WINDOW = 8  # places looked at in one go: one cache line of short keys
 
 MASK = (1 << 64) - 1
@@ -58,6 +65,13 @@ class _Places:
         self.refs_host: U32 = np.zeros(self.size, dtype=np.uint32)  # 0: removed, or moved on
         self.shorts = self.shorts_host.data
         self.refs = self.refs_host.data
+
+    def warm(self, start: int) -> int:
+        """Touch every page of the system's from this place on for a piece. Returns where to go on."""
+        end = start + WARM_CHUNK
+        self.shorts_host[start : min(end, self.size) : 512] = 0  # 4,096 bytes each
+        self.refs_host[start : min(end, self.size) : 1024] = 0
+        return end
 
     def find(self, short: int) -> int:
         """Its place, or the free one where it would be."""
@@ -114,21 +128,23 @@ class KeyTable:
         self._mover = mover
         self._multiplier = multiplier
         self._new = _Places(PLACES_MIN, multiplier)
-        self._old: _Places | None = None
-        self._cursor = 0  # places of the old arrays that have been moved
+        self._next: _Places | None = None  # being filled with zeros
+        self._old: _Places | None = None  # being moved
+        self._cursor = 0  # places of either that are done
         self._left = 0  # keys with a reference in the old arrays
-        self._debt = 0  # places that should have been moved by now
+        self._debt = 0  # places that should be done by now
         self.num_live = 0  # keys with a reference
         self.num_rebuilds = 0  # finished
 
     @property
     def is_rebuilding(self) -> bool:
-        return self._old is not None
+        return self._next is not None or self._old is not None
 
     @property
     def num_bytes(self) -> int:
-        """Of both pairs of arrays, touched or not."""
-        return 12 * (self._new.size + (self._old.size if self._old is not None else 0))
+        """Of all arrays, touched or not."""
+        arrays = (self._new, self._old, self._next)
+        return sum(12 * places.size for places in arrays if places is not None)
 
     @property
     def load(self) -> float:
@@ -171,25 +187,30 @@ class KeyTable:
 
     def rebuild(self, *, num_more: int = 0) -> None:
         """Begin to move everything, unless that is going on; with room for more keys soon."""
-        if self._old is not None:
+        if self.is_rebuilding:
             return
         size = self._new.size
-        # A quarter of the room stays: MOVED_PER_CLAIM places move for each key that is claimed, so all have moved
-        # after size / 8 claims, and a quarter of LOAD_MAX is size / 6. Halved once at most, for the same reason.
-        wanted = (self.num_live + num_more) / (0.75 * LOAD_MAX)
-        new_size = max(PLACES_MIN, size // 2 if wanted < 0.4 * size else size)
+        wanted = (self.num_live + num_more) / LOAD_AFTER
+        # Halved once at most: twice as many places have to move as there will be.
+        new_size = max(PLACES_MIN, size // 2 if wanted < 0.35 * size else size)
         while new_size < wanted:
             new_size *= 2
-        self._old, self._new = self._new, _Places(new_size, self._multiplier)
+        self._next = _Places(new_size, self._multiplier)
         self._cursor = self._debt = 0
-        self._left = self.num_live
-        self._mover.begin()
 
-    def move_chunk(self) -> bool:
-        """Move CHUNK places of a rebuild. True while there is more to do."""
-        old = self._old
-        if old is None:
-            return False
+    def step(self) -> bool:
+        """One piece of a rebuild. True while there is more to do."""
+        if self._next is not None:
+            self._cursor = self._next.warm(self._cursor)
+            if self._cursor >= self._next.size:
+                self._old, self._new, self._next = self._new, self._next, None
+                self._cursor, self._left = 0, self.num_live
+                self._mover.begin()
+        elif self._old is not None:
+            self._move_chunk(self._old)
+        return self.is_rebuilding
+
+    def _move_chunk(self, old: _Places) -> None:
         chunk = slice(self._cursor, self._cursor + CHUNK)
         refs_old = old.refs_host[chunk]
         live = np.flatnonzero(refs_old)
@@ -206,7 +227,6 @@ class KeyTable:
             self._old = None
             self.num_rebuilds += 1
             self._mover.end()
-        return self._old is not None
 
     def _move_one(self, short: int, place: int) -> None:
         """Of the old arrays to this place of the new, if it is there."""
@@ -222,13 +242,18 @@ class KeyTable:
             self._new.refs[place] = ref
 
     def _pay(self, num_claims: int) -> None:
-        """Make room for so many keys before they are claimed, or move what is due of a rebuild."""
-        while self._new.num_used + self._left + num_claims > LOAD_MAX * self._new.size:
-            # Only a table that is small beside `num_claims` has to finish a rebuild here at once.
-            while self.move_chunk():
-                pass
+        """Make room for so many keys before they are claimed, or do what is due of a rebuild."""
+        num_used = self._new.num_used + self._left + num_claims
+        if num_used > LOAD_REBUILD * self._new.size:
             self.rebuild(num_more=num_claims)
-        if self._old is not None:
-            self._debt += MOVED_PER_CLAIM * num_claims
-            while self._debt >= CHUNK and self.move_chunk():
+            while num_used > LOAD_MAX * self._new.size:
+                # Only a table that is small beside `num_claims` has to finish a rebuild, or two, here at once.
+                while self.step():
+                    pass
+                num_used = self._new.num_used + num_claims
+                if num_used > LOAD_MAX * self._new.size:
+                    self.rebuild(num_more=num_claims)
+        if self.is_rebuilding:
+            self._debt += PLACES_PER_CLAIM * num_claims
+            while self._debt >= CHUNK and self.step():
                 self._debt -= CHUNK
