@@ -117,6 +117,13 @@ class Picture:
         self._tidy()
         return self._table.step()
 
+    def settle(self) -> None:
+        """All the work that is left over, and nothing dead afterwards. Takes a second for each 10 million pairs."""
+        while self._table.is_rebuilding or self._slots.num_dead:
+            self._table.rebuild()
+            while self._table.step():
+                pass
+
     def check(self) -> None:
         """Asserts that all counts agree."""
         holders = self._holders
@@ -146,13 +153,8 @@ class Picture:
 
     def take_slot(self) -> int:
         """For a content that arrives; NOTHING when all are in use."""
-        # Rare: contents were replaced faster than rebuilds left the dead ones out. One that goes on may have begun too
-        # early for all of them, so two are finished here at once.
-        for _ in range(2):
-            if not self._slots.num_free and self._slots.num_dead:
-                self._table.rebuild()
-                while self._table.step():
-                    pass
+        if not self._slots.num_free and self._slots.num_dead:
+            self.settle()  # rare: contents were replaced faster than rebuilds left the dead ones out
         return self._slots.take()
 
     def show(self, index: WorkerIndex, slot: int, *, instead_of: int) -> None:
