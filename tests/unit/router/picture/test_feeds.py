@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pytest
 from fake_content import key_of
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -217,5 +218,5 @@ class Feeds(RuleBasedStateMachine):
         assert self.picture.num_pairs == 0
 
 
-Feeds.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
-TestFeeds = Feeds.TestCase
+Feeds.TestCase.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+TestFeeds = pytest.mark.slow(Feeds.TestCase)
