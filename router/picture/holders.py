@@ -124,8 +124,8 @@ class Holders:
         return flags.astype(np.uint32) | np.uint32(slot << 2)
 
     def put_many(self, refs: U32, slot: int, flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        """As `put` with flags that are not 0, for distinct sets in the form of many; their references stay as they
-        are. Returns which were: the others are left alone."""
+        """As `put` with flags that are not 0, for distinct sets in the form of many in which the slot has no tail; their
+        references stay as they are. Returns which were: the others are left alone."""
         is_many = refs & np.uint32(_KIND) == _KIND_MANY
         rows = (refs[is_many] & np.uint32(_ROW)).astype(np.int64)
         word, bit = slot >> 6, np.uint64(1 << (slot & 63))
@@ -133,7 +133,6 @@ class Holders:
         has_tail = flags[is_many] & TAIL != 0
         self._pages_host[rows, word] |= bit
         self._tails_host[rows[has_tail], word] |= bit
-        self._tails_host[rows[~has_tail], word] &= ~bit
         self._counts_host[rows[~was_there]] += np.uint16(1)
         self._count(slot, len(rows) - int(np.count_nonzero(was_there)))
         return is_many

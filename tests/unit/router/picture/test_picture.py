@@ -89,9 +89,10 @@ def test_what_was_abandoned_is_never_seen() -> None:
 
 
 def test_a_worker_that_leaves_takes_its_content_along_and_its_index_is_used_again() -> None:
-    picture, workers = picture_of({1: PAGE}, {1: BOTH})
+    picture, workers = picture_of({1: PAGE, 2: PAGE}, {1: BOTH})
     picture.leave(workers[0])
     assert look_up(picture, 1) == [(0, 0), (1, 1)]
+    assert picture.look_up([key_of(2)]).num_pages == 0
     again = picture.join()
     assert again.index == 0
     assert look_up(picture, 1) == [(0, 0), (1, 1)]
@@ -135,6 +136,23 @@ def test_pages_whose_keys_begin_alike_are_one_page_and_nothing_breaks() -> None:
     worker.commit()
     assert worker.change(twins[0], b"\x00")
     assert worker.change(twins[1], b"\x00")
+    picture.check()
+    assert picture.num_pairs == 0
+
+
+def test_twins_in_two_parts_of_a_snapshot_are_counted_once() -> None:
+    """The same with many at a time, and a page that many hold."""
+    picture, workers = picture_of(*[{1: PAGE}] * 20, {})
+    last = workers[-1]
+    last.start()
+    for twin, others in ((key_of(1), range(100, 200)), (key_of(1)[:8] + b"another!", range(200, 300))):
+        keys = b"".join([twin, *map(key_of, others)])
+        assert last.add(keys, bytes([PAGE] * (len(keys) // 16)))
+    last.commit()
+    assert picture.num_pairs == 20 + 201
+    for worker in workers:
+        picture.leave(worker)
+    picture.settle()
     picture.check()
     assert picture.num_pairs == 0
 
