@@ -119,7 +119,9 @@ class Simulation:
     def _fetch(self, now: float, worker: Worker, job: Job, decision: Decision) -> None:
         """Begin to read what the peer still has of the plan; it stays pinned there meanwhile."""
         peer, plan, keys = self.workers[decision.fetch.peer], decision.fetch, job.request.keys
-        wanted = max((span.first + span.count for span in plan.spans if span.source is Source.PEER), default=0)
+        wanted = max(
+            (span.first + span.count for span in plan.spans if span.source is Source.PEER), default=0
+        )
         wanted = max(wanted, decision.resume if plan.tail_source is Source.PEER else 0)
         match = peer.radix.match(keys[:wanted])
         num_missing = max(match.num_pages - worker.radix.match(keys).num_pages, 0)
@@ -180,7 +182,8 @@ class Simulation:
             sequences_W=np.array([len(worker.queue) for worker in workers], np.int32),
             active_pages_W=np.array([worker.active_pages for worker in workers], np.int32),
             pages_free_W=np.array(
-                [(self._config.budget_bytes - worker.radix.num_bytes) // page_bytes for worker in workers], np.int32
+                [(self._config.budget_bytes - worker.radix.num_bytes) // page_bytes for worker in workers],
+                np.int32,
             ),
             tree_pages_W=np.array([worker.radix.num_pages for worker in workers], np.int32),
             decode_sequences_W=np.zeros(count, np.int32),

@@ -74,8 +74,14 @@ def _row(path: Path, number: int, line: str) -> Row:
     except (ValueError, KeyError, TypeError) as error:
         raise RorqualError(f"{path}, line {number}: {error!r}") from None
     num_blocks = -(-row.num_tokens // BLOCK_TOKENS)
-    if row.num_tokens < 1 or len(row.blocks) != num_blocks or not all(type(block) is int for block in row.blocks):
-        raise RorqualError(f"{path}, line {number}: {row.num_tokens} tokens need {num_blocks} integer hash_ids")
+    if (
+        row.num_tokens < 1
+        or len(row.blocks) != num_blocks
+        or not all(type(block) is int for block in row.blocks)
+    ):
+        raise RorqualError(
+            f"{path}, line {number}: {row.num_tokens} tokens need {num_blocks} integer hash_ids"
+        )
     return row
 
 
@@ -129,7 +135,8 @@ def _requests(rows: Sequence[Row]) -> list[Request]:
             sessions.setdefault(block, session)
             if block not in pages:
                 pages[block] = tuple(
-                    PageKey((block * BLOCK_PAGES + half).to_bytes(16, "little")) for half in range(BLOCK_PAGES)
+                    PageKey((block * BLOCK_PAGES + half).to_bytes(16, "little"))
+                    for half in range(BLOCK_PAGES)
                 )
         num_pages = row.num_tokens // PAGE_TOKENS
         keys = tuple(key for block in row.blocks for key in pages[block])[:num_pages]
@@ -165,7 +172,9 @@ def ideal_seconds(requests: Iterable[Request], prefill_seconds: Callable[[float,
     )
 
 
-def to_load(requests: Sequence[Request], *, work_seconds: float, num_workers: int, load: float) -> list[Request]:
+def to_load(
+    requests: Sequence[Request], *, work_seconds: float, num_workers: int, load: float
+) -> list[Request]:
     """Time stamps scaled so that `work_seconds` is `load` of what the workers can do while requests arrive."""
     duration = requests[-1].seconds
     if duration <= 0:

@@ -39,9 +39,8 @@ class WorkerConfig:
     model: PerformanceModel
     tail_bytes: int
     budget_bytes: int
-    order: EvictionOrder = EvictionOrder.VALUE
+    order: EvictionOrder = EvictionOrder.LRU
     tails: TailPolicy = field(default_factory=TailPolicy)
-    tails_are_free: bool = False  # every page present can be resumed behind, at no cost: a bound, not a system
 
     @property
     def costs(self) -> Costs:
@@ -146,7 +145,9 @@ class Worker:
             self.radix.release(pin)
             return
         if tail_depth and tail_depth not in self.radix.match(keys[:tail_depth]).tail_depths:
-            self._keep_tail(keys[tail_depth - 1], TailKind.BRANCH if tail_depth < depth else TailKind.PROMPT_END)
+            self._keep_tail(
+                keys[tail_depth - 1], TailKind.BRANCH if tail_depth < depth else TailKind.PROMPT_END
+            )
         has_tail = tail_depth in self.radix.match(keys[:tail_depth]).tail_depths
         job.pin = self.radix.pin(keys, num_pages=depth, tail_depth=tail_depth if has_tail else 0)
         self.radix.release(pin)
@@ -157,16 +158,8 @@ class Worker:
         return self.radix.take_changes()
 
     def _start(self, request: Request, match: Match) -> Start:
-        config = self.config
-        if config.tails_are_free:
-            match = Match(
-                num_pages=match.num_pages,
-                tail_depths=tuple(range(1, match.num_pages + 1)),
-                is_branch=match.is_branch,
-            )
-        return cheapest_start(
-            match, num_tokens=request.num_tokens, rebuild_pages=config.model.costs.rebuild_pages
-        )
+        rebuild_pages = self.config.model.costs.rebuild_pages
+        return cheapest_start(match, num_tokens=request.num_tokens, rebuild_pages=rebuild_pages)
 
     def _expect(self, job: Job, start: Start) -> None:
         """Count the prompt, or count it anew, by what would have to be computed now."""
@@ -189,14 +182,12 @@ class Worker:
         request = job.request
         match = self.radix.match(request.keys)
         start = self._start(request, match)
-        tail = 0 if self.config.tails_are_free else start.tail_depth
-        pin = self.radix.pin(request.keys, num_pages=start.reuse_depth, tail_depth=tail)
+        pin = self.radix.pin(request.keys, num_pages=start.reuse_depth, tail_depth=start.tail_depth)
         if job.pin is not None:
             self.radix.release(job.pin)
         job.pin, job.start, job.num_matched = pin, start, match.num_pages
         job.position = start.from_depth * PAGE_TOKENS
-        if not self.config.tails_are_free:
-            job.plans = self._plan_tails(request, match, start)
+        job.plans = self._plan_tails(request, match, start)
         self._expect(job, start)
 
     def _plan_tails(self, request: Request, match: Match, start: Start) -> tuple[TailPlan, ...]:

@@ -30,7 +30,9 @@ class ModelCosts:
     num_experts_per_token: int
     hidden_size: int
     active_params: float  # that every token is multiplied with
-    resident_bytes: float  # of weights read in each step on each device: attention, shared expert, router, head
+    resident_bytes: (
+        float  # of weights read in each step on each device: attention, shared expert, router, head
+    )
     expert_bytes: float  # of one routed expert of one layer
     attention_flops: float  # of one query with one row, in one layer
     index_flops: float  # of one query with one index row, in one layer
@@ -130,7 +132,7 @@ FLASH = parse_model_config(
         "n_routed_experts": 256,
         "moe_intermediate_size": 2048,
         "routed_scaling_factor": 1.5,
-        "compress_ratios": [0, 0, *([4, 128] * 21)][:43] + [0],
+        "compress_ratios": [*[0, 0, *([4, 128] * 21)][:43], 0],
     }
 )
 PRO = parse_model_config(
@@ -145,7 +147,7 @@ PRO = parse_model_config(
         "n_routed_experts": 384,
         "moe_intermediate_size": 3072,
         "routed_scaling_factor": 2.5,
-        "compress_ratios": [128, 128, *([4, 128] * 30)][:61] + [0],
+        "compress_ratios": [*[128, 128, *([4, 128] * 30)][:61], 0],
     }
 )
 PRESETS = {"flash": FLASH, "pro": PRO}

@@ -28,7 +28,14 @@ class Hardware:
 
 
 def _row(
-    name: str, memory_gb: float, tb: float, fp8_pf: float, bf16_pf: float, up_gb: float, domain: int, nic_gb: float
+    name: str,
+    memory_gb: float,
+    tb: float,
+    fp8_pf: float,
+    bf16_pf: float,
+    up_gb: float,
+    domain: int,
+    nic_gb: float,
 ) -> Hardware:
     return Hardware(
         name=name,

@@ -41,7 +41,7 @@ class PerformanceModel:
     costs: ModelCosts
     num_devices: int
     chunk_tokens: int = 8192  # of one prefill step, at most
-    efficiency: Efficiency = Efficiency()  # noqa: RUF009 - frozen
+    efficiency: Efficiency = Efficiency()
 
     def __post_init__(self) -> None:
         assert self.num_devices > 0, "a worker has a device"
@@ -55,7 +55,9 @@ class PerformanceModel:
         full = np.floor(tokens / self.chunk_tokens)
         rest_start = before + full * self.chunk_tokens
         rest = tokens - full * self.chunk_tokens
-        seconds = np.maximum(self.arithmetic_seconds(before, rest_start), full * self.weights_seconds(self.chunk_tokens))
+        seconds = np.maximum(
+            self.arithmetic_seconds(before, rest_start), full * self.weights_seconds(self.chunk_tokens)
+        )
         last = np.maximum(self.arithmetic_seconds(rest_start, rest_start + rest), self.weights_seconds(rest))
         num_steps = full + (rest > 0)
         return seconds + np.where(rest > 0, last, 0.0) + num_steps * self.efficiency.step_seconds
@@ -92,7 +94,9 @@ class PerformanceModel:
         """Bytes of cached state that the attention of one new token reads in all layers."""
         costs, length = self.costs, np.asarray(context, np.float64)
         csa_rows = length / costs.csa_ratio
-        rows = costs.num_csa * np.minimum(costs.index_topk, csa_rows) + costs.num_hca * length / costs.hca_ratio
+        rows = (
+            costs.num_csa * np.minimum(costs.index_topk, csa_rows) + costs.num_hca * length / costs.hca_ratio
+        )
         rows = rows + costs.num_layers * np.minimum(costs.window, length)
         return rows * costs.kv_row_bytes + costs.num_csa * csa_rows * costs.index_row_bytes
 

@@ -168,7 +168,9 @@ def own_plan(*, num_own: int, num_pages: int, tail: int) -> FetchPlan:
     return FetchPlan(spans=tuple(spans), tail_source=Source.OWN if tail else Source.COMPUTE)
 
 
-def plain_decision(fleet: FleetPicture, request: CacheDemand, *, worker: int, found: Found | None) -> Decision:
+def plain_decision(
+    fleet: FleetPicture, request: CacheDemand, *, worker: int, found: Found | None
+) -> Decision:
     """The decision of a policy that chooses a worker and nothing else."""
     num_own = int(found.pages_W[worker]) if found is not None else 0
     tail = int(found.tail_W[worker]) if found is not None else 0

@@ -34,14 +34,18 @@ class CacheAware:
         self._balance_abs_threshold = balance_abs_threshold
         self._balance_rel_threshold = balance_rel_threshold
         self._tree_pages_max = tree_pages_max
-        self._trees: list[OrderedDict[PageKey, None]] = []  # by worker; a page is younger than those behind it
+        self._trees: list[
+            OrderedDict[PageKey, None]
+        ] = []  # by worker; a page is younger than those behind it
 
     def choose(self, fleet: FleetPicture, request: CacheDemand) -> Decision:
         while len(self._trees) < fleet.num_workers:
             self._trees.append(OrderedDict())
         able = fleet.prefill_W
         most, fewest = int(fleet.sequences_W[able].max()), int(fleet.sequences_W[able].min())
-        is_uneven = most - fewest > self._balance_abs_threshold and most > self._balance_rel_threshold * fewest
+        is_uneven = (
+            most - fewest > self._balance_abs_threshold and most > self._balance_rel_threshold * fewest
+        )
         worker = least(fleet.sequences_W, able) if is_uneven else self._by_cache(fleet, request)
         self._insert(worker, request)
         return plain_decision(fleet, request, worker=worker, found=None)

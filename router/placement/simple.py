@@ -10,7 +10,15 @@ from hashlib import blake2b
 
 import numpy as np
 
-from router.placement.cache import Bools, CacheDemand, Decision, FleetPicture, Float64s, Int32s, plain_decision
+from router.placement.cache import (
+    Bools,
+    CacheDemand,
+    Decision,
+    FleetPicture,
+    Float64s,
+    Int32s,
+    plain_decision,
+)
 
 SESSIONS_MAX = 1_000_000
 """Remembered at once; the one that was quiet for longest is forgotten."""

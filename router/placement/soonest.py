@@ -43,7 +43,7 @@ from router.placement.simple import least
 class SoonestConfig:
     """Weights of the score, and whether peers are read from."""
 
-    copy_share: float = 0.4
+    copy_share: float = 3.0
     balance_share: float = 0.01
     session_seconds: float = 0.005  # a worker that has had the session counts as so much sooner
     sessions_max: int = 1_000_000
@@ -123,11 +123,15 @@ class SoonestFirstToken:
         tail, pages = int(found.tail_W[tail_peer]), int(found.pages_W[pages_peer])
         least_own = int(own_W.min())
         if tail >= least_own + self._config.fetch_pages_min:
-            ways.append(self._way(fleet, request, pages_W, peer=tail_peer, depth=tail, reach=tail, has_tail=True))
+            ways.append(
+                self._way(fleet, request, pages_W, peer=tail_peer, depth=tail, reach=tail, has_tail=True)
+            )
         rebuilt = pages - self._rebuild_pages
         if rebuilt >= max(tail, least_own) + self._config.fetch_pages_min:
             ways.append(
-                self._way(fleet, request, pages_W, peer=pages_peer, depth=rebuilt, reach=pages, has_tail=False)
+                self._way(
+                    fleet, request, pages_W, peer=pages_peer, depth=rebuilt, reach=pages, has_tail=False
+                )
             )
         return ways
 
