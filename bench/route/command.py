@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", choices=tuple(PRESETS), default="flash", help="whose costs are used (default flash)")
     add("--hardware", choices=tuple(HARDWARE), default="h200", help="of a worker's devices (default h200)")
     add("--devices", type=_positive, default=8, metavar="N", help="of a worker (default 8)")
-    add("--eviction", choices=[item.value for item in EvictionOrder], default="lru", help="(default lru)")
+    add("--eviction", choices=[item.value for item in EvictionOrder], default="value", help="(default value)")
     add(
         "--tails-every",
         type=int,
@@ -188,12 +188,9 @@ def _arrivals(args: argparse.Namespace, model: PerformanceModel) -> tuple[list[t
     requests = trace.load_trace(args.trace, seed=args.seed)
     if args.arrivals == "smeared":
         requests = trace.smear(requests, seed=args.seed)
-    step_share = model.efficiency.step_seconds / model.chunk_tokens
-
-    def work(num_tokens: float, context: float) -> float:
-        return float(model.arithmetic_seconds(context, context + num_tokens)) + num_tokens * step_share
-
-    seconds = trace.ideal_seconds(requests, work)
+    seconds = trace.ideal_seconds(
+        requests, lambda tokens, context: float(model.work_seconds(tokens, context))
+    )
     requests = trace.to_load(requests, work_seconds=seconds, num_workers=args.workers, load=args.load)
     num_pages = sum(item.num_pages for item in requests)
     return requests, sum(item.ideal_pages for item in requests) / max(num_pages, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.route.trace import BLOCK_PAGES, Request
 from kvstore.keys import PageKey
@@ -17,6 +17,7 @@ from kvstore.shadow_radix import (
     Changes,
     Costs,
     EvictionOrder,
+    InProgress,
     Match,
     Pin,
     ShadowRadix,
@@ -30,6 +31,7 @@ from kvstore.shadow_radix import (
 from rorqual.ids import PageId, RecordId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.performance import PerformanceModel
+from router.placement.promises import Promises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ class WorkerConfig:
     model: PerformanceModel
     tail_bytes: int
     budget_bytes: int
-    order: EvictionOrder = EvictionOrder.LRU
+    order: EvictionOrder = EvictionOrder.VALUE
     tails: TailPolicy = field(default_factory=TailPolicy)
 
     @property
@@ -76,19 +78,23 @@ class Worker:
         self.config = config
         self.radix = ShadowRadix(costs=config.costs, order=config.order, num_changes_max=1 << 22)
         self.queue: deque[Job] = deque()
+        self.in_progress = InProgress[int](num_waits_max=1 << 20)
+        self.waiting: set[int] = set()  # requests that wait for pages others are computing
         self.step: list[tuple[Job, int]] = []  # prompts and tokens being computed
         self.busy_until = 0.0
         self.work_seconds = 0.0
         self.queued_tokens = 0
         self.queued_seconds = 0.0
         self.active_pages = 0
+        self._coming = Promises(prompts_max=1 << 20)  # of prompts queued here
         self._next_id = 0
 
     def enqueue(self, job: Job) -> None:
-        start = self._start(job.request, self.radix.match(job.request.keys))
+        request = job.request
+        self._expect(job, self._start(request, self._match_to_come(request)))
         self.queue.append(job)
-        self.active_pages += job.request.num_pages
-        self._expect(job, start)
+        self.active_pages += request.num_pages
+        self._coming.promise(request.number, worker=0, keys=request.keys)
 
     def wait_seconds(self, now: float) -> float:
         """Work ahead of a prompt that came now."""
@@ -102,10 +108,10 @@ class Worker:
         for job in self.queue:
             if room <= 0:
                 break
-            if job.ready > now:
+            if job.ready > now or job.request.number in self.waiting:
                 continue
-            if job.start is None:
-                self._begin(job)
+            if job.start is None and not self._begin(job):
+                continue
             count = min(room, job.request.num_tokens - job.position)
             self.step.append((job, count))
             room -= count
@@ -152,10 +158,20 @@ class Worker:
         job.pin = self.radix.pin(keys, num_pages=depth, tail_depth=tail_depth if has_tail else 0)
         self.radix.release(pin)
         if job.start is None:
-            self._expect(job, self._start(job.request, self.radix.match(keys)))
+            start = self._start(job.request, self.radix.match(keys))
+            if start.num_tokens_computed < job.tokens_left:
+                self._expect(job, start)
 
     def take_changes(self) -> Changes:
         return self.radix.take_changes()
+
+    def _match_to_come(self, request: Request) -> Match:
+        """What will be there once the prompts queued before have been computed."""
+        match = self.radix.match(request.keys)
+        coming = self._coming.look_up(request.keys, num_workers=1)
+        num_pages, tail = int(coming.pages_W[0]), int(coming.tail_W[0])
+        tails = match.tail_depths if tail <= match.resumable else (*match.tail_depths, tail)
+        return replace(match, num_pages=max(match.num_pages, num_pages), tail_depths=tails)
 
     def _start(self, request: Request, match: Match) -> Start:
         rebuild_pages = self.config.model.costs.rebuild_pages
@@ -167,7 +183,7 @@ class Worker:
         num_tokens = job.request.num_tokens
         job.tokens_left = start.num_tokens_computed
         job.seconds_left = float(
-            self.config.model.prefill_seconds(job.tokens_left, num_tokens - job.tokens_left)
+            self.config.model.work_seconds(job.tokens_left, num_tokens - job.tokens_left)
         )
         self.queued_tokens += job.tokens_left
         self.queued_seconds += job.seconds_left
@@ -178,9 +194,13 @@ class Worker:
         self.queued_tokens -= tokens
         self.queued_seconds = max(self.queued_seconds - seconds, 0.0)
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job) -> bool:
+        """False when it waits for pages that another prompt is computing."""
         request = job.request
         match = self.radix.match(request.keys)
+        if self.in_progress.ask(request.number, request.keys[match.num_pages :]) is not None:
+            self.waiting.add(request.number)
+            return False
         start = self._start(request, match)
         pin = self.radix.pin(request.keys, num_pages=start.reuse_depth, tail_depth=start.tail_depth)
         if job.pin is not None:
@@ -189,6 +209,7 @@ class Worker:
         job.position = start.from_depth * PAGE_TOKENS
         job.plans = self._plan_tails(request, match, start)
         self._expect(job, start)
+        return True
 
     def _plan_tails(self, request: Request, match: Match, start: Start) -> tuple[TailPlan, ...]:
         """Nothing finer than a whole block of the trace can match, but for a prompt that is the same to its end."""
@@ -206,16 +227,26 @@ class Worker:
         first = job.pin.num_pages
         if depth > first and job.keeps_pages:
             job.keeps_pages = self._extend(job.pin, keys[first:depth])
+            wanted = set(self.in_progress.tails_wanted(job.request.number))
+            job.plans += tuple(
+                TailPlan(depth=place, kind=TailKind.BRANCH)
+                for place in range(first + 1, depth + 1)
+                if keys[place - 1] in wanted and place <= job.pin.num_pages
+            )
         for plan in job.plans:
             if plan.depth <= min(depth, job.pin.num_pages):
                 self._keep_tail(keys[plan.depth - 1], plan.kind)
         job.plans = tuple(plan for plan in job.plans if plan.depth > depth)
+        for key in keys[first:depth]:
+            self.waiting.difference_update(self.in_progress.completed(job.request.number, key))
 
     def _finish(self, job: Job) -> None:
         assert job.pin is not None
         self.radix.release(job.pin)
         job.pin = None
         self.queue.remove(job)
+        self._coming.forget(job.request.number)
+        self.waiting.difference_update(self.in_progress.end(job.request.number))
         self.active_pages -= job.request.num_pages
         self._forget(job, tokens=job.tokens_left, seconds=job.seconds_left)
 

@@ -62,6 +62,13 @@ class PerformanceModel:
         num_steps = full + (rest > 0)
         return seconds + np.where(rest > 0, last, 0.0) + num_steps * self.efficiency.step_seconds
 
+    def work_seconds(self, num_tokens: float | Numbers, context: float | Numbers = 0.0) -> Numbers:
+        """Seconds that a prompt adds to those of a busy worker: its arithmetic, and its share of full steps. Less than
+        `prefill_seconds`, where a short prompt pays for reading all weights by itself."""
+        tokens, before = np.asarray(num_tokens, np.float64), np.asarray(context, np.float64)
+        share = self.efficiency.step_seconds / self.chunk_tokens
+        return self.arithmetic_seconds(before, before + tokens) + tokens * share
+
     def arithmetic_seconds(self, start: float | Numbers, end: float | Numbers) -> Numbers:
         """Seconds of arithmetic of the tokens at positions start..end-1. Of several segments in a step it adds up."""
         first, last = np.asarray(start, np.float64), np.asarray(end, np.float64)

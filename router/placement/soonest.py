@@ -81,7 +81,7 @@ class SoonestFirstToken:
         self._promises = Promises()
         self._sessions: OrderedDict[str, int] = OrderedDict()
         chunk = model.chunk_tokens
-        self._page_seconds = float(model.prefill_seconds(chunk)) * PAGE_TOKENS / chunk
+        self._page_seconds = float(model.work_seconds(chunk)) * PAGE_TOKENS / chunk
 
     def choose(self, fleet: FleetPicture, request: CacheDemand) -> Decision:
         found = fleet.caches.look_up(request.keys)
@@ -158,7 +158,7 @@ class SoonestFirstToken:
         """Many workers have the same start, above all none: each start is computed once."""
         depths, inverse = np.unique(depth_W, return_inverse=True)
         context = depths.astype(np.float64) * PAGE_TOKENS
-        return self._model.prefill_seconds(np.maximum(request.num_tokens - context, 1.0), context)[inverse]
+        return self._model.work_seconds(np.maximum(request.num_tokens - context, 1.0), context)[inverse]
 
     def _score(
         self, fleet: FleetPicture, request: CacheDemand, seconds_W: Float64s, pages_W: Int32s
