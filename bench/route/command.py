@@ -10,12 +10,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.route import report, trace
 from bench.route.fleet import Outcome, Simulation
 from bench.route.policies import ENTRANTS, Entrant
-from bench.route.worker import WorkerConfig
+from bench.route.worker import WHOLE_BLOCKS, WorkerConfig
 from kvstore.handover import record_bytes
 from kvstore.layout import Numerics, build_layout
 from kvstore.shadow_radix import EvictionOrder, TailPolicy
@@ -168,19 +169,13 @@ def _worker_config(args: argparse.Namespace) -> WorkerConfig:
         tail_bytes=record_bytes(layout, PAGE_TOKENS, drafts=True),
         budget_bytes=args.pages_per_worker * layout.page_bytes,
         order=EvictionOrder(args.eviction),
-        tails=TailPolicy(every_pages=args.tails_every),
+        tails=replace(WHOLE_BLOCKS, every_pages=args.tails_every),
     )
 
 
 def _with_free_tails(config: WorkerConfig) -> WorkerConfig:
     every_page = TailPolicy(num_tails_max=1 << 20, every_pages=1)
-    return WorkerConfig(
-        model=config.model,
-        tail_bytes=1,
-        budget_bytes=config.budget_bytes,
-        order=config.order,
-        tails=every_page,
-    )
+    return replace(config, tail_bytes=1, tails=every_page)
 
 
 def _arrivals(args: argparse.Namespace, model: PerformanceModel) -> tuple[list[trace.Request], float]:

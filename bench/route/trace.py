@@ -50,9 +50,12 @@ def load_trace(name: str, *, seed: int) -> list[Request]:
             raise RorqualError(f"--trace {name}: the number of requests must be 1 to 1,000,000")
         return _requests(made_rows(int(count), seed=seed))
     path = Path(name)
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        rows = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise RorqualError(f"{path}: not a gzip file: {error}") from None
+    lines = content.splitlines()
+    rows = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise RorqualError(f"{path}: holds no request")
     return _requests(sorted(rows, key=lambda row: row.seconds))
@@ -67,7 +70,7 @@ class Row:
     blocks: tuple[int, ...]
 
 
-def _row(path: Path, number: int, line: str) -> Row:
+def _row(path: Path, number: int, line: bytes) -> Row:
     try:
         raw = json.loads(line)
         row = Row(raw["timestamp"] / 1000, int(raw["input_length"]), tuple(raw["hash_ids"]))

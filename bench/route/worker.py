@@ -1,15 +1,16 @@
 """A simulated prefill worker: the real index, a queue, and steps that take as long as the performance model says.
 
-Called by `bench.route.fleet`, which owns the clock. A step packs prompts from the queue, in the order they came, up to a
-number of tokens; a prompt that waits for a read from a peer lets others pass. Pages and tails share one budget of bytes.
-The pages of a prompt are there for others as soon as the step that computes them has ended.
+Called by `bench.route.fleet`, which owns the clock. A step packs prompts from the queue, in the order they came, up to
+a number of tokens; a prompt that waits for a read from a peer, or for pages that another prompt is computing, lets
+others pass. Pages and tails share one budget of bytes. The pages of a prompt are there for others as soon as the step
+that computes them has ended.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from bench.route.trace import BLOCK_PAGES, Request
 from kvstore.keys import PageKey
@@ -33,6 +34,10 @@ from rorqual.model_config import PAGE_TOKENS
 from rorqual.performance import PerformanceModel
 from router.placement.promises import Promises
 
+WHOLE_BLOCKS = TailPolicy(end_multiple=BLOCK_PAGES)
+"""Where prompts end and where they part. A trace names whole blocks: behind the last one of a prompt nothing can match,
+but for a prompt that is the same to its end."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
@@ -42,7 +47,7 @@ class WorkerConfig:
     tail_bytes: int
     budget_bytes: int
     order: EvictionOrder = EvictionOrder.VALUE
-    tails: TailPolicy = field(default_factory=TailPolicy)
+    tails: TailPolicy = WHOLE_BLOCKS
 
     @property
     def costs(self) -> Costs:
@@ -207,16 +212,15 @@ class Worker:
             self.radix.release(job.pin)
         job.pin, job.start, job.num_matched = pin, start, match.num_pages
         job.position = start.from_depth * PAGE_TOKENS
-        job.plans = self._plan_tails(request, match, start)
+        job.plans = plan_tails(
+            num_pages=request.num_pages,
+            match=match,
+            start=start,
+            policy=self.config.tails,
+            num_tails_free=1 << 30,
+        )
         self._expect(job, start)
         return True
-
-    def _plan_tails(self, request: Request, match: Match, start: Start) -> tuple[TailPlan, ...]:
-        """Nothing finer than a whole block of the trace can match, but for a prompt that is the same to its end."""
-        whole = request.num_pages // BLOCK_PAGES * BLOCK_PAGES
-        return plan_tails(
-            num_pages=whole, match=match, start=start, policy=self.config.tails, num_tails_free=1 << 30
-        )
 
     def _advance(self, job: Job, count: int) -> None:
         assert job.start is not None

@@ -96,12 +96,22 @@ class SoonestFirstToken:
         worker = least(self._score(fleet, request, seconds_W, pages_W), fleet.prefill_W)
         way = min(ways, key=lambda item: float(item.seconds_W[worker]))
         self._remember(request, worker)
+        context = int(way.depth_W[worker]) * PAGE_TOKENS
+        tokens = max(request.num_tokens - context, 1)
+        alone = float(
+            self._model.prefill_seconds(tokens, context) - self._model.work_seconds(tokens, context)
+        )
         return Decision(
             prefill=worker,
             decode=fleet.decode_worker(),
             resume=int(way.depth_W[worker]),
-            fetch=_plan(way, worker, num_own=int(pages_W[worker]), num_pages=request.num_pages),
-            predicted_seconds=float(seconds_W[worker]),
+            fetch=_plan(
+                way,
+                num_own=int(pages_W[worker]),
+                num_pages=request.num_pages,
+                has_own_tail=0 < way.depth_W[worker] == tail_W[worker],
+            ),
+            predicted_seconds=float(seconds_W[worker]) + alone,
         )
 
     def finished(self, number: int) -> None:
@@ -182,7 +192,7 @@ class SoonestFirstToken:
                 self._sessions.popitem(last=False)
 
 
-def _plan(way: _Starts, worker: int, *, num_own: int, num_pages: int) -> FetchPlan:
+def _plan(way: _Starts, *, num_own: int, num_pages: int, has_own_tail: bool) -> FetchPlan:
     reach = max(num_own, way.reach)
     parts = [(Source.OWN, 0, num_own, -1), (Source.PEER, num_own, reach, way.peer)]
     parts.append((Source.COMPUTE, reach, num_pages, -1))
@@ -193,5 +203,5 @@ def _plan(way: _Starts, worker: int, *, num_own: int, num_pages: int) -> FetchPl
     ]
     if way.has_peer_tail:
         return FetchPlan(spans=tuple(spans), tail_source=Source.PEER, tail_worker=way.peer)
-    has_own_tail = way.peer < 0 and way.depth_W[worker] > 0
-    return FetchPlan(spans=tuple(spans), tail_source=Source.OWN if has_own_tail else Source.COMPUTE)
+    is_resumed = way.peer < 0 and has_own_tail
+    return FetchPlan(spans=tuple(spans), tail_source=Source.OWN if is_resumed else Source.COMPUTE)
