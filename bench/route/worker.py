@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from bench.route.trace import BLOCK_PAGES, Request
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import (
@@ -32,6 +34,7 @@ from kvstore.shadow_radix import (
 from rorqual.ids import PageId, RecordId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.performance import PerformanceModel
+from router.placement.cache import Found
 from router.placement.promises import Promises
 
 WHOLE_BLOCKS = TailPolicy(end_multiple=BLOCK_PAGES)
@@ -92,14 +95,16 @@ class Worker:
         self.queued_seconds = 0.0
         self.active_pages = 0
         self._coming = Promises(prompts_max=1 << 20)  # of prompts queued here
+        self._page_bytes = config.costs.page_bytes
         self._next_id = 0
 
     def enqueue(self, job: Job) -> None:
         request = job.request
-        self._expect(job, self._start(request, self._match_to_come(request)))
+        match = self._match_to_come(request)
+        self._expect(job, self._start(request, match))
         self.queue.append(job)
         self.active_pages += request.num_pages
-        self._coming.promise(request.number, worker=0, keys=request.keys)
+        self._coming.promise(request.number, worker=0, keys=request.keys, num_present=match.num_pages)
 
     def wait_seconds(self, now: float) -> float:
         """Work ahead of a prompt that came now."""
@@ -173,10 +178,13 @@ class Worker:
     def _match_to_come(self, request: Request) -> Match:
         """What will be there once the prompts queued before have been computed."""
         match = self.radix.match(request.keys)
-        coming = self._coming.look_up(request.keys, num_workers=1)
+        now = Found(
+            pages_W=np.array([match.num_pages], np.int32), tail_W=np.array([match.resumable], np.int32)
+        )
+        coming = self._coming.added_to(now, request.keys)
         num_pages, tail = int(coming.pages_W[0]), int(coming.tail_W[0])
         tails = match.tail_depths if tail <= match.resumable else (*match.tail_depths, tail)
-        return replace(match, num_pages=max(match.num_pages, num_pages), tail_depths=tails)
+        return replace(match, num_pages=num_pages, tail_depths=tails)
 
     def _start(self, request: Request, match: Match) -> Start:
         rebuild_pages = self.config.model.costs.rebuild_pages
@@ -256,25 +264,22 @@ class Worker:
 
     def _extend(self, pin: Pin, keys: Sequence[PageKey]) -> bool:
         """False when pinned pages leave no room for some of them."""
-        page_bytes = self.config.costs.page_bytes
-        for key in keys:
-            if not self._make_room(page_bytes):
-                return False
+        self._make_room(len(keys) * self._page_bytes)
+        room = (self.config.budget_bytes - self.radix.num_bytes) // self._page_bytes
+        for key in keys[:room]:
             self.radix.extend(pin, key, PageId(self._new_id()))
-        return True
+        return room >= len(keys)
 
     def _keep_tail(self, key: PageKey, kind: TailKind) -> None:
         if self._make_room(self.config.tail_bytes):
             self.radix.insert_tail(key, RecordId(self._new_id()), kind=kind)
 
     def _make_room(self, num_bytes: int) -> bool:
-        over = self._used_bytes() + num_bytes - self.config.budget_bytes
+        """Evict until so many bytes are free; False when what is pinned leaves fewer."""
+        over = self.radix.num_bytes + num_bytes - self.config.budget_bytes
         if over > 0:
             self.radix.evict_cheapest(over)
-        return self._used_bytes() + num_bytes <= self.config.budget_bytes
-
-    def _used_bytes(self) -> int:
-        return self.radix.num_bytes
+        return self.radix.num_bytes + num_bytes <= self.config.budget_bytes
 
     def _new_id(self) -> int:
         self._next_id += 1

@@ -9,65 +9,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvstore.keys import PageKey
 from router.placement.cache import Found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Promise:
-    keys: tuple[PageKey, ...]
+    keys: tuple[PageKey, ...]  # that the worker does not have yet
     worker: int
 
 
 class Promises:
-    """Bounded by `prompts_max`: beyond, the oldest promise is forgotten. Costs a few lookups of a dict per page."""
+    """Bounded by `prompts_max`: beyond, the oldest promise is forgotten. Costs a few look-ups of a dict for each page
+    that is not there yet."""
 
     def __init__(self, *, prompts_max: int = 20_000) -> None:
         self._prompts_max = prompts_max
         self._by_number: dict[int, _Promise] = {}
         self._counts: dict[PageKey, dict[int, int]] = {}  # of promises, by worker
-        self._ends: dict[PageKey, dict[int, int]] = {}  # the same for the last page of a prompt
+        self._ends: dict[PageKey, dict[int, int]] = {}  # the same for the last two pages of a prompt
 
     def __len__(self) -> int:
         return len(self._by_number)
 
-    def promise(self, number: int, *, worker: int, keys: tuple[PageKey, ...]) -> None:
+    def promise(self, number: int, *, worker: int, keys: tuple[PageKey, ...], num_present: int = 0) -> None:
+        """`num_present` leading pages are there already, or promised before."""
         assert number not in self._by_number, f"request {number} is promised already"
-        if not keys:
+        if num_present >= len(keys):
             return
         if len(self._by_number) >= self._prompts_max:
             self.forget(next(iter(self._by_number)))
-        self._by_number[number] = _Promise(keys=keys, worker=worker)
-        for key in keys:
+        promise = _Promise(keys=keys[num_present:], worker=worker)
+        self._by_number[number] = promise
+        for key in promise.keys:
             _add(self._counts, key, worker)
-        for key in keys[-2:]:
+        for key in promise.keys[-ENDS:]:
             _add(self._ends, key, worker)
 
     def forget(self, number: int) -> None:
-        """A number that is not promised is ignored: it had no full page, or was too old."""
+        """A number that is not promised is ignored: it had no new page, or was too old."""
         promise = self._by_number.pop(number, None)
         if promise is None:
             return
         for key in promise.keys:
             _remove(self._counts, key, promise.worker)
-        for key in promise.keys[-2:]:
+        for key in promise.keys[-ENDS:]:
             _remove(self._ends, key, promise.worker)
 
-    def look_up(self, keys: Sequence[PageKey], *, num_workers: int) -> Found:
-        """Leading pages, and the deepest boundary at an end of a promised prompt, once all promises are kept."""
-        pages_W = np.zeros(num_workers, np.int32)
-        tail_W = np.zeros(num_workers, np.int32)
+    def added_to(self, found: Found, keys: Sequence[PageKey]) -> Found:
+        """What will be there once all promises are kept: of leading pages, and of boundaries to resume behind, which
+        are those at the ends of promised prompts. `found` is what is there now; it is not changed."""
+        pages_W, tail_W = found.pages_W.copy(), found.tail_W.copy()
+        num_there = int(pages_W.max(initial=0))
         for depth, key in enumerate(keys, start=1):
             workers = self._counts.get(key)
-            if not workers:
+            if workers:
+                for worker in workers:
+                    if pages_W[worker] == depth - 1:
+                        pages_W[worker] = depth
+                for worker in self._ends.get(key, ()):
+                    if pages_W[worker] >= depth:
+                        tail_W[worker] = max(tail_W[worker], depth)
+            elif depth > num_there:
                 break
-            for worker in workers:
-                pages_W[worker] = depth  # promises are whole prefixes, so nothing before is missing
-            for worker in self._ends.get(key, ()):
-                tail_W[worker] = depth
         return Found(pages_W=pages_W, tail_W=tail_W)
+
+
+ENDS = 2
+"""A tail may be taken behind the last page or the one before it: both count as ends of a prompt."""
 
 
 def _add(counts: dict[PageKey, dict[int, int]], key: PageKey, worker: int) -> None:

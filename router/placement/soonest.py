@@ -85,9 +85,8 @@ class SoonestFirstToken:
 
     def choose(self, fleet: FleetPicture, request: CacheDemand) -> Decision:
         found = fleet.caches.look_up(request.keys)
-        promised = self._promises.look_up(request.keys, num_workers=fleet.num_workers)
-        pages_W = np.maximum(found.pages_W, promised.pages_W)
-        tail_W = np.maximum(found.tail_W, promised.tail_W)
+        promised = self._promises.added_to(found, request.keys)
+        pages_W, tail_W = promised.pages_W, promised.tail_W
         best = self._from_own(fleet, request, pages_W, tail_W)
         ways = [best]
         if self._config.fetches:
@@ -95,7 +94,7 @@ class SoonestFirstToken:
         seconds_W = np.minimum.reduce([way.seconds_W for way in ways])
         worker = least(self._score(fleet, request, seconds_W, pages_W), fleet.prefill_W)
         way = min(ways, key=lambda item: float(item.seconds_W[worker]))
-        self._remember(request, worker)
+        self._remember(request, worker, num_present=int(pages_W[worker]))
         context = int(way.depth_W[worker]) * PAGE_TOKENS
         tokens = max(request.num_tokens - context, 1)
         alone = float(
@@ -183,8 +182,8 @@ class SoonestFirstToken:
             score_W[home] -= config.session_seconds
         return score_W
 
-    def _remember(self, request: CacheDemand, worker: int) -> None:
-        self._promises.promise(request.number, worker=worker, keys=request.keys)
+    def _remember(self, request: CacheDemand, worker: int, *, num_present: int) -> None:
+        self._promises.promise(request.number, worker=worker, keys=request.keys, num_present=num_present)
         if request.session:
             self._sessions[request.session] = worker
             self._sessions.move_to_end(request.session)

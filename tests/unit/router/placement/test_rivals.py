@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from router.placement.cache import CachePlacement
+from kvstore.keys import PageKey
+from router.placement.cache import CachePlacement, Found
 from router.placement.cache_aware import CacheAware
 from router.placement.overlap_cost import OverlapCost
 from router.placement.promises import Promises
@@ -102,16 +104,22 @@ def test_only_ours_plans_reads_from_peers(policy: CachePlacement) -> None:
 
 
 def test_a_promise_is_found_until_it_is_forgotten() -> None:
+    def found(prompt: tuple[PageKey, ...], there: list[int]) -> tuple[list[int], list[int]]:
+        now = Found(pages_W=np.array(there, np.int32), tail_W=np.zeros(3, np.int32))
+        after = promises.added_to(now, prompt)
+        assert now.pages_W.tolist() == there, "what is there now is not changed"
+        return after.pages_W.tolist(), after.tail_W.tolist()
+
     promises = Promises(prompts_max=2)
-    promises.promise(1, worker=2, keys=keys("ab", 6))
+    promises.promise(1, worker=2, keys=keys("ab", 6), num_present=1)
     promises.promise(2, worker=0, keys=keys("a", 3))
-    found = promises.look_up(keys("aba", 6), num_workers=3)
-    assert (found.pages_W.tolist(), found.tail_W.tolist()) == ([1, 0, 2], [0, 0, 0])
-    whole = promises.look_up(keys("ab", 9), num_workers=3)
-    assert (whole.pages_W.tolist(), whole.tail_W.tolist()) == ([1, 0, 6], [0, 0, 6])
+    assert found(keys("aba", 6), [0, 0, 1]) == ([1, 0, 2], [0, 0, 0])
+    assert found(keys("ab", 9), [0, 0, 1]) == ([1, 0, 6], [0, 0, 6])
+    assert found(keys("ab", 9), [0, 3, 0]) == ([1, 3, 0], [0, 0, 0])  # the first page has gone meanwhile
     promises.promise(3, worker=1, keys=keys("x", 1))  # one too many: the oldest is forgotten
     assert len(promises) == 2
-    assert promises.look_up(keys("ab", 6), num_workers=3).pages_W.tolist() == [1, 0, 0]
+    assert found(keys("ab", 6), [0, 0, 1]) == ([1, 0, 1], [0, 0, 0])
     for number in (1, 2, 3, 4):
         promises.forget(number)
-    assert promises.look_up(keys("a", 3), num_workers=3).pages_W.tolist() == [0, 0, 0]
+    assert found(keys("a", 3), [0, 0, 0]) == ([0, 0, 0], [0, 0, 0])
+    assert len(promises) == 0
