@@ -122,6 +122,7 @@ class MtpDrafter:
                 for index in range(first, end)
             ]
             last_rows.append(len(indices) - 1)
+            self._runner.tables.add_draft_rows(wish.slot, first, end)
         inputs = self._runner.kept_streams([item.slot for item in indices], [item.start for item in indices])
         return self._runner.draft(indices, inputs)[last_rows]
 
@@ -131,8 +132,6 @@ class MtpDrafter:
         first = max(progress.num_indices, least)
         if first >= end:
             return end
-        if first > progress.num_indices:
-            self._runner.tables.draft_first_S[slot] = first
         progress.num_indices = end
         return first
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.pager import SlotTables, empty_unfinished
 from kvstore.handover import OVERLAPPING, Part, record_bytes, record_parts
-from kvstore.layout import IndexSpace
+from kvstore.layout import Component, Descriptor, IndexSpace
 from rorqual.model_config import PAGE_TOKENS
 
 
@@ -28,6 +28,8 @@ def pack_record(tables: SlotTables, slot: int, num_tokens: int, record_b: Tensor
     for part in record_parts(tables.pools.layout, num_tokens, drafts=drafts):
         for rows_Lrb, bytes_Lrb in _moves(tables, slot, num_tokens, part, record_b):
             bytes_Lrb.copy_(rows_Lrb)
+        if part.component is Component.DRAFT_WINDOW:
+            _clear_missing(tables, slot, part, record_b)
         written = part.offset + part.num_bytes
     record_b[written:num_bytes] = 0
     return num_bytes
@@ -47,19 +49,30 @@ def unpack_record(tables: SlotTables, slot: int, num_tokens: int, record_b: Tens
                 empty_unfinished(pools[component], slot, ring_rows)
 
 
+def record_rows_of(part: Part, item: Descriptor, record_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a record keeps the rows of a part: data [L, r, b], or [L, r, 2, b] of first halves, and scales [L, r, b]."""
+    bytes_Lb = record_b[part.offset : part.offset + part.num_bytes].view(len(item.layers), -1)
+    split = part.count * item.data_bytes // (2 if part.halves else 1)
+    shape = (part.count, 2, -1) if part.halves else (part.count, item.data_bytes)
+    data = bytes_Lb[:, :split].unflatten(1, shape)
+    return data, bytes_Lb[:, split:].unflatten(1, (part.count, item.scale_bytes))
+
+
+def first_halves(data_rb: Tensor) -> Tensor:
+    """Of unfinished rows [..., r, b], which are K_a K_b S_a S_b: K_a and S_a, [..., r, 2, b]."""
+    return data_rb.unflatten(-1, (2, 2, -1))[..., 0, :]
+
+
 def _moves(
     tables: SlotTables, slot: int, num_tokens: int, part: Part, record_b: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of views of the same bytes, [L, r, b] or [L, r, 2, b] each: where pools and where the record keep them."""
     pool = tables.pools[part.component]
     item = pool.descriptor
-    bytes_Lb = record_b[part.offset : part.offset + part.num_bytes].view(len(item.layers), -1)
+    data_Lrb, scales_Lrb = record_rows_of(part, item, record_b)
     if part.halves:
-        bytes_Lrb = bytes_Lb.unflatten(1, (part.count, 2, -1))
         for ring_rows, record_rows in _runs(part.first, part.count, item.num_rows):
-            # Of each row, K_a K_b S_a S_b: every first half.
-            rows_Lrb = pool.data_ulrb[slot, :, ring_rows].unflatten(-1, (2, 2, -1))[..., 0, :]
-            yield rows_Lrb, bytes_Lrb[:, record_rows]
+            yield first_halves(pool.data_ulrb[slot, :, ring_rows]), data_Lrb[:, record_rows]
         return
     if item.space is IndexSpace.PAGE:
         unit = int(tables.pages_SP[slot, num_tokens // PAGE_TOKENS])
@@ -67,13 +80,23 @@ def _moves(
     else:
         unit = slot
         runs = _runs(part.first, part.count, item.num_rows)
-    split = part.count * item.data_bytes
-    data_Lrb = bytes_Lb[:, :split].unflatten(1, (part.count, item.data_bytes))
-    scales_Lrb = bytes_Lb[:, split:].unflatten(1, (part.count, item.scale_bytes))
     for unit_rows, record_rows in runs:
         yield pool.data_ulrb[unit, :, unit_rows], data_Lrb[:, record_rows]
         if item.scale_bytes:
             yield pool.scales_ulrb[unit, :, unit_rows], scales_Lrb[:, record_rows]
+
+
+def _clear_missing(tables: SlotTables, slot: int, part: Part, record_b: Tensor) -> None:
+    """Rows of the draft window that were never made become zeros, whatever stands in the ring. Block 0 makes the only
+    ones: nothing drafts with later blocks."""
+    first, end = int(tables.draft_first_S[slot]), tables.draft_end[slot]
+    item = tables.pools[part.component].descriptor
+    before = min(max(first - part.first, 0), part.count)
+    after = min(max(end - part.first, before), part.count)
+    for bytes_Lrb in record_rows_of(part, item, record_b):
+        bytes_Lrb[0, :before] = 0
+        bytes_Lrb[0, after:] = 0
+        bytes_Lrb[1:] = 0
 
 
 def _runs(first: int, count: int, ring: int) -> list[tuple[slice, slice]]:

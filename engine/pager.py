@@ -36,6 +36,8 @@ class SlotTables:
         self.num_pages = [0] * pools.num_slots
         self.draft_first_S = torch.zeros(pools.num_slots, dtype=torch.int64)
         """Rows of a slot's draft window before this index are not there, and are not seen."""
+        self.draft_end = [0] * pools.num_slots
+        """Nor are those from this index on, unless as drafts that nobody has accepted yet."""
 
     def open(self, slot: int) -> None:
         """Start a sequence at position 0: no pages, and empty unfinished windows (K = 0, S = -inf)."""
@@ -50,6 +52,13 @@ class SlotTables:
         """Start a sequence whose state is about to be put there: no pages, rings as they are."""
         self.num_pages[slot] = 0
         self.draft_first_S[slot] = 0
+        self.draft_end[slot] = 0
+
+    def add_draft_rows(self, slot: int, first: int, end: int) -> None:
+        """Rows first .. end-1 of the slot's draft window are there from now on; those before a gap count no more."""
+        if first > self.draft_end[slot]:
+            self.draft_first_S[slot] = first
+        self.draft_end[slot] = end
 
     def append(self, slot: int, pages: Sequence[int]) -> None:
         first = self.num_pages[slot]
@@ -162,8 +171,9 @@ class PagedState:
         return _ring_ids(item, slots, ends + torch.arange(-pooled, 0))
 
     def put_streams(self, streams_TSD: Tensor) -> None:
-        """Keep the last layer's streams of the batch's newest positions, for the drafts."""
-        self._put_ring(self._pools[Component.DRAFT_STREAMS], 0, streams_TSD.flatten(1))
+        """Keep the last layer's streams of the batch's newest positions: what the next tokens are sampled from, and
+        drafts made from."""
+        self._put_ring(self._pools[Component.LAST_STREAMS], 0, streams_TSD.flatten(1))
 
     def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
         pool = self._pools[component]
@@ -252,7 +262,7 @@ class PagedState:
 
 def kept_streams(pools: Pools, slots_N: Tensor, positions_N: Tensor, config: ModelConfig) -> Tensor:
     """Streams [N, S, D] that `PagedState.put_streams` has put."""
-    pool = pools[Component.DRAFT_STREAMS]
+    pool = pools[Component.LAST_STREAMS]
     rows = _read(pool, 0, _ring_ids(pool.descriptor, slots_N, positions_N), config)
     return rows.unflatten(1, (config.hc_mult, -1))
 

@@ -250,6 +250,7 @@ class Rank:
         streams, rows_of_work = self._runner.streams(work)
         if self._drafter is not None:
             self._drafter.follow(work, streams, prompts)
+        self._runner.keep_streams(streams)
         rows = iter(rows_of_work)
         wanted: list[Continuation] = []
         chosen: list[Tensor] = []

@@ -36,7 +36,7 @@ class SegmentTokens:
 
 class Runner:
     """`allocate` gives the memory that others may read: pages, a component each, and `num_records` hand-over records.
-    With `drafts` records hold the state of the MTP block too, which `advance_drafts` must then have kept up."""
+    With `drafts` records hold the state of the MTP block too, as far as `advance_drafts` has kept it up."""
 
     def __init__(
         self,
@@ -90,12 +90,15 @@ class Runner:
         self.tables.restart(slot)
         self.tables.append(slot, pages)
         unpack_record(self.tables, slot, num_tokens, self.records[record], drafts=self.drafts)
-        self.tables.draft_first_S[slot] = max(0, num_tokens - self.model.config.sliding_window)
+        if self.drafts:
+            first = max(0, num_tokens - self.model.config.sliding_window)
+            self.tables.add_draft_rows(slot, first, num_tokens - 1)
 
     @torch.inference_mode()
     def run(self, work: Sequence[SegmentTokens], *, hook: PickHook | None = None) -> list[Tensor]:
         """One ragged forward. Logits f32 [1 or count, V] of each item of work."""
         streams, rows = self.streams(work, hook=hook)
+        self.keep_streams(streams)
         logits = self.model.logits(streams[torch.cat(rows)])
         return list(logits.split([len(part) for part in rows]))
 
@@ -103,7 +106,8 @@ class Runner:
     def streams(
         self, work: Sequence[SegmentTokens], *, hook: PickHook | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The streams of all batch rows, and for each item of work the rows whose logits it wants."""
+        """The streams of all batch rows, and for each item of work the rows whose logits it wants. When `advance_drafts`
+        has used them, `keep_streams` must be called."""
         batch, placed = _lay_out(work)
         state = self._state(batch)
         self._latest = _Latest(work=work, placed=placed, state=state)
@@ -111,13 +115,19 @@ class Runner:
         return streams, _wanted_rows(work, placed)
 
     @torch.inference_mode()
+    def keep_streams(self, streams_TSD: Tensor) -> None:
+        """Keep the newest of the streams that `streams` has just returned, in the place of older ones."""
+        assert self._latest is not None, "nothing was computed"
+        self._latest.state.put_streams(streams_TSD)
+
+    @torch.inference_mode()
     def advance_drafts(
         self, work: Sequence[SegmentTokens], streams_TSD: Tensor, *, firsts: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Take MTP block 0 to where the main model is, one index behind: of each item the indices start-1 ..
-        start+len-2, since index i takes the streams at i and the token at i+1; then keep the newest streams, from which
-        the next call goes on. `streams_TSD` is what `streams(work)` has just returned. `firsts` are the items' first
-        indices where those before are not wanted: a later one than start-1, or one past the last, start+len-1.
+        start+len-2, since index i takes the streams at i and the token at i+1. `streams_TSD` is what `streams(work)` has
+        just returned, and is not kept yet. `firsts` are the items' first indices where those before are not wanted: a
+        later one than start-1, or one past the last, start+len-1.
 
         Returns the block's streams [indices, S, D] of each item, whose `draft_logits` at index i predict token i+2.
         """
@@ -136,11 +146,12 @@ class Runner:
                 self._draft_inputs(streams_TSD, latest.placed[index], behind[index].start)
                 for index in advancing
             ]
+            for item in indices:
+                self.tables.add_draft_rows(item.slot, item.start, item.start + len(item.tokens))
             counts = [len(item.tokens) for item in indices]
             found = self.draft(indices, torch.cat(inputs)).split(counts)
             for index, part in zip(advancing, found, strict=True):
                 drafted[index] = part
-        latest.state.put_streams(streams_TSD)
         return drafted
 
     @torch.inference_mode()
@@ -156,8 +167,8 @@ class Runner:
 
     @torch.inference_mode()
     def kept_streams(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """The main model's streams [N, S, D] at these positions, which must be among the last that `advance_drafts` has
-        kept of these slots."""
+        """The main model's streams [N, S, D] at these positions, which must be among the last that are kept of these
+        slots."""
         return kept_streams(self.pools, torch.tensor(slots), torch.tensor(positions), self.model.config)
 
     def _draft_inputs(self, streams_TSD: Tensor, source: BatchSegment, first: int) -> Tensor:
