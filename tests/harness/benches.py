@@ -150,7 +150,7 @@ class Bench:
         """Nobody reads what was lent of a sequence any more."""
         item = self.surrendered.pop(key)
         self.rank.take_back(item.pages, item.record)
-        self.scheduler.take_back(item.pages, item.record)
+        self.scheduler.take_back(item.record)
 
     def take_adoptions(self) -> list[Adoption]:
         found = self.scheduler.take_adoptions()
