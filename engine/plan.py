@@ -56,9 +56,9 @@ class Restore(msgspec.Struct, frozen=True, array_like=True):
     """The slot begins with the state of its first `num_computed` tokens: full pages that have been read into `pages`,
     the rest unpacked from a record, whose rows of the partial page go to the last of `pages` when there is one.
 
-    A record of -1 is none, and `num_computed` a page boundary, perhaps 0: the sequence begins there with an empty window.
-    Unless that is at 0, its first `RankReady.rebuild_tokens` tokens are replayed, and nothing is made of what they give
-    but the state behind them: no page, no record, no token."""
+    A record of -1 is none, and `num_computed` a page boundary, perhaps 0: the sequence begins there with an empty
+    window. Unless that is at 0, its first `RankReady.rebuild_tokens` tokens are replayed, and nothing is made of what
+    they give but the state behind them: no page, no record, no token."""
 
     num_computed: int
     pages: tuple[int, ...]  # all that hold the computed tokens: the sequence's first ones

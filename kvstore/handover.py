@@ -92,6 +92,24 @@ def record_bytes_max(layout: StateLayout, *, drafts: bool) -> int:
     return record_bytes(layout, num_pages * PAGE_TOKENS - 1, drafts=drafts)
 
 
+def rebuild_tokens(layout: StateLayout) -> int:
+    """How many tokens before a page boundary p must be computed again to make the record at p from nothing but the
+    pages before p: a multiple of PAGE_TOKENS.
+
+    Begun with an empty window at q, layer i of L (the first is 0) is given what it was given the first time from
+    q + i (W - 1) on: its window then holds only rows that were, and everything else that it reads is in the pages. A
+    record at p has of the layers' own rows at most those of p - max(W - 1, r) on, for compressors of ratio r that
+    overlap, and of what comes out of the last layer the streams at p - 1; its draft window rows are made of streams
+    from p - W on. So q + L (W - 1) <= p - max(W, r) is enough; for the draft window no less is.
+    """
+    window = layout.find(Component.WINDOW)
+    assert window is not None
+    overlaps = [item.ratio for item in layout.descriptors if item.component in OVERLAPPING]
+    size = layout.sliding_window
+    span = len(window.layers) * (size - 1) + max(size, *overlaps, 1)
+    return -(-span // PAGE_TOKENS) * PAGE_TOKENS
+
+
 def handover_bytes(layout: StateLayout, num_tokens: int, *, drafts: bool) -> int:
     """The least that must be read to go on after `num_tokens` computed tokens: full pages and the record."""
     full_pages = num_tokens // PAGE_TOKENS
