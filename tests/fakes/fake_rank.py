@@ -220,6 +220,8 @@ class FakeRank:
             has_mtp=self.drafts_max > 0,
             drafts_max=self.drafts_max,
             notices=() if self.drafts_max else ("no MTP weights: served without drafts",),
+            page_bytes=PAGE_BYTES,
+            record_bytes=RECORD_BYTES,
             rebuild_tokens=REBUILD_TOKENS,
             **transfer,
         )
