@@ -125,7 +125,7 @@ class Speculating:
         self.verified: dict[int, list[Verified]] = {}
         self._tokens_max: dict[int, int] = {}
         self._num_prompt: dict[int, int] = {}
-        self._pages_free = list(range(num_pages))
+        self.pages_free = list(range(num_pages))
         self._held: dict[int, int] = {}
         self._num_plans = 0
 
@@ -142,7 +142,7 @@ class Speculating:
         self.tokens[slot], self.said[slot], self.verified[slot] = list(prompt), [], []
         self._tokens_max[slot] = tokens_max
         if restore is not None:
-            self._pages_free = [page for page in self._pages_free if page not in restore.pages]
+            self.pages_free = [page for page in self.pages_free if page not in restore.pages]
         self._held[slot] = 0 if restore is None else len(restore.pages)
         opened = SlotOpen(
             slot=slot,
@@ -173,7 +173,21 @@ class Speculating:
         missing = max(pages_for(num_tokens) - self._held[slot], 0)
         self._held[slot] += missing
         # From the end: no slot's pages are where a mistaken row id would look first.
-        return tuple(self._pages_free.pop() for _ in range(missing))
+        return tuple(self.pages_free.pop() for _ in range(missing))
+
+    def close(self, slot: int, *, keep_pages: bool = False) -> None:
+        """Its pages are free again, but for those that another slot holds, or that the caller keeps."""
+        mine = self.pages_of(slot, PAGE_TOKENS * self._held[slot])
+        others = {
+            page
+            for other, count in self._held.items()
+            if other != slot
+            for page in self.pages_of(other, PAGE_TOKENS * count)
+        }
+        self._held[slot] = 0
+        if not keep_pages:
+            self.pages_free += [page for page in mine if page not in others]
+        self.step(closes=(slot,))
 
     def share(self, slot: int, pages: Sequence[int]) -> tuple[int, ...]:
         """Pages of another slot, for a segment that appends them to this one's."""
