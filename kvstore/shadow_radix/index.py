@@ -199,16 +199,14 @@ class ShadowRadix:
         pages: list[PageId] = []
         tails: list[RecordId] = []
         while len(pages) < count and (first := self._leaves.first()) is not None:
-            self._drop_page(*first, pages, tails)
+            self._drop_page(first[1], pages, tails)
         return Evicted(pages=tuple(pages), tails=tuple(tails))
 
     def evict_tails(self, count: int) -> Evicted:
         """Up to `count` tails; their pages stay."""
         tails: list[RecordId] = []
         while len(tails) < count and (first := self._tails.first()) is not None:
-            priority, tail = first
-            self._value.evicted(priority)
-            tails.append(self._drop_tail(tail))
+            tails.append(self._drop_tail(first[1]))
         return Evicted(tails=tuple(tails))
 
     def evict_cheapest(self, num_bytes: int) -> Evicted:
@@ -220,10 +218,9 @@ class ShadowRadix:
         while len(pages) * page_bytes + len(tails) * tail_bytes < num_bytes:
             leaf, tail = self._leaves.first(), self._tails.first()
             if tail is not None and (leaf is None or tail[0] < leaf[0]):
-                self._value.evicted(tail[0])
                 tails.append(self._drop_tail(tail[1]))
             elif leaf is not None:
-                self._drop_page(*leaf, pages, tails)
+                self._drop_page(leaf[1], pages, tails)
             else:
                 break
         return Evicted(pages=tuple(pages), tails=tuple(tails))
@@ -308,16 +305,16 @@ class ShadowRadix:
             self._num_tails_pinned += 1
             self._tails.remove(tail)
 
-    def _drop_page(self, priority: float, node: Node, pages: list[PageId], tails: list[RecordId]) -> None:
-        self._value.evicted(priority)
+    def _drop_page(self, node: Node, pages: list[PageId], tails: list[RecordId]) -> None:
+        self._value.evicted(node)
         parent = node.parent
         assert parent is not None
         assert not node.num_children
         assert not node.num_holds
+        self._leaves.remove(node)
         if node.tail is not None:
             tails.append(self._drop_tail(node.tail))
         self._log.note(node.key, had_page=True, had_tail=False)
-        self._leaves.remove(node)
         del self._nodes[node.key]
         pages.append(node.page)
         parent.num_children -= 1
@@ -331,4 +328,6 @@ class ShadowRadix:
         self._tails.remove(tail)
         tail.node.tail = None
         self._num_tails -= 1
+        if tail.node.entry:
+            self._leaves.add(tail.node)  # worth less now that nothing resumes behind it
         return tail.record
