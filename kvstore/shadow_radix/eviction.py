@@ -58,24 +58,29 @@ class EvictionQueue(Generic[Item]):
     """Items by priority. What was used since it was queued is queued anew when it comes up, so a use costs nothing.
 
     An item has at most one live entry; entries of others are dropped when they come up, or all at once when they are
-    the majority: the queue is never longer than twice its items.
+    the majority: beyond a few the queue is never longer than twice its items.
     """
 
     def __init__(self, priority: Callable[[Item], float]) -> None:
         self._priority = priority
         self._heap: list[tuple[float, int, Item]] = []
         self._num_live = 0
-        self._num_entries = 0  # ever made; orders what is equal, first in first out
+        self._num_made = 0  # entries ever; orders what is equal, first in first out
 
     def __len__(self) -> int:
         return self._num_live
+
+    @property
+    def num_entries(self) -> int:
+        """Live ones and those not dropped yet."""
+        return len(self._heap)
 
     def add(self, item: Item) -> None:
         """Queue it, or queue it anew by what it is worth now."""
         if not item.entry:
             self._num_live += 1
-        self._num_entries += 1
-        item.entry = self._num_entries
+        self._num_made += 1
+        item.entry = self._num_made
         heapq.heappush(self._heap, (self._priority(item), item.entry, item))
         self._compact()
 
