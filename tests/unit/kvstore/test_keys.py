@@ -71,8 +71,7 @@ def test_one_other_token_changes_its_page_and_all_behind(position: int) -> None:
     changed = token_ids.copy()
     changed[position] ^= 1
     same = [
-        one == other
-        for one, other in zip(page_keys(ROOT, token_ids), page_keys(ROOT, changed), strict=True)
+        one == other for one, other in zip(page_keys(ROOT, token_ids), page_keys(ROOT, changed), strict=True)
     ]
     assert same == [page < position // PAGE_TOKENS for page in range(4)]
 

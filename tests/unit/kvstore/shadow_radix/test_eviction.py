@@ -47,7 +47,9 @@ def gone(index: ShadowRadix, prompts: list[str]) -> list[str]:
     order: list[str] = []
     while index.num_tails:
         index.evict_tails(1)
-        order += [name for name in prompts if not index.match(keys_of(name)).tail_depths and name not in order]
+        order += [
+            name for name in prompts if not index.match(keys_of(name)).tail_depths and name not in order
+        ]
     return order
 
 

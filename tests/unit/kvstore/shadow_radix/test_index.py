@@ -21,7 +21,9 @@ class Owner:
         self.names: dict[int, str] = {}  # page or record id: its prefix
         self._ids = itertools.count()
 
-    def write(self, prompt: str, *, tails: tuple[int, ...] = (), kind: TailKind = TailKind.PROMPT_END) -> None:
+    def write(
+        self, prompt: str, *, tails: tuple[int, ...] = (), kind: TailKind = TailKind.PROMPT_END
+    ) -> None:
         keys = keys_of(prompt)
         match = self.index.match(keys)
         pin = self.index.pin(keys, num_pages=match.num_pages)

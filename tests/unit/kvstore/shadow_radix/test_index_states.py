@@ -6,6 +6,7 @@ nearly every step evicts, and each is at any moment free, in the index, or with 
 
 from __future__ import annotations
 
+from fake_prompts import key_of, keys_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -18,7 +19,6 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fake_prompts import key_of, keys_of
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Costs, Evicted, EvictionOrder, Pin, ShadowRadix, TailKind
 from rorqual.ids import PageId, RecordId
@@ -180,9 +180,7 @@ class IndexStates(RuleBasedStateMachine):
         assert self.index.num_pages_pinned == len(self.held_pages())
         assert self.index.num_tails_evictable == len(self.tails) - len(self.held_tails())
         assert self.index.num_pins == len(self.running)
-        assert dict(self.index.contents()) == {
-            key_of(prefix): prefix in self.tails for prefix in self.pages
-        }
+        assert dict(self.index.contents()) == {key_of(prefix): prefix in self.tails for prefix in self.pages}
 
     def teardown(self) -> None:
         """After any storm everything can be evicted, and every id is back."""

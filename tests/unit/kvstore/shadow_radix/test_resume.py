@@ -67,9 +67,7 @@ def test_the_start_is_the_cheapest_of_all_exact_ones(
     num_pages: int, tails: set[int], num_tokens: int, rebuild_pages: int, allow_full: bool
 ) -> None:
     found = match(num_pages, *sorted(depth for depth in tails if depth <= num_pages))
-    start = cheapest_start(
-        found, num_tokens=num_tokens, rebuild_pages=rebuild_pages, allow_full=allow_full
-    )
+    start = cheapest_start(found, num_tokens=num_tokens, rebuild_pages=rebuild_pages, allow_full=allow_full)
     shared = min(num_pages, num_tokens // PAGE_TOKENS)
     last = num_tokens if allow_full else num_tokens - 1
     exact = {0, max(0, shared - rebuild_pages)}

@@ -124,9 +124,7 @@ def test_every_tail_is_new_exact_in_order_and_within_bounds(
     )
     start = start_of(match, num_pages)
     policy = TailPolicy(num_tails_max=num_max, every_pages=every, pages_apart_min=apart)
-    plans = plan_tails(
-        num_pages=num_pages, match=match, start=start, policy=policy, num_tails_free=num_free
-    )
+    plans = plan_tails(num_pages=num_pages, match=match, start=start, policy=policy, num_tails_free=num_free)
     depths = [plan.depth for plan in plans]
     assert depths == sorted(set(depths))
     assert len(depths) <= min(num_max, num_free)
