@@ -18,14 +18,23 @@ COSTS = Costs(page_bytes=10, tail_bytes=40, rebuild_pages=6)
 IDS = itertools.count()
 
 
-def write(index: ShadowRadix, prompt: str, *, tails: tuple[int, ...] = ()) -> None:
+def write(
+    index: ShadowRadix,
+    prompt: str,
+    *,
+    tails: tuple[int, ...] = (),
+    kind: TailKind = TailKind.PROMPT_END,
+    resume: bool = False,
+) -> None:
+    """`resume`: from the last tail, which is a use of it."""
     keys = keys_of(prompt)
     match = index.match(keys)
-    pin = index.pin(keys, num_pages=match.num_pages, tail_depth=match.resumable)
+    tail_depth = match.resumable if resume else 0
+    pin = index.pin(keys, num_pages=match.num_pages, tail_depth=tail_depth)
     for depth in range(match.num_pages, len(keys)):
         index.extend(pin, keys[depth], PageId(next(IDS)))
     for depth in tails:
-        index.insert_tail(keys[depth - 1], RecordId(next(IDS)), kind=TailKind.PROMPT_END)
+        index.insert_tail(keys[depth - 1], RecordId(next(IDS)), kind=kind)
     index.release(pin)
 
 
@@ -85,11 +94,12 @@ def test_by_lru_the_older_tail_goes_whatever_it_saves() -> None:
     assert gone(index, ["abcdef", "x"]) == ["abcdef", "x"]
 
 
-def test_a_tail_that_its_prompt_has_gone_on_from_goes_before_an_older_one() -> None:
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_tail_that_its_prompt_has_gone_on_from_goes_before_an_older_one(resume: bool) -> None:
     index = taught()
     write(index, "opqrst", tails=(6,))
     write(index, "abcdef", tails=(6,))
-    write(index, "abcdefghijkl", tails=(12,))
+    write(index, "abcdefghijkl", tails=(12,), resume=resume)
     index.evict_tails(1)
     assert index.match(keys_of("abcdefghijkl")).tail_depths == (12,)
     assert index.match(keys_of("opqrst")).tail_depths == (6,)
@@ -106,6 +116,94 @@ def test_a_tail_where_prompts_part_is_worth_as_much_as_one_at_an_end() -> None:
     assert index.match(keys_of("opqrst")).tail_depths == ()
 
 
+def test_that_prompts_parted_is_remembered_when_one_of_them_is_gone() -> None:
+    index = taught()
+    write(index, "opqrst", tails=(6,))
+    write(index, "abcdef", tails=(6,))
+    write(index, "abcdefz")
+    write(index, "abcdefg", tails=(7,))
+    index.evict_pages(index.num_pages - 13)
+    assert index.match(keys_of("abcdefz")).num_pages == 6
+    index.evict_tails(2)
+    assert index.match(keys_of("abcdefg")).tail_depths == (6,)
+
+
+@pytest.mark.parametrize("is_told_later", [True, False])
+def test_a_tail_taken_for_a_branch_is_no_inner_one(is_told_later: bool) -> None:
+    index = taught()
+    write(index, "opqrst", tails=(6,))
+    write(index, "abcdef", tails=(6,), kind=TailKind.PROMPT_END if is_told_later else TailKind.BRANCH)
+    index.insert_tail(key_of("abcdef"), RecordId(next(IDS)), kind=TailKind.BRANCH)
+    write(index, "abcdefg")
+    index.evict_tails(1)
+    assert index.match(keys_of("abcdef")).tail_depths == (6,)
+
+
+def test_a_tail_resumed_from_often_outlives_a_younger_one() -> None:
+    index = taught()
+    write(index, "abcdef", tails=(6,))
+    for _ in range(5):
+        write(index, "abcdef", resume=True)
+    write(index, "opqrst", tails=(6,))
+    assert gone(index, ["abcdef", "opqrst"]) == ["opqrst", "abcdef"]
+
+
+def test_no_tail_saves_more_than_a_rebuild_takes() -> None:
+    index = taught()
+    write(index, "abcdefghijkl", tails=(12,))
+    write(index, "uvwxyz", tails=(6,))
+    assert gone(index, ["abcdefghijkl", "uvwxyz"]) == ["abcdefghijkl", "uvwxyz"]
+
+
+def left(index: ShadowRadix, prompts: tuple[str, str]) -> str:
+    """Which of two prompts is whole when so many pages are gone that one is not."""
+    whole = [len(prompt) for prompt in prompts]
+    while True:
+        found = [index.match(keys_of(prompt)).num_pages for prompt in prompts]
+        if found != whole:
+            return prompts[0] if found[0] == whole[0] else prompts[1]
+        assert index.evict_pages(1).pages
+
+
+def test_pages_used_often_outlive_younger_ones() -> None:
+    index = taught()
+    for _ in range(20):
+        write(index, "abcdefgh")
+    write(index, "opqrstuv")
+    assert left(index, ("abcdefgh", "opqrstuv")) == "abcdefgh"
+
+
+def test_a_leaf_whose_tail_saves_much_outlives_a_younger_one_whose_tail_saves_little() -> None:
+    index = taught()
+    write(index, "abcdef", tails=(6,))
+    write(index, "x", tails=(1,))
+    assert left(index, ("abcdef", "x")) == "abcdef"
+
+
+@pytest.mark.parametrize("order", list(EvictionOrder))
+def test_a_page_lasts_as_long_as_its_tail_is_used(order: EvictionOrder) -> None:
+    index = taught(order)
+    write(index, "abc", tails=(3,))
+    write(index, "xyz", tails=(3,))
+    index.insert_tail(key_of("abc"), RecordId(next(IDS)), kind=TailKind.PROMPT_END)
+    assert left(index, ("abc", "xyz")) == "abc"
+
+
+def test_the_last_use_of_a_page_counts_for_those_before_it() -> None:
+    """The pin that ended late was of all of them, though only its last page was touched at the end."""
+    index = taught()
+    write(index, "abcde", tails=(5,))
+    pin = index.pin(keys_of("abcde"), num_pages=5)
+    index.extend(pin, key_of("abcdef"), PageId(next(IDS)))
+    write(index, "opqrs", tails=(5,))
+    write(index, "opqrs")
+    flood(index, 1000, 20, num_pages_max=200)
+    index.release(pin)
+    index.evict_pages(index.num_pages - 10)
+    assert index.match(keys_of("abcdef")).num_pages == 5, "its last page had nothing to resume behind it"
+    assert left(index, ("abcde", "opqrs")) == "abcde"
+
+
 def test_pages_with_nothing_to_resume_behind_them_go_first() -> None:
     index = taught()
     write(index, "abc", tails=(3,))
@@ -116,13 +214,12 @@ def test_pages_with_nothing_to_resume_behind_them_go_first() -> None:
 
 def test_a_leaf_that_lost_its_tail_is_worth_less_at_once() -> None:
     index = taught()
-    write(index, "opq", tails=(3,))
-    write(index, "xyz", tails=(3,))
-    index.release(index.pin(keys_of("opq"), num_pages=3, tail_depth=3))
+    write(index, "vwxyz", tails=(5,))
+    write(index, "opqrs", tails=(5,))
+    write(index, "vwxyz")  # its pages were used last, its tail was not
     index.evict_tails(1)
-    assert index.match(keys_of("xyz")).tail_depths == ()
-    index.evict_pages(index.num_pages - 3)
-    assert index.match(keys_of("opq")).num_pages == 3
+    assert index.match(keys_of("vwxyz")).tail_depths == ()
+    assert left(index, ("vwxyz", "opqrs")) == "opqrs"
 
 
 def test_cheapest_weighs_tails_against_pages() -> None:

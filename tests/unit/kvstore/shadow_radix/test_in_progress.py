@@ -180,5 +180,5 @@ class Progress(RuleBasedStateMachine):
         return self.progress.end(owner)
 
 
-Progress.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+Progress.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestProgress = Progress.TestCase

@@ -114,6 +114,13 @@ def test_releasing_twice_and_extending_afterwards_are_broken_invariants(owner: O
         owner.index.extend(pin, key_of("ab"), PageId(9))
 
 
+def test_a_key_behind_another_page_than_its_own_is_a_broken_invariant(owner: Owner) -> None:
+    owner.write("ab")
+    pin = owner.index.pin((), num_pages=0)
+    with pytest.raises(AssertionError, match="two parents"):
+        owner.index.extend(pin, key_of("ab"), PageId(9))
+
+
 def test_a_tail_that_is_not_there_cannot_be_pinned(owner: Owner) -> None:
     owner.write("ab")
     with pytest.raises(AssertionError, match="no tail"):
@@ -160,17 +167,6 @@ def test_a_look_is_no_use_and_a_pin_is(owner: Owner) -> None:
     assert owner.gone(owner.index.evict_pages(1)) == (["c"], [])
 
 
-def test_a_path_outlives_its_unused_branches(owner: Owner) -> None:
-    """What the branch's use was worth to the pages before it is not forgotten with the branch."""
-    owner.write("ab")
-    owner.write("x")
-    pin = owner.index.pin(keys_of("ab"), num_pages=2)
-    owner.write("y")
-    owner.index.release(pin)  # later than y: so is "a", though no pin ended there
-    assert owner.gone(owner.index.evict_pages(2)) == (["x", "y"], [])
-    assert owner.gone(owner.index.evict_pages(2)) == (["ab", "a"], [])
-
-
 def test_tails_are_evicted_by_their_own_last_use(owner: Owner) -> None:
     owner.write("ab", tails=(1, 2))
     owner.write("x", tails=(1,))
@@ -209,6 +205,17 @@ def test_a_tail_that_goes_with_its_page_is_told_of(owner: Owner) -> None:
     changes = owner.index.take_changes()
     assert changes.pages_removed == (key_of("ab"), key_of("a")), "children first"
     assert changes.tails_removed == (key_of("ab"),)
+
+
+def test_pages_are_told_of_in_order_whatever_happened_to_them_before(owner: Owner) -> None:
+    owner.write("ab")
+    owner.index.take_changes()
+    owner.index.insert_tail(key_of("a"), RecordId(99), kind=TailKind.BRANCH)
+    owner.index.evict_pages(2)
+    assert owner.index.take_changes() == Changes(pages_removed=(key_of("ab"), key_of("a")))
+    owner.write("xy")
+    owner.index.insert_tail(key_of("x"), RecordId(98), kind=TailKind.BRANCH)
+    assert owner.index.take_changes() == Changes(pages_added=keys_of("xy"), tails_added=(key_of("x"),))
 
 
 def test_more_changes_than_the_bound_ask_for_the_contents() -> None:

@@ -225,5 +225,5 @@ class IndexStates(RuleBasedStateMachine):
         return names[1:]
 
 
-IndexStates.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+IndexStates.TestCase.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
 TestIndexStates = IndexStates.TestCase
