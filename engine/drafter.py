@@ -82,7 +82,8 @@ class MtpDrafter:
         for item in work:
             end = item.start + len(item.tokens)
             if item.slot in prompts:
-                firsts.append(self._advance(item.slot, prompts[item.slot] - window, end - 1))
+                least = max(prompts[item.slot] - window, item.start - 1)
+                firsts.append(self._advance(item.slot, least, end - 1))
             else:
                 firsts.append(end - 1)
             progress = self._slots[item.slot]

@@ -40,7 +40,7 @@ def pack_record(
         for rows_Lrb, bytes_Lrb in _moves(tables, slot, num_tokens, part, record_b, count=count):
             bytes_Lrb.copy_(rows_Lrb)
         if part.component is Component.DRAFT_WINDOW:
-            _clear_missing(tables, slot, part, record_b)
+            clear_missing(tables, slot, part, record_b)
         written = part.offset + part.num_bytes
     record_b[written:num_bytes] = 0
     return num_bytes
@@ -58,6 +58,19 @@ def unpack_record(tables: SlotTables, slot: int, num_tokens: int, record_b: Tens
         if item is not None and num_tokens < item.ratio:
             for ring_rows, _ in _runs(-item.ratio, item.ratio, item.num_rows):
                 empty_unfinished(pools[component], slot, ring_rows)
+
+
+def clear_missing(tables: SlotTables, slot: int, part: Part, record_b: Tensor) -> None:
+    """Rows of the draft window that were never made become zeros, whatever stands in the ring. Block 0 makes the only
+    ones: nothing drafts with later blocks."""
+    first, end = int(tables.draft_first_S[slot]), tables.draft_end[slot]
+    item = tables.pools[part.component].descriptor
+    before = min(max(first - part.first, 0), part.count)
+    after = min(max(end - part.first, before), part.count)
+    for bytes_Lrb in record_rows_of(part, item, record_b):
+        bytes_Lrb[0, :before] = 0
+        bytes_Lrb[0, after:] = 0
+        bytes_Lrb[1:] = 0
 
 
 def record_rows_of(part: Part, item: Descriptor, record_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,19 +109,6 @@ def _moves(
         yield pool.data_ulrb[unit, :, unit_rows], data_Lrb[:, record_rows]
         if item.scale_bytes:
             yield pool.scales_ulrb[unit, :, unit_rows], scales_Lrb[:, record_rows]
-
-
-def _clear_missing(tables: SlotTables, slot: int, part: Part, record_b: Tensor) -> None:
-    """Rows of the draft window that were never made become zeros, whatever stands in the ring. Block 0 makes the only
-    ones: nothing drafts with later blocks."""
-    first, end = int(tables.draft_first_S[slot]), tables.draft_end[slot]
-    item = tables.pools[part.component].descriptor
-    before = min(max(first - part.first, 0), part.count)
-    after = min(max(end - part.first, before), part.count)
-    for bytes_Lrb in record_rows_of(part, item, record_b):
-        bytes_Lrb[0, :before] = 0
-        bytes_Lrb[0, after:] = 0
-        bytes_Lrb[1:] = 0
 
 
 def _runs(first: int, count: int, ring: int) -> list[tuple[slice, slice]]:

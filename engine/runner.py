@@ -18,7 +18,7 @@ from engine.model.context import PickHook
 from engine.model.forward import Model
 from engine.pager import PagedState, SlotTables, kept_streams
 from engine.plan import TailPoint
-from engine.tails import Tail, TailCapture, begin_tail
+from engine.tails import Tail, TailCapture, begin_draft_rows, begin_tail
 from kvstore.handover import rebuild_tokens, record_bytes, record_bytes_max
 from kvstore.layout import build_layout
 from kvstore.pools import Allocate, Pools, plain_memory
@@ -184,6 +184,8 @@ class Runner:
                 self.tables.add_draft_rows(item.slot, item.start, item.start + len(item.tokens))
             counts = [len(item.tokens) for item in indices]
             tails = [latest.tails[index] for index in advancing]
+            for tail in (tail for found in tails for tail in found):
+                begin_draft_rows(self.tables, tail)
             found = self._draft(indices, torch.cat(inputs), tails).split(counts)
             for index, part in zip(advancing, found, strict=True):
                 drafted[index] = part

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.handover import first_halves, pack_record, record_rows_of
+from engine.handover import clear_missing, first_halves, pack_record, record_rows_of
 from engine.model.batch import BatchSegment
 from engine.pager import SlotTables, encode_rows
 from kvstore.handover import record_parts
@@ -45,6 +45,13 @@ def begin_tail(tables: SlotTables, tail: Tail, *, drafts: bool) -> None:
         f"a tail at {tail.num_tokens} tokens in tokens {place.start} to {place.end}"
     )
     pack_record(tables, place.slot, tail.num_tokens, tail.record_b, drafts=drafts, before=place.start)
+
+
+def begin_draft_rows(tables: SlotTables, tail: Tail) -> None:
+    """Before the drafts' block goes on, perhaps behind a gap: rows of before the gap count no more."""
+    for part in record_parts(tables.pools.layout, tail.num_tokens, drafts=True):
+        if part.component is Component.DRAFT_WINDOW:
+            clear_missing(tables, tail.place.slot, part, tail.record_b)
 
 
 class TailCapture:

@@ -1,9 +1,14 @@
-"""What goes first: priorities of pages and tails, and queues that hand out the lowest. Called by `index` only.
+"""What goes first: what pages and tails are worth, and queues that hand out the least. Called by `index` only.
 
-Two orders. LRU: by last use. VALUE: what saves least computing per byte goes first, by the GreedyDual-Size-Frequency
-rule (Young 1994; Cao and Irani 1997; Cherkasova 1998): priority = clock at the last use + uses x saved / bytes, where
-the clock is the priority of the last victim. What is worth little must be used again soon to stay; and since the clock
-rises, nothing stays for ever because it was worth much once.
+Two orders. LRU: by last use alone. VALUE: by computing saved per byte,
+
+    value = uses x pages of computing saved / bytes in pages x exp(-age / tau)
+
+with age since the last use. The exponential makes the order constant in time: least value first is least
+`last use + tau x ln(uses x saved / bytes)` first, so a priority changes only when something happens to its item. Ages
+and tau are counted in operations of the index, and tau is a share of how long a page stays unused before it is evicted,
+so that it fits every size of cache. A small share leaves LRU with a preference; a large one keeps for ever what was
+used often.
 
 The unit of saving is one page of computing for the bytes of one page, so that pages and tails share one scale.
 """
@@ -11,6 +16,7 @@ The unit of saving is one page of computing for the bytes of one page, so that p
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +25,14 @@ from typing import Generic, TypeVar
 from kvstore.shadow_radix.node import Node, Tail, TailKind
 
 Item = TypeVar("Item", Node, Tail)
+
+# Chosen on Mooncake's conversation and synthetic traces, eight caches of 8,000 Flash pages: pages reused rise from 32.7
+# to 33.2 % and from 62.6 to 63.3 % against LRU. Shares from 0.1 to 0.3 gain; 0.5 loses on conversations, 1 on both.
+TAU_SHARE = 0.3
+TAU_GAIN = 0.01
+INNER_FACTOR = 0.3
+"""Of a tail that one path goes on from: that path's next turn resumes deeper."""
+TAILLESS_FACTOR = 0.05
 
 
 class EvictionOrder(Enum):
@@ -44,24 +58,29 @@ class EvictionQueue(Generic[Item]):
     """Items by priority. What was used since it was queued is queued anew when it comes up, so a use costs nothing.
 
     An item has at most one live entry; entries of others are dropped when they come up, or all at once when they are
-    the majority: the queue is never longer than twice its items.
+    the majority: beyond a few the queue is never longer than twice its items.
     """
 
     def __init__(self, priority: Callable[[Item], float]) -> None:
         self._priority = priority
         self._heap: list[tuple[float, int, Item]] = []
         self._num_live = 0
-        self._num_entries = 0  # ever made; orders what is equal, first in first out
+        self._num_made = 0  # entries ever; orders what is equal, first in first out
 
     def __len__(self) -> int:
         return self._num_live
+
+    @property
+    def num_entries(self) -> int:
+        """Live ones and those not dropped yet."""
+        return len(self._heap)
 
     def add(self, item: Item) -> None:
         """Queue it, or queue it anew by what it is worth now."""
         if not item.entry:
             self._num_live += 1
-        self._num_entries += 1
-        item.entry = self._num_entries
+        self._num_made += 1
+        item.entry = self._num_made
         heapq.heappush(self._heap, (self._priority(item), item.entry, item))
         self._compact()
 
@@ -96,59 +115,55 @@ class EvictionQueue(Generic[Item]):
 
 
 class Valuation:
-    """The eviction clock and what things are worth by it, for one index."""
+    """The clock of one index, and the priorities of what is in it. Lower goes first."""
 
     def __init__(self, order: EvictionOrder, costs: Costs) -> None:
-        self._is_lru = order is EvictionOrder.LRU
+        self._order = order
         self._tail_pages = costs.tail_bytes / costs.page_bytes
         self._rebuild_pages = costs.rebuild_pages
-        self.clock: float = 0
+        self._tau = 0.0
+        self.clock = 0  # operations so far
 
     def used(self) -> None:
-        """By uses LRU's clock advances."""
-        if self._is_lru:
-            self.clock += 1
+        self.clock += 1
 
-    def evicted(self, priority: float) -> None:
-        """By evictions that of VALUE."""
-        if not self._is_lru:
-            self.clock = max(self.clock, priority)
+    def evicted(self, node: Node) -> None:
+        """A page goes: how long it was not used tells how long pages stay."""
+        if self._order is EvictionOrder.VALUE:
+            self._tau += TAU_GAIN * (TAU_SHARE * (self.clock - node.stamp) - self._tau)
 
     def page_priority(self, node: Node) -> float:
         """Of a leaf, which takes its tail along."""
-        if self._is_lru:
-            return node.stamp
-        uses = 1 + node.hits
-        if node.tail is None:
-            return node.stamp + uses * self._page_saves(node)
-        saved = (1 + self._tail_saves(node)) / (1 + self._tail_pages)
-        return max(node.stamp, node.tail.stamp) + uses * saved
+        tail = node.tail
+        stamp = node.stamp if tail is None else max(node.stamp, tail.stamp)
+        if not self._tau:
+            return stamp
+        if tail is not None:
+            saved = (1 + self._tail_saves(node)) / (1 + self._tail_pages)
+        elif self._gap(node) >= self._rebuild_pages:
+            saved = 1.0  # itself, in a rebuild
+        else:
+            saved = TAILLESS_FACTOR  # from the tail before, or the start, all is computed with it or without
+        return stamp + self._tau * math.log((1 + node.hits) * saved)
 
     def tail_priority(self, tail: Tail) -> float:
-        if self._is_lru:
+        if not self._tau:
             return tail.stamp
-        uses = 1.0 + tail.hits
-        if tail.node.num_children and tail.kind is not TailKind.BRANCH and not tail.node.is_branch:
-            uses *= _INNER  # the prompt went on from here: its next turn resumes deeper
-        return tail.stamp + uses * self._tail_saves(tail.node) / self._tail_pages
+        node = tail.node
+        value = (1 + tail.hits) * self._tail_saves(node) / self._tail_pages
+        if node.num_children and not node.is_branch and tail.kind is not TailKind.BRANCH:
+            value *= INNER_FACTOR
+        return tail.stamp + self._tau * math.log(value)
 
     def _tail_saves(self, node: Node) -> int:
-        """Pages of computing: from the tail before, from the start, or by a rebuild, whichever is least."""
-        return self._gap(node.parent) + 1
+        """Pages of computing: from the tail before, from the start, or by a rebuild, whichever is least. At least 1."""
+        assert node.parent is not None
+        return min(self._gap(node.parent) + 1, self._rebuild_pages)
 
-    def _page_saves(self, node: Node) -> float:
-        """A leaf without a tail saves its own page in a rebuild; where none pays, nothing."""
-        return 1.0 if self._gap(node) >= self._rebuild_pages else 0.0
-
-    def _gap(self, node: Node | None) -> int:
+    def _gap(self, node: Node) -> int:
         """Pages from `node` back to a tail or the start, at most what a rebuild takes."""
         gap = 0
-        while (
-            node is not None and node.parent is not None and node.tail is None and gap < self._rebuild_pages
-        ):
+        while node.tail is None and gap < self._rebuild_pages and node.parent is not None:
             node = node.parent
             gap += 1
         return gap
-
-
-_INNER = 0.1

@@ -64,7 +64,8 @@ class InProgress(Generic[Owner]):
             return wait
         self._num_waits.pop(owner, None)
         mine = {key: None for key in keys if key not in self._leaders}
-        self._led[owner] = _Led(keys=mine)
+        if mine:
+            self._led[owner] = _Led(keys=mine)
         for key in mine:
             self._leaders[key] = owner
         return None

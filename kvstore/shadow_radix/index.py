@@ -153,7 +153,7 @@ class ShadowRadix:
         self._value.used()
         node = self._nodes.get(key)
         if node is None:
-            self._log.note(key, had_page=False, had_tail=False)
+            self._log.note_page(key, had_page=False)
             node = Node(key, parent, page, self._value.clock)
             self._nodes[key] = node
             parent.num_children += 1
@@ -183,7 +183,7 @@ class ShadowRadix:
             node.tail.kind = max(node.tail.kind, kind)
             node.tail.stamp = self._value.clock
             return record
-        self._log.note(key, had_page=True, had_tail=False)
+        self._log.note_tail(key, had_tail=False)
         node.tail = Tail(node, record, kind, self._value.clock)
         self._num_tails += 1
         self._tails.add(node.tail)
@@ -215,16 +215,14 @@ class ShadowRadix:
         pages: list[PageId] = []
         tails: list[RecordId] = []
         while len(pages) < count and (first := self._leaves.first()) is not None:
-            self._drop_page(*first, pages, tails)
+            self._drop_page(first[1], pages, tails)
         return Evicted(pages=tuple(pages), tails=tuple(tails))
 
     def evict_tails(self, count: int) -> Evicted:
         """Up to `count` tails; their pages stay."""
         tails: list[RecordId] = []
         while len(tails) < count and (first := self._tails.first()) is not None:
-            priority, tail = first
-            self._value.evicted(priority)
-            tails.append(self._drop_tail(tail))
+            tails.append(self._drop_tail(first[1]))
         return Evicted(tails=tuple(tails))
 
     def evict_cheapest(self, num_bytes: int) -> Evicted:
@@ -236,10 +234,9 @@ class ShadowRadix:
         while len(pages) * page_bytes + len(tails) * tail_bytes < num_bytes:
             leaf, tail = self._leaves.first(), self._tails.first()
             if tail is not None and (leaf is None or tail[0] < leaf[0]):
-                self._value.evicted(tail[0])
                 tails.append(self._drop_tail(tail[1]))
             elif leaf is not None:
-                self._drop_page(*leaf, pages, tails)
+                self._drop_page(leaf[1], pages, tails)
             else:
                 break
         return Evicted(pages=tuple(pages), tails=tuple(tails))
@@ -324,16 +321,16 @@ class ShadowRadix:
             self._num_tails_pinned += 1
             self._tails.remove(tail)
 
-    def _drop_page(self, priority: float, node: Node, pages: list[PageId], tails: list[RecordId]) -> None:
-        self._value.evicted(priority)
+    def _drop_page(self, node: Node, pages: list[PageId], tails: list[RecordId]) -> None:
+        self._value.evicted(node)
         parent = node.parent
         assert parent is not None
         assert not node.num_children
         assert not node.num_holds
+        self._leaves.remove(node)
         if node.tail is not None:
             tails.append(self._drop_tail(node.tail))
-        self._log.note(node.key, had_page=True, had_tail=False)
-        self._leaves.remove(node)
+        self._log.note_page(node.key, had_page=True)
         del self._nodes[node.key]
         pages.append(node.page)
         parent.num_children -= 1
@@ -343,8 +340,10 @@ class ShadowRadix:
 
     def _drop_tail(self, tail: Tail) -> RecordId:
         assert not tail.num_pins, "a pinned tail is evicted"
-        self._log.note(tail.node.key, had_page=True, had_tail=True)
+        self._log.note_tail(tail.node.key, had_tail=True)
         self._tails.remove(tail)
         tail.node.tail = None
         self._num_tails -= 1
+        if tail.node.entry:
+            self._leaves.add(tail.node)  # worth less now that nothing resumes behind it
         return tail.record

@@ -54,7 +54,7 @@ class Node:
         "tail",
     )
 
-    def __init__(self, key: PageKey, parent: Node | None, page: PageId, stamp: float) -> None:
+    def __init__(self, key: PageKey, parent: Node | None, page: PageId, stamp: int) -> None:
         self.key = key
         self.parent = parent  # None: the root, which is no page
         self.depth: int = parent.depth + 1 if parent is not None else 0
@@ -62,7 +62,7 @@ class Node:
         self.num_children = 0
         self.num_holds = 0  # pins that end here, and children with holds
         self.tail: Tail | None = None
-        self.stamp = stamp  # the eviction clock at the last use of it, or of descendants that are gone
+        self.stamp = stamp  # the index's clock at the last use of it, or of descendants that are gone
         self.hits = 0  # pins through it, the first not counted
         self.is_branch = False  # has had two children at once
         self.entry = 0  # its live entry in the eviction queue; 0: none
@@ -73,7 +73,7 @@ class Tail:
 
     __slots__ = ("entry", "hits", "kind", "node", "num_pins", "record", "stamp")
 
-    def __init__(self, node: Node, record: RecordId, kind: TailKind, stamp: float) -> None:
+    def __init__(self, node: Node, record: RecordId, kind: TailKind, stamp: int) -> None:
         self.node = node
         self.record = record
         self.kind = kind

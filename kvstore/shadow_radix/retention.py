@@ -20,6 +20,9 @@ class TailPolicy:
     num_tails_max: int = 4  # of one prompt
     take_branches: bool = True
     every_pages: int = 0  # between tails on the way; 0: none
+    end_multiple: int = (
+        1  # the end's tail is at a multiple of so many pages, for prompts whose next turn rewrites the last
+    )
     pages_apart_min: int = (
         1  # nearer to one that is there, or to the start, none is taken on the way or at a branch
     )
@@ -27,6 +30,7 @@ class TailPolicy:
     def __post_init__(self) -> None:
         assert self.num_tails_max >= 0
         assert self.every_pages >= 0
+        assert self.end_multiple >= 1
         assert self.pages_apart_min >= 1
 
 
@@ -54,7 +58,7 @@ def plan_tails(
         if all(abs(depth - other) >= apart for other in (0, *there, *chosen)):
             chosen[depth] = kind
 
-    choose(num_pages, TailKind.PROMPT_END, 1)
+    choose(num_pages - num_pages % policy.end_multiple, TailKind.PROMPT_END, 1)
     if policy.take_branches and match.is_branch and match.num_pages < num_pages:
         choose(match.num_pages, TailKind.BRANCH, policy.pages_apart_min)
     if policy.every_pages:
