@@ -25,6 +25,10 @@ RACES = {
         "bench.route.command",
         "placement policies over a trace of prompts, on simulated workers (1 minute)",
     ),
+    "shadow_radix": (
+        "bench.shadow_radix",
+        "the index of cached prefixes: keys, match, insertion, eviction a page, beside a dictionary (2 seconds)",
+    ),
     "speculation": (
         "bench.speculation",
         "decode speed of the demo model by number of drafts and batch, through the whole system (10 minutes)",

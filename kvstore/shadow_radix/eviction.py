@@ -134,14 +134,17 @@ class Valuation:
 
     def page_priority(self, node: Node) -> float:
         """Of a leaf, which takes its tail along."""
+        tail = node.tail
+        stamp = node.stamp if tail is None else max(node.stamp, tail.stamp)
         if not self._tau:
-            return node.stamp
-        if node.tail is None:
-            # It saves itself in a rebuild; nearer to a tail or the start than a rebuild takes, almost nothing.
-            saved = 1.0 if self._gap(node) >= self._rebuild_pages else TAILLESS_FACTOR
-            return node.stamp + self._tau * math.log((1 + node.hits) * saved)
-        saved = (1 + self._tail_saves(node)) / (1 + self._tail_pages)
-        return max(node.stamp, node.tail.stamp) + self._tau * math.log((1 + node.hits) * saved)
+            return stamp
+        if tail is not None:
+            saved = (1 + self._tail_saves(node)) / (1 + self._tail_pages)
+        elif self._gap(node) >= self._rebuild_pages:
+            saved = 1.0  # itself, in a rebuild
+        else:
+            saved = TAILLESS_FACTOR  # from the tail before, or the start, all is computed with it or without
+        return stamp + self._tau * math.log((1 + node.hits) * saved)
 
     def tail_priority(self, tail: Tail) -> float:
         if not self._tau:

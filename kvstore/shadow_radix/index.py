@@ -101,6 +101,22 @@ class ShadowRadix:
         is_branch = last.num_children > 0 and num_pages > 0
         return Match(num_pages=num_pages, tail_depths=tuple(tails), is_branch=is_branch)
 
+    def num_pages_to_hold(self, keys: Sequence[PageKey], *, num_pages: int) -> int:
+        """Pages that can be evicted now, and could not with a pin on the first `num_pages` of these keys."""
+        node = self._nodes[keys[num_pages - 1]] if num_pages else self._root
+        count = 0
+        while node is not self._root and not node.num_holds:
+            count += 1
+            assert node.parent is not None
+            node = node.parent
+        return count
+
+    def is_tail_pinned(self, key: PageKey) -> bool:
+        """Of a key that has a tail."""
+        tail = self._nodes[key].tail
+        assert tail is not None, "no tail at this key"
+        return tail.num_pins > 0
+
     def pin(self, keys: Sequence[PageKey], *, num_pages: int, tail_depth: int = 0) -> Pin:
         """Hold the first `num_pages` pages and the tail at `tail_depth` (0: none); a `match` has just shown them.
 
@@ -137,7 +153,7 @@ class ShadowRadix:
         self._value.used()
         node = self._nodes.get(key)
         if node is None:
-            self._log.note(key, had_page=False, had_tail=False)
+            self._log.note_page(key, had_page=False)
             node = Node(key, parent, page, self._value.clock)
             self._nodes[key] = node
             parent.num_children += 1
@@ -167,7 +183,7 @@ class ShadowRadix:
             node.tail.kind = max(node.tail.kind, kind)
             node.tail.stamp = self._value.clock
             return record
-        self._log.note(key, had_page=True, had_tail=False)
+        self._log.note_tail(key, had_tail=False)
         node.tail = Tail(node, record, kind, self._value.clock)
         self._num_tails += 1
         self._tails.add(node.tail)
@@ -314,7 +330,7 @@ class ShadowRadix:
         self._leaves.remove(node)
         if node.tail is not None:
             tails.append(self._drop_tail(node.tail))
-        self._log.note(node.key, had_page=True, had_tail=False)
+        self._log.note_page(node.key, had_page=True)
         del self._nodes[node.key]
         pages.append(node.page)
         parent.num_children -= 1
@@ -324,7 +340,7 @@ class ShadowRadix:
 
     def _drop_tail(self, tail: Tail) -> RecordId:
         assert not tail.num_pins, "a pinned tail is evicted"
-        self._log.note(tail.node.key, had_page=True, had_tail=True)
+        self._log.note_tail(tail.node.key, had_tail=True)
         self._tails.remove(tail)
         tail.node.tail = None
         self._num_tails -= 1
