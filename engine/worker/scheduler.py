@@ -333,6 +333,11 @@ class Scheduler:
         return sum(max(0, len(item.pages) - credit_pages(len(item.prompt))) for item in found)
 
     @property
+    def cache(self) -> PrefixCache | None:
+        """For the feed, which looks only. None where it is off."""
+        return self._cache
+
+    @property
     def num_pages_cached(self) -> int:
         return self._cache.num_pages if self._cache is not None else 0
 
