@@ -40,8 +40,10 @@ from rorqual.session import (
 from rorqual.telemetry import fields
 from router.credit import CreditLedger, CreditUse
 from router.fleet_metrics import FleetMetrics
+from router.picture import Picture
 from router.placement import WorkerView
 from router.sequences import RemoteSequence, SequenceRequest, Sink, without_first
+from router.worker_feed import WorkerFeed
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class Owner(Protocol):
     router_id: str
     randomness: random.Random
     credit: CreditLedger
+    picture: Picture
 
     def check_model(self, address: str, welcome: Welcome) -> None:
         """Raises SessionLost when the worker does not answer as the others do."""
@@ -101,6 +104,10 @@ class Owner(Protocol):
 
     def announce_change(self) -> None:
         """A worker has connected, left, or changed its mind about draining."""
+        ...
+
+    def tend(self) -> None:
+        """The picture of caches has changed."""
         ...
 
 
@@ -127,6 +134,7 @@ class WorkerLink:
         self._tokens_outstanding = 0
         self._prompt_tokens_outstanding = 0
         metrics = owner.metrics
+        self.feed = WorkerFeed(owner.picture.join(), address=address, metrics=metrics)
         self._sessions_lost = metrics.sessions_lost.labels(address)
         metrics.sequences_outstanding.labels(address).set_function(lambda: float(len(self._sequences)))
         metrics.tokens_outstanding.labels(address).set_function(lambda: float(self._tokens_outstanding))
@@ -154,6 +162,8 @@ class WorkerLink:
             sequences_max=self.welcome.sequences_max,
             load=self._load,
             credit=self._owner.credit.use_of(self._address),
+            index=self.feed.index,
+            wire_id=self.welcome.wire_id,
         )
 
     async def run(self) -> None:
@@ -255,7 +265,12 @@ class WorkerLink:
             await self._greet(channel)
             tasks = [
                 asyncio.create_task(work)
-                for work in (self._read(channel), self._write(channel), self._keep_renewing())
+                for work in (
+                    self._read(channel),
+                    self._write(channel),
+                    self._keep_renewing(),
+                    self.feed.keep(self._send),
+                )
             ]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -290,6 +305,7 @@ class WorkerLink:
         if welcome.role is Role.DECODE:
             self._watch_credit()
             self._grant(welcome.credit)
+        self._send(self.feed.begin(welcome.incarnation))
         self._owner.metrics.sessions_opened.labels(self._address).inc()
         log.info(
             "connected to a worker %s",
@@ -350,6 +366,10 @@ class WorkerLink:
         if report.number != self._num_reports:
             raise SessionLost(f"{self._address} sent report {report.number} as number {self._num_reports}")
         self._load = report.load
+        if report.feed:
+            # Before its sequences: who is told of a first token can count on the pages before it.
+            self.feed.take(report.feed)
+            self._owner.tend()
         if report.draining != self._draining:
             self._draining = report.draining
             log.info("saw a worker drain %s", fields(worker=self._address, draining=report.draining))
@@ -418,6 +438,7 @@ class WorkerLink:
         self.welcome = self._load = self._credit = None
         self._commands.clear()
         self._have_commands.clear()
+        self.feed.end()
         # Before its sequences hear of it: they may ask for credit, and it has none to give.
         self._owner.credit.drop(self._address)
         while self._sequences:

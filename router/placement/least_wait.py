@@ -38,6 +38,8 @@ class WorkerView:
     sequences_max: int  # that the worker runs at once
     load: Load
     credit: CreditUse | None = None  # of a decode worker
+    index: int = 0  # its place in the picture of caches
+    wire_id: str = ""  # page keys begin with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,14 +85,18 @@ class Cluster:
         *,
         num_pages: int = 16,
         num_slots: int = 4,
+        num_records: int = 0,
         numerics: str = "float32",
+        incarnation: int = 1,
         **options: float,
     ) -> Host:
-        rank = FakeRank(num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512)
+        rank = FakeRank(
+            num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512, num_records=num_records
+        )
         self.links[address] = FakeLink(rank)
         config = HostConfig(
             worker_id=WorkerId(address),
-            incarnation=Incarnation(1),
+            incarnation=Incarnation(incarnation),
             exact=False,
             prefill_tokens_max=512,
             heartbeat_seconds=0.02,
