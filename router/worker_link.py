@@ -133,6 +133,7 @@ class WorkerLink:
         self._have_commands = asyncio.Event()
         self._tokens_outstanding = 0
         self._prompt_tokens_outstanding = 0
+        self._prompt_tokens_sent = 0
         metrics = owner.metrics
         self.feed = WorkerFeed(owner.picture.join(), address=address, metrics=metrics)
         self._sessions_lost = metrics.sessions_lost.labels(address)
@@ -159,11 +160,12 @@ class WorkerLink:
             sequences_outstanding_max=self._owner.config.sequences_per_worker_max,
             tokens_outstanding=self._tokens_outstanding,
             prompt_tokens_outstanding=self._prompt_tokens_outstanding,
+            prompt_tokens_sent=self._prompt_tokens_sent,
             sequences_max=self.welcome.sequences_max,
             load=self._load,
             credit=self._owner.credit.use_of(self._address),
             index=self.feed.index,
-            wire_id=self.welcome.wire_id,
+            pages_cached=self.feed.reader.num_entries,
         )
 
     async def run(self) -> None:
@@ -211,8 +213,7 @@ class WorkerLink:
             tag=tag,
         )
         self._sequences[sequence_id] = sequence
-        self._tokens_outstanding += sequence.tokens_outstanding
-        self._prompt_tokens_outstanding += sequence.prompt_tokens_outstanding
+        self._count(sequence, +1)
         self._owner.metrics.sequences_opened.labels(self._address).inc()
         self._send(
             Open(
@@ -413,11 +414,9 @@ class WorkerLink:
         if num_duplicate > 0 and report.token_ids:
             self._owner.metrics.tokens_duplicate.inc(min(num_duplicate, len(report.token_ids)))
             report = without_first(report, num_duplicate)
-        self._tokens_outstanding -= sequence.tokens_outstanding
-        self._prompt_tokens_outstanding -= sequence.prompt_tokens_outstanding
+        self._count(sequence, -1)
         sequence.count(report)
-        self._tokens_outstanding += sequence.tokens_outstanding
-        self._prompt_tokens_outstanding += sequence.prompt_tokens_outstanding
+        self._count(sequence, +1)
         # Before it is delivered, since the sink may cancel it.
         if report.finish_reason is not None:
             self._drop(sequence)
@@ -429,8 +428,13 @@ class WorkerLink:
     def _drop(self, sequence: RemoteSequence) -> None:
         del self._sequences[sequence.sequence_id]
         self._leases.pop(sequence.sequence_id, None)
-        self._tokens_outstanding -= sequence.tokens_outstanding
-        self._prompt_tokens_outstanding -= sequence.prompt_tokens_outstanding
+        self._count(sequence, -1)
+
+    def _count(self, sequence: RemoteSequence, sign: int) -> None:
+        """Around what changes it."""
+        self._tokens_outstanding += sign * sequence.tokens_outstanding
+        self._prompt_tokens_outstanding += sign * sequence.prompt_tokens_outstanding
+        self._prompt_tokens_sent += sign * sequence.prompt_tokens_sent
 
     def _lose(self) -> None:
         """The session is over: so is all that was open on it."""
@@ -447,6 +451,7 @@ class WorkerLink:
             sequence.deliver(sequence.failure(f"worker {self._address} was lost: {self.failure}"))
         assert self._tokens_outstanding == 0, "tokens are outstanding on a session that is over"
         assert self._prompt_tokens_outstanding == 0, "a prompt is outstanding on a session that is over"
+        assert self._prompt_tokens_sent == 0, "a prompt is outstanding on a session that is over"
         if was_connected:
             self._owner.announce_change()
 

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from rorqual.ids import Incarnation, RequestId, WorkerId
+from rorqual.performance import FLASH, model_costs
 from rorqual.sampling import SamplingParams
 from rorqual.session import (
     FinishReason,
@@ -28,7 +29,7 @@ from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig
 from router.fleet_metrics import FleetMetrics
 from router.generation import ChoiceUpdate, Generation
-from router.placement import LeastPredictedWait
+from router.placement.policies import WorkerModel, make_placement
 from router.text import ChoiceText, StopStrings
 
 
@@ -139,6 +140,7 @@ async def a_cluster(
     start: bool = True,
     seconds_max: float = 30.0,
     fleet: FleetConfig | None = None,
+    placement: str = "least_wait",
     **stages: float,
 ) -> AsyncIterator[Cluster]:
     registry = CollectorRegistry()
@@ -154,7 +156,9 @@ async def a_cluster(
     )
     dispatcher = Dispatcher(
         fleet=the_fleet,
-        placement=LeastPredictedWait(),
+        placement=make_placement(
+            placement, caches=the_fleet.picture, workers=WorkerModel(costs=model_costs(FLASH))
+        ),
         make_texts=make_texts,
         config=DispatchConfig(served_name="fake", created=5, **stages),
         metrics=metrics,
