@@ -21,8 +21,8 @@ from decode_worker.loan import Loan
 from decode_worker.metrics import BorrowingMetrics
 from decode_worker.peers import Peers
 from engine.plan import Fetch, Fetched, FetchOverdue, FromTransfer, PeerOpened
+from engine.worker.events import Adoption, LentEvent, PagesEvent, SequenceKey
 from engine.worker.role import HandlerHost
-from engine.worker.scheduler import Adoption, LentEvent, PagesEvent, SequenceKey
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest
 from rorqual.session import RENEWALS_PER_LEASE, Credit, ErrorCode, Offer, Open, Role, Take

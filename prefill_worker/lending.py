@@ -19,8 +19,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.plan import Expose, FromTransfer
+from engine.worker.events import LentEvent, PagesEvent, SequenceKey
 from engine.worker.role import HandlerHost
-from engine.worker.scheduler import LentEvent, PagesEvent, SequenceKey
 from kvstore.leases import LeaseLedger, Returned
 from prefill_worker.metrics import LendingMetrics
 from rorqual.clock import Clock

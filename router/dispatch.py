@@ -378,6 +378,7 @@ class _Choice:
     sequence: OpenSequence | None = None
     predicted: Predicted | None = None  # where it was placed, until its prompt is computed
     num_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt
     is_finished: bool = False
     failure: RorqualError | None = None  # of the first attempt
     failed_sessions: set[int] = field(default_factory=set[int])
@@ -414,6 +415,9 @@ class _Choice:
             finish_reason, ended = FinishReason.STOP, True
             self.cancel()
         first_index = self.num_tokens
+        if first_index == 0:
+            # Of the worker that gave token 0: one that failed before counts for nothing.
+            self.cached_tokens = max((report.cached_tokens for report in reports), default=0)
         self.num_tokens += len(tokens)
         self.is_finished = ended
         if not (tokens or ended):
@@ -426,6 +430,7 @@ class _Choice:
             reasoning=delta.reasoning,
             finish_reason=finish_reason if ended else None,
             prompt_logprobs=self._take_scores() if self.scores else None,
+            cached_tokens=self.cached_tokens if first_index == 0 else 0,
         )
 
     def _take_scores(self) -> PromptLogprobs:
@@ -445,6 +450,7 @@ def _request(choice: _Choice, generation: Generation) -> SequenceRequest:
         ignore_eos=generation.ignore_eos,
         sampling=msgspec.structs.replace(generation.sampling, choice=choice.number),
         tokens_reused=choice.predicted.tokens_reused if choice.predicted is not None else 0,
+        cache_salt=generation.cache_salt,
     )
 
 

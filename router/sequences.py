@@ -29,6 +29,7 @@ class SequenceRequest:
     sampling: SamplingParams
     source: Source | None = None  # for a decode worker
     tokens_reused: int = 0  # of the prompt, that the worker is predicted not to compute
+    cache_salt: str = ""
 
 
 class Sink(Protocol):

@@ -25,6 +25,7 @@ class TokenEvent:
     logprob: float | None
     alternatives: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
+    cached_tokens: int = 0  # with token 0: of the prompt, those that did not have to be computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

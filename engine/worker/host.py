@@ -30,20 +30,12 @@ from engine.plan import (
 )
 from engine.worker.cache_feed import CacheFeed
 from engine.worker.drafting import DraftsOption, make_policy
+from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.rank_link import RankLost
 from engine.worker.role import BothRole, RoleHandler
-from engine.worker.scheduler import (
-    Event,
-    LentEvent,
-    PagesEvent,
-    Scheduler,
-    SchedulerConfig,
-    ScoresEvent,
-    SequenceKey,
-    TokenEvent,
-)
+from engine.worker.scheduler import Scheduler, SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
@@ -136,6 +128,7 @@ class Host:
             num_preemptions=lambda: self._scheduler.num_preemptions,
             num_records=ready.num_records,
             num_records_free=lambda: self._scheduler.num_records_free,
+            cache=self._scheduler.cache_state,
         )
 
     @property
@@ -389,6 +382,7 @@ class Host:
                 ignore_eos=command.ignore_eos,
                 sampling=command.sampling,
                 adopt=self._handler.role is Role.DECODE,
+                salt=command.cache_salt,
             )
         except InvalidRequest as error:
             self._refuse(session, command, ErrorCode.INVALID, str(error))
@@ -575,6 +569,7 @@ def _token_report(sequence_id: SequenceId, tokens: Sequence[TokenEvent]) -> Sequ
         logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
         alternatives=tuple(alternatives_of(token.alternatives) for token in tokens) if has_logprobs else (),
         finish_reason=tokens[-1].finish_reason,
+        cached_tokens=tokens[0].cached_tokens,
     )
 
 

@@ -68,6 +68,15 @@ class CacheCounts:
     tails_evicted: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheState:
+    """For whoever watches a worker. Of a cache that is off: nothing."""
+
+    num_pages: int = 0
+    num_tails: int = 0
+    counts: CacheCounts = field(default_factory=CacheCounts)
+
+
 class PrefixCache:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
@@ -76,6 +85,10 @@ class PrefixCache:
         self._in_progress: InProgress[Sequence] = InProgress()
         self._digests: dict[PageId, tuple[int, ...]] = {}  # of pages in the index, where they are known
         self._orphans: set[Pin] = set()  # whose sequences are gone while a plan reads their tails
+
+    @property
+    def state(self) -> CacheState:
+        return CacheState(num_pages=self.num_pages, num_tails=self.num_tails, counts=self.counts)
 
     @property
     def num_pages(self) -> int:

@@ -45,25 +45,23 @@ from itertools import chain
 
 import msgspec
 
-from engine.plan import Lent, PromptScores, Sampled, StepPlan, StepResult
+from engine.plan import Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
 from engine.worker.events import (
     Adoption,
     Event,
-    LentEvent,
-    PagesEvent,
-    ScoresEvent,
     SequenceKey,
     Surrender,
     TokenEvent,
 )
 from engine.worker.holdings import Holdings
-from engine.worker.prefix_cache import CacheConfig, CacheCounts, PrefixCache
+from engine.worker.prefix_cache import CacheConfig, CacheState, PrefixCache
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
 from engine.worker.tails import Tails, digests_by_slot
+from engine.worker.telling import lent_event, pages_events, score_events
 from rorqual.errors import InvalidRequest
 from rorqual.ids import RecordId, SlotId
 from rorqual.model_config import PAGE_TOKENS
@@ -258,17 +256,22 @@ class Scheduler:
         self._free_read(step)
         events: list[Event] = []
         if result.prompt_scores:
-            events.extend(self._score(step, result.prompt_scores))
+            events.extend(score_events(step, result.prompt_scores))
         self._tails.note(step, result)
         self._absorb_chunks(step, result)
         for slot, item in lent.items():
-            events.extend(self._tell(step, slot, item))
+            events.extend(
+                pages_events(
+                    step, slot, item, cache=self._cache, num_components=self.config.num_page_components
+                )
+            )
         for slot, items in sampled.items():
             sequence = step.sequences[slot]
             tokens = self._land(sequence, items, drafts=step.sampling[slot])
             events.extend(tokens)
             if tokens and sequence.is_lending and tokens[-1].finish_reason is None:
-                events.append(self._lend(sequence, lent[slot]))
+                events.append(lent_event(sequence, lent[slot]))
+                self._end(sequence)
         self._tails.settle(step)
         self._speculation.learn(step, result)
         self._check()
@@ -337,18 +340,8 @@ class Scheduler:
         """For the feed, which looks only. None where it is off."""
         return self._cache
 
-    @property
-    def num_pages_cached(self) -> int:
-        return self._cache.num_pages if self._cache is not None else 0
-
-    @property
-    def num_tails_cached(self) -> int:
-        return self._cache.num_tails if self._cache is not None else 0
-
-    @property
-    def cache_counts(self) -> CacheCounts:
-        """Of a cache that is off: nothing."""
-        return self._cache.counts if self._cache is not None else CacheCounts()
+    def cache_state(self) -> CacheState:
+        return self._cache.state if self._cache is not None else CacheState()
 
     def check_all(self) -> None:
         """Assert that everything adds up, also what takes long to add up: for tests."""
@@ -507,61 +500,6 @@ class Scheduler:
         if self._cache is not None:
             self._cache.leave(sequence)
         self._holdings.free_state(sequence)
-
-    def _score(self, step: Step, items: Iterable[PromptScores]) -> list[ScoresEvent]:
-        """One event for each sequence whose scores are news: the rank sends them in small parts."""
-        parts: dict[int, list[PromptScores]] = {}
-        for item in items:
-            parts.setdefault(item.slot, []).append(item)
-        events: list[ScoresEvent] = []
-        for slot, own in parts.items():
-            sequence = step.sequences[SlotId(slot)]
-            if sequence.phase is Phase.ENDED:
-                continue
-            found = sequence.take_scores(own)
-            if found is not None:
-                events.append(ScoresEvent(key=sequence.key, prompt_logprobs=found))
-        return events
-
-    def _tell(self, step: Step, slot: SlotId, item: Lent) -> list[PagesEvent]:
-        """The full pages that are there now and that nobody was told of, if any: those that a segment has completed,
-        before them those that were there. From now on others may be reading them."""
-        sequence, segment = step.sequences[slot], step.lending[slot]
-        assert (item.record_bytes > 0) == (segment.record >= 0), "a record was packed that was not planned"
-        first, end = sequence.num_pages_told, (segment.start + segment.count) // PAGE_TOKENS
-        if sequence.phase is Phase.ENDED or first == end:
-            return []
-        assert sequence.record is not None
-        num_there = min(max(first, sequence.num_pages_shared), end)
-        digests = item.page_digests if not segment.replay else ()
-        if num_there > first:
-            assert self._cache is not None
-            digests = self._cache.digests_of(sequence, first, num_there) + digests
-        num_digests = (end - first) * self.config.num_page_components
-        assert len(digests) == num_digests, f"{len(digests)} digests, not {num_digests}"
-        sequence.num_pages_told = end
-        sequence.is_told = True
-        pages = tuple(sequence.pages[first:end])
-        return [
-            PagesEvent(
-                key=sequence.key, record=sequence.record, first_page=first, pages=pages, digests=digests
-            )
-        ]
-
-    def _lend(self, sequence: Sequence, item: Lent) -> LentEvent:
-        """It goes on elsewhere, from what the host is told of now at the latest."""
-        assert sequence.record is not None
-        assert sequence.num_pages_told == sequence.num_full_pages
-        sequence.is_told = True
-        event = LentEvent(
-            key=sequence.key,
-            record=sequence.record,
-            num_tokens=len(sequence.prompt),
-            record_bytes=item.record_bytes,
-            record_digest=item.record_digest,
-        )
-        self._end(sequence)
-        return event
 
     def _land(self, sequence: Sequence, items: list[Sampled], *, drafts: int) -> list[TokenEvent]:
         """What a step has sampled of a sequence, in order, until it ends."""

@@ -71,7 +71,9 @@ class Sequence:
     num_pages_shared: int = 0  # of the first pages: they were there when it started, and are never written
     start_kind: StartKind | None = None  # how it last started, with an index
     num_landed: int = 0  # tokens computed for good, by plans whose results are in
-    num_tokens_cached: int = 0  # of the prompt, that did not have to be computed when it first started
+    num_tokens_cached: int | None = (
+        None  # of the prompt, that did not have to be computed when it first started
+    )
     is_following: bool = False  # waits for pages that another is computing
     tails_planned: dict[int, TailKind] = field(default_factory=dict[int, TailKind])  # by depth in pages
     tail_record: RecordId | None = None  # for boundaries that it crosses as it decodes
@@ -207,6 +209,8 @@ class Sequence:
         self.tails_planned = {}
         if start is not None:
             self.start_kind = start.kind
+            if self.num_tokens_cached is None:
+                self.num_tokens_cached = start.from_depth * PAGE_TOKENS
             self.num_computed = self.num_landed = start.from_depth * PAGE_TOKENS
             self.num_pages_shared = self.num_pages_cached = start.reuse_depth
 
@@ -313,6 +317,7 @@ class Sequence:
                 logprob=item.logprob,
                 alternatives=item.alternatives,
                 finish_reason=self._finish_reason(item.token_id, eos_token_ids),
+                cached_tokens=0 if index else self.num_tokens_cached or 0,
             )
             events.append(event)
             if event.finish_reason is not None:

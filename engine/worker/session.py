@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.worker.cache_feed import FeedCursor
+from engine.worker.events import SequenceKey
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.scheduler import SequenceKey
 from rorqual.errors import RorqualError
 from rorqual.feed import FeedItem, Subscribe
 from rorqual.ids import SequenceId

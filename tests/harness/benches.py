@@ -8,7 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-from fake_rank import (
+from fake_rank import FakeRank
+from fake_state import (
     EOS,
     NUM_PAGE_COMPONENTS,
     PAGE_BYTES,
@@ -16,24 +17,22 @@ from fake_rank import (
     REBUILD_TOKENS,
     RECORD_BYTES,
     VOCAB_SIZE,
-    FakeRank,
 )
 
 from engine.plan import Fetch, RecordFetch, StepPlan
 from engine.worker.drafting import DraftPolicy
-from engine.worker.prefix_cache import CacheConfig
-from engine.worker.scheduler import (
+from engine.worker.events import (
     Adoption,
     Event,
     LentEvent,
     PagesEvent,
-    Scheduler,
-    SchedulerConfig,
     ScoresEvent,
     SequenceKey,
     Surrender,
     TokenEvent,
 )
+from engine.worker.prefix_cache import CacheConfig
+from engine.worker.scheduler import Scheduler, SchedulerConfig
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from fake_rank import FakeRank, answer
+from fake_rank import FakeRank
 from fake_reads import ReadingLink
+from fake_state import answer
 
 from decode_worker.borrowing import Borrower, BorrowerConfig
 from decode_worker.lenders import LendingFailed, LendingRefused

@@ -19,8 +19,9 @@ from engine.rank import Rank
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.worker.drafting import FixedDrafts
+from engine.worker.events import SequenceKey, TokenEvent
 from engine.worker.prefix_cache import CacheConfig
-from engine.worker.scheduler import Scheduler, SchedulerConfig, SequenceKey, TokenEvent
+from engine.worker.scheduler import Scheduler, SchedulerConfig
 from kvstore.handover import rebuild_tokens
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs, TailPolicy

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fake_rank import answer
+from fake_state import answer
 
-from engine.worker.scheduler import TokenEvent
+from engine.worker.events import TokenEvent
 from rorqual.sampling import SamplingParams
 from tests.harness.benches import Pair, a_prompt
 

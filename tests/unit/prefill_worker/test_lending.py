@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from fake_rank import EOS, PAGE_TOKENS, answer, page_digests
+from fake_state import EOS, PAGE_TOKENS, answer, page_digests
 
 from rorqual.ids import Incarnation, LeaseName, WorkerId
 from rorqual.session import Cancel, ErrorCode, FinishReason, Open, Renew, Take

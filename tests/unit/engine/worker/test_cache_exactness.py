@@ -52,7 +52,7 @@ def test_a_prompt_resumed_at_any_boundary_gives_the_bits_that_computing_gives(
     for length in (PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1, 3 * PAGE, 3 * PAGE + 1, len(history)):
         asked = history[:length]
         assert on.answer(asked, 4, sampling=SAMPLED) == off.answer(asked, 4, sampling=SAMPLED), length
-    hits = on.scheduler.cache_counts.pages_hit
+    hits = on.scheduler.cache_state().counts.pages_hit
     assert hits[StartKind.TAIL] > 0
     assert hits[StartKind.FULL] > 0
 
@@ -66,7 +66,10 @@ def test_a_rebuilt_prompt_gives_them_too(model: Model, drafts: int) -> None:
     for length in (2 * PAGE, 2 * PAGE + 1, 3 * PAGE + 17, 4 * PAGE):
         asked = prompt[:length]
         assert on.answer(asked, 4, sampling=SAMPLED) == off.answer(asked, 4, sampling=SAMPLED)
-    assert on.scheduler.cache_counts.pages_hit == {StartKind.COLD: 0, StartKind.REBUILD: 1 + 1 + 2 + 3}
+    assert on.scheduler.cache_state().counts.pages_hit == {
+        StartKind.COLD: 0,
+        StartKind.REBUILD: 1 + 1 + 2 + 3,
+    }
 
 
 def test_many_at_once_in_little_room_give_what_each_gives_alone(model: Model, drafts: int) -> None:
@@ -85,6 +88,6 @@ def test_many_at_once_in_little_room_give_what_each_gives_alone(model: Model, dr
     on.run()
     for key, prompt, num_tokens in asked:
         assert on.answers[key] == off.answer(prompt, num_tokens, sampling=SAMPLED)
-    counts = on.scheduler.cache_counts
+    counts = on.scheduler.cache_state().counts
     assert counts.tokens_reused > 0
     assert counts.pages_evicted > 0

@@ -6,12 +6,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from fake_rank import answer, is_drafted_well, logprob_of
+from fake_state import answer, is_drafted_well, logprob_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.worker.drafting import FixedDrafts
-from engine.worker.scheduler import SequenceKey
+from engine.worker.events import SequenceKey
 from rorqual.sampling import SamplingParams
 from tests.harness.benches import Bench, Pair, a_cache, a_related_prompt, adopting, lending
 from tests.harness.storms import Storm, weather

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from fake_rank import EOS, answer, digest, logprob_of, page_digests
+from fake_state import EOS, answer, digest, logprob_of, page_digests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.worker.scheduler import LentEvent, PagesEvent, ScoresEvent, TokenEvent
+from engine.worker.events import LentEvent, PagesEvent, ScoresEvent, TokenEvent
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason
 from tests.harness.benches import Bench, a_prompt, lending
