@@ -183,7 +183,7 @@ class Dispatcher:
             charged=ticket.address if ticket is not None else "",
             is_queueing=self._fleet.credit.num_waiting > 0,
             keys=keys.of(self._fleet.welcomes()) if self._placement.uses_keys else {},
-            session=generation.session_key,
+            session=f"{generation.cache_salt} {generation.session_key}" if generation.session_key else "",
         )
         self._keep_promise(choice)
         placed = self._placement.choose(able, demand)

@@ -2,8 +2,8 @@
 
 `least_wait` has what `router.dispatch` asks, and a policy that knows load and credit alone. `by_cache` answers it by a
 policy that also knows what every worker keeps: `cache` is their interface, `soonest` our own, `simple`, `cache_aware`
-and `overlap_cost` the ones it is measured against in `rorqual bench route`; `policies` makes them by name. Policies see a
-picture of the fleet and never the fleet; no clock, no I/O.
+and `overlap_cost` the ones it is measured against in `rorqual bench route`; `policies` makes them by name. Policies see
+a picture of the fleet and never the fleet; no clock, no I/O.
 """
 
 from router.placement.least_wait import (

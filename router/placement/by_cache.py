@@ -80,7 +80,7 @@ class ByCache:
             # Nobody computes a prompt before a decode worker has room for it: who does is chosen then.
             waiting = of_role(workers, Role.PREFILL) if of_role(workers, Role.DECODE) else []
             return Split(prefill=min(waiting, key=busyness), decode=None) if waiting else None
-        decision, predicted = self._decide(workers, able, demand, found)
+        decision, predicted = self._decide(able, demand, found, learn_from=workers)
         chosen = next(view for view in able if view.index == decision.prefill)
         if chosen.role is Role.BOTH:
             return Whole(worker=chosen, predicted=predicted)
@@ -90,9 +90,14 @@ class ByCache:
         self._policy.finished(predicted.number)
 
     def _decide(
-        self, workers: Sequence[WorkerView], able: Sequence[WorkerView], demand: Demand, found: Found
+        self,
+        able: Sequence[WorkerView],
+        demand: Demand,
+        found: Found,
+        *,
+        learn_from: Sequence[WorkerView],
     ) -> tuple[Decision, Predicted]:
-        self._predictions.learn(workers)
+        self._predictions.learn(learn_from)
         factors = self._predictions.factors(able)
         number = self._next_number
         self._next_number += 1
@@ -104,7 +109,9 @@ class ByCache:
         )
         decision = self._policy.choose(self._picture(able, factors, found), request)
         tokens_reused = min(decision.resume * PAGE_TOKENS, demand.prompt_tokens - 1)
-        self._note_work(decision, demand.prompt_tokens, tokens_reused)
+        factor = next(f for view, f in zip(able, factors, strict=True) if view.index == decision.prefill)
+        work = self._predictions.model.work_seconds(demand.prompt_tokens - tokens_reused, tokens_reused)
+        self._note_work(decision.prefill, float(work) * factor)
         return decision, Predicted(
             number=number, tokens_reused=tokens_reused, seconds=decision.predicted_seconds
         )
@@ -159,15 +166,14 @@ class ByCache:
             readable_W=np.zeros(count, np.bool_),
         )
 
-    def _note_work(self, decision: Decision, num_tokens: int, tokens_reused: int) -> None:
+    def _note_work(self, index: int, seconds: float) -> None:
         """Balances what workers do over time. One that is new begins with as much as the least busy one."""
         work = self._work_seconds
-        if decision.prefill not in work:
-            work[decision.prefill] = min(work.values(), default=0.0)
-        for index in work:
-            work[index] *= WORK_KEPT
-        seconds = self._predictions.model.work_seconds(num_tokens - tokens_reused, tokens_reused)
-        work[decision.prefill] += float(seconds)
+        if index not in work:
+            work[index] = min(work.values(), default=0.0)
+        for each in work:
+            work[each] *= WORK_KEPT
+        work[index] += seconds
 
 
 class _Looked:

@@ -41,15 +41,16 @@ class Predictions:
         chunk = model.chunk_tokens
         self.token_seconds = float(model.prefill_seconds(chunk)) / chunk
         self._corrections: dict[int, tuple[int, Correction]] = {}  # by index: of which session
-        self._last_rate: dict[int, float] = {}
+        self._told: dict[int, tuple[int, float]] = {}  # session and rate of the last time
 
     def learn(self, workers: Sequence[WorkerView]) -> None:
         """Take in what they have measured since the last time."""
         for view in workers:
             rate = view.load.prefill_tokens_per_second
-            if not rate or self._last_rate.get(view.index) == rate:
+            told = (view.session_number, rate)
+            if not rate or self._told.get(view.index) == told:
                 continue
-            self._last_rate[view.index] = rate
+            self._told[view.index] = told
             session, correction = self._corrections.get(view.index, (0, None))
             if correction is None or session != view.session_number:
                 # A worker that came back may be another machine.
