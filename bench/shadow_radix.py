@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from kvstore.keys import PageKey, page_keys, root_key
 from kvstore.shadow_radix import Costs, EvictionOrder, ShadowRadix, TailKind
 from rorqual.ids import PageId, RecordId
 from rorqual.model_config import PAGE_TOKENS
+from rorqual.session import TokenArray
 
 PROMPT_PAGES = 50
 SHARED_PAGES = 20
@@ -26,21 +28,19 @@ NUM_HEADS = 40
 NUM_ROUNDS = 300
 PAGES_DEFAULT = (1_000, 10_000, 100_000)
 COSTS = Costs(page_bytes=899_648, tail_bytes=3_726_240, rebuild_pages=22)
+COLUMNS = ("keys", "look_up", "match", "insert", "evict")
 ROOT = root_key(fingerprint="bench", numerics="served", wire_id="0" * 16, salt="")
 
 
-@dataclass(slots=True, kw_only=True)
-class Seconds:
-    """Summed over pages; the counts say over how many."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds a page, one for each prompt: medians, since the machine may be busy with other things."""
 
-    keys: float = 0.0
-    look_up: float = 0.0
-    match: float = 0.0
-    insert: float = 0.0
-    evict: float = 0.0
-    num_named: int = 0  # pages of prompts
-    num_inserted: int = 0
-    num_evicted: int = 0
+    keys: list[float] = field(default_factory=list[float])
+    look_up: list[float] = field(default_factory=list[float])
+    match: list[float] = field(default_factory=list[float])
+    insert: list[float] = field(default_factory=list[float])  # pinning what is there and adding what is not
+    evict: list[float] = field(default_factory=list[float])  # for each page evicted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,50 +49,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--pages", type=int, nargs="+", default=list(PAGES_DEFAULT), help="sizes of the index"
     )
     sizes = cast("list[int]", parser.parse_args(arguments).pages)
-    print(f"{'order':6} {'pages':>8} {'':12}" + "".join(f"{name:>10}" for name in ROWS))
+    print(f"{'order':6} {'pages':>8} {'':12}" + "".join(f"{name:>10}" for name in COLUMNS))
     for order in EvictionOrder:
         for num_pages in sizes:
-            per_page = _per_page(_measure(order, num_pages))
-            base = per_page["look-up"]
-            cells = "".join(f"{1e6 * value:10.2f}" for value in per_page.values())
+            times = _measure(order, num_pages)
+            per_page = [statistics.median(getattr(times, name)) for name in COLUMNS]
+            base = statistics.median(times.look_up)
+            cells = "".join(f"{1e6 * value:10.2f}" for value in per_page)
             print(f"{order.value:6} {num_pages:8} {'us a page':12}{cells}")
-            cells = "".join(f"{value / base:9.1f}x" for value in per_page.values())
+            cells = "".join(f"{value / base:9.1f}x" for value in per_page)
             print(f"{'':6} {'':8} {'look-ups':12}{cells}", flush=True)
     return 0
 
 
-ROWS = ("keys", "look-up", "match", "insert", "evict")
-
-
-def _per_page(seconds: Seconds) -> dict[str, float]:
-    named, inserted, evicted = seconds.num_named, seconds.num_inserted, seconds.num_evicted
-    return {
-        "keys": seconds.keys / named,
-        "look-up": seconds.look_up / named,
-        "match": seconds.match / named,
-        "insert": seconds.insert / inserted,
-        "evict": seconds.evict / evicted,
-    }
-
-
-def _measure(order: EvictionOrder, num_pages: int) -> Seconds:
+def _measure(order: EvictionOrder, num_pages: int) -> Times:
     rng = random.Random(0)
     index = ShadowRadix(costs=COSTS, order=order, num_changes_max=0)
     known: dict[PageKey, int] = {}
     number = 0
     while index.num_pages < num_pages:
         number += 1
-        known.update(dict.fromkeys(_serve(index, Seconds(), _prompt(rng), number, num_pages), 0))
-    seconds = Seconds()
+        known.update(dict.fromkeys(_serve(index, Times(), _prompt(rng), number, num_pages), 0))
+    times = Times()
     for _ in range(NUM_ROUNDS):
         number += 1
-        keys = _serve(index, seconds, _prompt(rng), number, num_pages)
+        keys = _serve(index, times, _prompt(rng), number, num_pages)
         known.update(dict.fromkeys(keys, 0))
-        seconds.look_up += _timed(lambda keys=keys: [known.get(key) for key in keys])
-    return seconds
+        times.look_up.append(_timed(lambda keys=keys: [known.get(key) for key in keys]) / len(keys))
+    return times
 
 
-def _prompt(rng: random.Random) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _prompt(rng: random.Random) -> TokenArray:
     head = np.arange(SHARED_PAGES * PAGE_TOKENS, dtype=np.int32) + rng.randrange(NUM_HEADS)
     rest = np.arange((PROMPT_PAGES - SHARED_PAGES) * PAGE_TOKENS, dtype=np.int32) + rng.randrange(1 << 20)
     return np.concatenate([head, rest])
@@ -100,8 +87,8 @@ def _prompt(rng: random.Random) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
 
 def _serve(
     index: ShadowRadix,
-    seconds: Seconds,
-    token_ids: np.ndarray[tuple[int], np.dtype[np.int32]],
+    times: Times,
+    token_ids: TokenArray,
     number: int,
     num_pages_max: int,
 ) -> tuple[PageKey, ...]:
@@ -118,13 +105,12 @@ def _serve(
     index.release(pin)
     written = time.perf_counter()
     evicted = index.evict_pages(index.num_pages - num_pages_max)
-    seconds.evict += time.perf_counter() - written
-    seconds.keys += hashed - start
-    seconds.match += matched - hashed
-    seconds.insert += written - matched
-    seconds.num_named += len(keys)
-    seconds.num_inserted += len(keys)
-    seconds.num_evicted += len(evicted.pages)
+    done = time.perf_counter()
+    times.keys.append((hashed - start) / len(keys))
+    times.match.append((matched - hashed) / len(keys))
+    times.insert.append((written - matched) / len(keys))
+    if evicted.pages:
+        times.evict.append((done - written) / len(evicted.pages))
     return keys
 
 

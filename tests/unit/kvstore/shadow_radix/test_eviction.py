@@ -255,3 +255,13 @@ def test_the_queue_hands_out_the_lowest_and_stays_short(moves: list[tuple[int, i
         else:
             assert first[0] == first[1].stamp == min(node.stamp for node in queued)
         assert queue.num_entries <= 2 * len(queue) + 65
+
+
+def test_an_item_queued_again_and_again_takes_no_more_room() -> None:
+    root = Node(key_of("r"), None, PageId(-1), 0)
+    item = Node(key_of("a"), root, PageId(0), 0)
+    queue = EvictionQueue[Node](lambda node: node.stamp)
+    for _ in range(1000):
+        queue.add(item)
+        assert queue.num_entries <= 66
+    assert queue.items() == [item]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from fake_prompts import key_of, keys_of
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -84,6 +85,15 @@ def test_nobody_waits_more_often_than_the_bound() -> None:
     progress.ask("three", keys_of("ab"))
     assert progress.ask("late", keys_of("ab")) is None
     progress.check()
+
+
+def test_waits_are_counted_anew_after_an_end() -> None:
+    """A sequence that was preempted asks again under the same name."""
+    progress = InProgress[str](num_waits_max=1)
+    progress.ask("one", keys_of("ab"))
+    for _ in range(3):
+        assert progress.ask("late", keys_of("ab")) is not None
+        progress.end("late")
 
 
 class Progress(RuleBasedStateMachine):
@@ -181,4 +191,4 @@ class Progress(RuleBasedStateMachine):
 
 
 Progress.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
-TestProgress = Progress.TestCase
+TestProgress = pytest.mark.slow(Progress.TestCase)

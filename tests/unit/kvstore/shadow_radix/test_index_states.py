@@ -6,6 +6,7 @@ nearly every step evicts, and each is at any moment free, in the index, or with 
 
 from __future__ import annotations
 
+import pytest
 from fake_prompts import key_of, keys_of
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -225,5 +226,5 @@ class IndexStates(RuleBasedStateMachine):
         return names[1:]
 
 
-IndexStates.TestCase.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
-TestIndexStates = IndexStates.TestCase
+IndexStates.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestIndexStates = pytest.mark.slow(IndexStates.TestCase)

@@ -64,6 +64,16 @@ def test_where_a_prompt_leaves_the_path_of_others_a_tail_is_taken() -> None:
     assert plans_of(9, there=5, is_branch=True, policy=TailPolicy(take_branches=False)) == [(9, END)]
 
 
+def test_a_prompt_that_ends_inside_anothers_leaves_one_tail() -> None:
+    assert plans_of(5, there=5, is_branch=True) == [(5, END)]
+    policy = TailPolicy(end_multiple=2)
+    assert plans_of(5, there=5, is_branch=True, policy=policy) == [(4, END), (5, BRANCH)]
+
+
+def test_a_match_of_more_than_the_prompt_is_no_branch_of_it() -> None:
+    assert plans_of(5, there=7, is_branch=True) == [(5, END)]
+
+
 def test_the_end_of_a_rebuild_is_exact_and_so_can_leave_a_branch_tail() -> None:
     assert plans_of(50, there=40, is_branch=True) == [(40, BRANCH), (50, END)]
 
