@@ -14,14 +14,16 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
-from decode_worker.lending_client import GrpcLenders
 from engine.plan import ToTransfer
 from engine.worker.events import LentEvent, SequenceKey
+from engine.worker.exposure import Exposure
+from engine.worker.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
+from engine.worker.lending_client import GrpcLenders
+from engine.worker.lending_server import LendingServer
 from engine.worker.scheduler import Scheduler
 from engine.worker.session_server import SessionServer
 from kvstore.transfer.contract import Endpoint
 from prefill_worker.lending import Lender, LenderConfig
-from prefill_worker.lending_server import LendingServer
 from prefill_worker.metrics import LendingMetrics
 from rorqual.clock import SystemClock
 from rorqual.errors import RorqualError
@@ -114,11 +116,19 @@ async def _own() -> None:
                 record_digest=0,
             )
         )
+    keys = KeyLender(
+        KeyLenderConfig(worker_id=OWNER, incarnation=INCARNATION, wire_id=WIRE_ID),
+        clock=SystemClock(),
+        metrics=KeyLendingMetrics(CollectorRegistry()),
+        exposure=Exposure(),
+    )
+    keys.attach(_NoHost())
     lending = LendingServer()
     lending.attach(
-        lender,
+        keys,
+        others=(lender,),
         endpoint=Endpoint(backend="shm", agent="bench", metadata=b"", regions=()),
-        metrics=metrics,
+        endpoints_sent=metrics.endpoints_sent,
     )
     server = SessionServer(services=(lending.handler(),))
     print(await server.start(host="127.0.0.1", port=0), flush=True)

@@ -16,12 +16,12 @@ from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from decode_worker.lenders import LeaseEnded, Lenders, LendingFailed, LendingRefused
 from decode_worker.loan import Loan
 from decode_worker.metrics import BorrowingMetrics
-from decode_worker.peers import Peers
 from engine.plan import Fetch, Fetched, FetchOverdue, FromTransfer, PeerOpened
 from engine.worker.events import Adoption, LentEvent, PagesEvent, SequenceKey
+from engine.worker.lenders import LeaseEnded, Lenders, LendingFailed, LendingRefused
+from engine.worker.peers import Peers
 from engine.worker.role import HandlerHost
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest
@@ -118,7 +118,10 @@ class Borrower:
         if command.max_tokens < 2:
             raise InvalidRequest("a sequence of one token needs no decode worker", field="max_tokens")
 
-    def opened(self, key: SequenceKey, command: Open) -> None:
+    def fetches(self, command: Open) -> bool:
+        return False
+
+    def opened(self, key: SequenceKey, command: Open, *, fetching: bool) -> None:
         assert command.source is not None
         self._loans[key] = Loan(
             key=key,
@@ -330,7 +333,7 @@ class Borrower:
         if loan.has_ended:
             return
         try:
-            self.host.scheduler.adopted(loan.key, loan.token_ids)
+            self.host.scheduler.adopted(loan.key, loan.token_ids, loan.digests)
         except InvalidRequest as error:
             loan.outcome = "invalid"
             self.host.fail(loan.key, ErrorCode.INVALID, str(error))

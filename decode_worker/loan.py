@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from decode_worker.peers import Peer
 from engine.plan import Fetch, RecordFetch
 from engine.worker.events import Adoption, SequenceKey
+from engine.worker.peers import Peer
 from rorqual.errors import InvalidRequest
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Offer, Source, Take
@@ -29,6 +29,9 @@ class Loan:
     news: asyncio.Event = field(default_factory=asyncio.Event)  # takes came
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     num_pages: int = 0  # offered
+    digests: list[tuple[int, ...]] = field(
+        default_factory=list[tuple[int, ...]]
+    )  # of those, a tuple for each
     is_complete: bool = False  # the record has been offered
     is_waiting: bool = False  # for more offers: nothing writes into its memory
     is_read: bool = False  # everything
@@ -63,6 +66,10 @@ class Loan:
         if offer.record is not None:
             self._check_record(command)
         self.takes.append(command)
+        self.digests += [
+            offer.digests[at : at + num_page_components]
+            for at in range(0, len(offer.digests), num_page_components)
+        ]
         self.num_pages += len(offer.pages)
         self.is_complete = offer.record is not None
         self.news.set()

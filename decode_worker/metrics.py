@@ -49,6 +49,10 @@ class BorrowingMetrics:
             registry=registry,
         )
 
+        self.endpoints_sent = Counter(
+            "rorqual_worker_endpoints_sent", "Readers told where the memory is.", registry=registry
+        )
+
     def watch(self, *, num_fetches: Callable[[], int], num_peers: Callable[[], int]) -> None:
         """Export counts of the borrower, read when scraped."""
         fetches = Gauge(

@@ -8,14 +8,18 @@ from typing import Any
 import grpc
 
 from decode_worker.borrowing import Borrower, BorrowerConfig
-from decode_worker.lending_client import GrpcLenders
 from decode_worker.metrics import BorrowingMetrics
 from engine.plan import RankReady
+from engine.worker.exposure import Exposure
 from engine.worker.host import HostConfig
+from engine.worker.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
+from engine.worker.lending_client import GrpcLenders
+from engine.worker.lending_server import LendingServer
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.options import add_transfer_options, worker_options, worker_parser
 from engine.worker.process import serve
 from engine.worker.role import RoleHandler
+from engine.worker.sharing import SharingHandler
 from rorqual.clock import SystemClock
 from rorqual.service import check_above_zero, run_service
 from rorqual.session import Role
@@ -68,14 +72,16 @@ class DecodeSetup:
         self._call_seconds_max = call_seconds_max
         self._offer_seconds_max = offer_seconds_max
         self._lenders: GrpcLenders | None = None
+        self._server = LendingServer()
 
     def services(self) -> Sequence[grpc.GenericRpcHandler[Any, Any]]:
-        return ()
+        return (self._server.handler(),)
 
     def make(self, ready: RankReady, config: HostConfig, metrics: WorkerMetrics) -> RoleHandler:
         assert ready.endpoint is not None, "the rank has no engine of transfers"
         self._lenders = GrpcLenders()
-        return Borrower(
+        borrowing_metrics, clock = BorrowingMetrics(metrics.registry), SystemClock()
+        borrower = Borrower(
             BorrowerConfig(
                 wire_id=ready.wire_id,
                 num_pages=ready.num_pages,
@@ -86,9 +92,23 @@ class DecodeSetup:
                 offer_seconds_max=self._offer_seconds_max,
             ),
             lenders=self._lenders,
-            clock=SystemClock(),
-            metrics=BorrowingMetrics(metrics.registry),
+            clock=clock,
+            metrics=borrowing_metrics,
         )
+        keys = KeyLender(
+            KeyLenderConfig(
+                worker_id=config.worker_id,
+                incarnation=config.incarnation,
+                wire_id=ready.wire_id,
+                lease_seconds=max(15.0, 1.5 * self._transfer_seconds_max),
+                transfer_seconds_max=self._transfer_seconds_max,
+            ),
+            clock=clock,
+            metrics=KeyLendingMetrics(metrics.registry),
+            exposure=Exposure(),
+        )
+        self._server.attach(keys, endpoint=ready.endpoint, endpoints_sent=borrowing_metrics.endpoints_sent)
+        return SharingHandler(borrower, keys=keys)
 
     async def close(self) -> None:
         if self._lenders is not None:

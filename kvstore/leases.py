@@ -51,13 +51,16 @@ class LeaseLedger:
         num_records: int,
         lease_seconds: float,
         transfer_seconds_max: float,
+        first_id: int = 0,
     ) -> None:
+        """Ids of its leases are those of records plus `first_id`: so two ledgers of one worker name none alike."""
         assert lease_seconds > 0
         assert transfer_seconds_max > 0
         self.lease_seconds = lease_seconds
         self.transfer_seconds_max = transfer_seconds_max
         self._worker_id = worker_id
         self._incarnation = incarnation
+        self._first_id = first_id
         self._generations = [0] * num_records
         # All leases are as long and time never goes back: both are in the order of their ends.
         self._held: dict[LeaseName, _Lease] = {}
@@ -99,7 +102,7 @@ class LeaseLedger:
         name = LeaseName(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
-            lease_id=record,
+            lease_id=self._first_id + record,
             generation=self._generations[record],
         )
         lease = _Lease(record=record, end=now + self.lease_seconds)

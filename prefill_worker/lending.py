@@ -1,7 +1,7 @@
 """What a prefill worker adds to its host: state is offered under a lease until somebody has read it.
 
 Made by `prefill_worker.process`, called by the host (`engine.worker.role`) and, for readers, by
-`prefill_worker.lending_server`. It owns the lease ledger, and through it everything that is out; the scheduler keeps it
+`engine.worker.lending_server`. It owns the lease ledger, and through it everything that is out; the scheduler keeps it
 until `take_back`, which names the lease's record: pages may be out under several leases. It computes nothing and reads
 nobody's memory.
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from engine.plan import Expose, FromTransfer
 from engine.worker.events import LentEvent, PagesEvent, SequenceKey
+from engine.worker.exposure import Exposure
 from engine.worker.role import HandlerHost
 from kvstore.leases import LeaseLedger, Returned
 from prefill_worker.metrics import LendingMetrics
@@ -50,10 +51,18 @@ class Lender:
 
     role = Role.PREFILL
 
-    def __init__(self, config: LenderConfig, *, clock: Clock, metrics: LendingMetrics) -> None:
+    def __init__(
+        self,
+        config: LenderConfig,
+        *,
+        clock: Clock,
+        metrics: LendingMetrics,
+        exposure: Exposure | None = None,
+    ) -> None:
         self.config = config
         self._clock = clock
         self._metrics = metrics
+        self._exposure = exposure or Exposure()
         self._ledger = LeaseLedger(
             config.worker_id,
             config.incarnation,
@@ -65,7 +74,6 @@ class Lender:
         self._keys: dict[LeaseName, SequenceKey] = {}  # of leases that run
         self._host: HandlerHost | None = None
         self._changed = asyncio.Event()
-        self._is_exposed = False
         metrics.watch(
             num_leases=lambda: self._ledger.num_records,
             num_pages=lambda: self._ledger.num_pages,
@@ -107,7 +115,10 @@ class Lender:
         if command.source is not None:
             raise InvalidRequest("a prefill worker reads no state", field="source")
 
-    def opened(self, key: SequenceKey, command: Open) -> None:
+    def fetches(self, command: Open) -> bool:
+        return False
+
+    def opened(self, key: SequenceKey, command: Open, *, fetching: bool) -> None:
         pass
 
     def lend(self, event: PagesEvent | LentEvent) -> Offer | None:
@@ -243,10 +254,7 @@ class Lender:
 
     def _note_change(self) -> None:
         self._changed.set()
-        is_exposed = self._ledger.num_records > 0
-        if is_exposed != self._is_exposed:
-            self._is_exposed = is_exposed
-            self.host.send(Expose(active=is_exposed))
+        self._exposure.set("hand-overs", active=self._ledger.num_records > 0, send=self.host.send)
 
 
 @dataclass(slots=True, kw_only=True)

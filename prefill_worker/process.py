@@ -8,13 +8,18 @@ from typing import Any
 import grpc
 
 from engine.plan import RankReady
+from engine.worker.exposure import Exposure
 from engine.worker.host import HostConfig
+from engine.worker.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
+from engine.worker.lending_client import GrpcLenders
+from engine.worker.lending_server import LendingServer
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.options import add_transfer_options, worker_options, worker_parser
+from engine.worker.peer_reading import PeerReader, PeerReaderConfig, PeerReadMetrics
 from engine.worker.process import serve
 from engine.worker.role import RoleHandler
+from engine.worker.sharing import SharingHandler
 from prefill_worker.lending import Lender, LenderConfig
-from prefill_worker.lending_server import LendingServer
 from prefill_worker.metrics import LendingMetrics
 from rorqual.clock import SystemClock
 from rorqual.errors import ConfigError
@@ -63,13 +68,14 @@ class PrefillSetup:
         self._lease_seconds = lease_seconds
         self._transfer_seconds_max = transfer_seconds_max
         self._server = LendingServer()
+        self._lenders: GrpcLenders | None = None
 
     def services(self) -> Sequence[grpc.GenericRpcHandler[Any, Any]]:
         return (self._server.handler(),)
 
     def make(self, ready: RankReady, config: HostConfig, metrics: WorkerMetrics) -> RoleHandler:
         assert ready.endpoint is not None, "the rank exports no memory"
-        lending_metrics = LendingMetrics(metrics.registry)
+        lending_metrics, exposure, clock = LendingMetrics(metrics.registry), Exposure(), SystemClock()
         lender = Lender(
             LenderConfig(
                 worker_id=config.worker_id,
@@ -79,11 +85,41 @@ class PrefillSetup:
                 lease_seconds=self._lease_seconds,
                 transfer_seconds_max=self._transfer_seconds_max,
             ),
-            clock=SystemClock(),
+            clock=clock,
             metrics=lending_metrics,
+            exposure=exposure,
         )
-        self._server.attach(lender, endpoint=ready.endpoint, metrics=lending_metrics)
-        return lender
+        keys = KeyLender(
+            KeyLenderConfig(
+                worker_id=config.worker_id,
+                incarnation=config.incarnation,
+                wire_id=ready.wire_id,
+                lease_seconds=self._lease_seconds,
+                transfer_seconds_max=self._transfer_seconds_max,
+            ),
+            clock=clock,
+            metrics=KeyLendingMetrics(metrics.registry),
+            exposure=exposure,
+        )
+        self._server.attach(
+            keys,
+            others=(lender,),
+            endpoint=ready.endpoint,
+            endpoints_sent=lending_metrics.endpoints_sent,
+        )
+        self._lenders = GrpcLenders()
+        reader = PeerReader(
+            PeerReaderConfig(
+                wire_id=ready.wire_id,
+                num_page_components=ready.num_page_components,
+                transfer_seconds_max=self._transfer_seconds_max,
+            ),
+            lenders=self._lenders,
+            clock=clock,
+            metrics=PeerReadMetrics(metrics.registry),
+        )
+        return SharingHandler(lender, keys=keys, reader=reader)
 
     async def close(self) -> None:
-        pass
+        if self._lenders is not None:
+            await self._lenders.close()

@@ -67,6 +67,18 @@ class Open:
     sampling: SamplingParams
     source: Source | None = None  # to a decode worker: where the prompt's state is
     cache_salt: str = ""  # kept prefixes are shared among equal salts alone
+    fetch: PeerFetch | None = None  # to a worker that computes prompts: what another one may have of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerFetch:
+    """Before a prompt is computed: another worker is known to keep the state of its first pages. What of it cannot be
+    read within `seconds_max` is computed, as what nobody keeps."""
+
+    address: str  # host:port of its gRPC door, as the router reaches it
+    num_pages: int  # wanted, from the first on; those that the worker has itself are not read
+    wants_tail: bool
+    seconds_max: float
 
 
 RENEWALS_PER_LEASE = 3

@@ -34,6 +34,7 @@ from rorqual.session import (
     Load,
     Offer,
     Open,
+    PeerFetch,
     PromptLogprobs,
     RecordOffer,
     Renew,
@@ -194,6 +195,7 @@ def _open_to_pb(command: Open) -> pb.Open:
         sampling=_sampling_encoder.encode(command.sampling),
         source=None if command.source is None else _source_to_pb(command.source),
         cache_salt=command.cache_salt,
+        fetch=None if command.fetch is None else _fetch_to_pb(command.fetch),
     )
 
 
@@ -208,6 +210,27 @@ def _open_from_pb(message: pb.Open) -> Open:
         sampling=sampling,
         source=_source_from_pb(message.source) if message.HasField("source") else None,
         cache_salt=message.cache_salt,
+        fetch=_fetch_from_pb(message.fetch) if message.HasField("fetch") else None,
+    )
+
+
+def _fetch_to_pb(fetch: PeerFetch) -> pb.PeerFetch:
+    return pb.PeerFetch(
+        address=fetch.address,
+        num_pages=fetch.num_pages,
+        wants_tail=fetch.wants_tail,
+        seconds_max=fetch.seconds_max,
+    )
+
+
+def _fetch_from_pb(message: pb.PeerFetch) -> PeerFetch:
+    if not message.address or not message.num_pages:
+        raise WireError("fetch has no address or no pages")
+    return PeerFetch(
+        address=message.address,
+        num_pages=message.num_pages,
+        wants_tail=message.wants_tail,
+        seconds_max=check_number(message.seconds_max, "seconds_max of a fetch"),
     )
 
 
@@ -223,12 +246,12 @@ def _source_from_pb(message: pb.Source) -> Source:
 
 def _take_to_pb(command: Take) -> pb.Take:
     return pb.Take(
-        sequence_id=command.sequence_id, offer=_offer_to_pb(command.offer), token_ids=command.token_ids
+        sequence_id=command.sequence_id, offer=offer_to_pb(command.offer), token_ids=command.token_ids
     )
 
 
 def _take_from_pb(message: pb.Take) -> Take:
-    offer = _offer_from_pb(message.offer)
+    offer = offer_from_pb(message.offer)
     if bool(message.token_ids) != (offer.record is not None):
         has = "a" if offer.record is not None else "no"
         raise WireError(f"take has {has} record and {len(message.token_ids)} tokens")
@@ -237,7 +260,8 @@ def _take_from_pb(message: pb.Take) -> Take:
     return Take(sequence_id=SequenceId(message.sequence_id), offer=offer, token_ids=tuple(message.token_ids))
 
 
-def _offer_to_pb(offer: Offer) -> pb.Offer:
+def offer_to_pb(offer: Offer) -> pb.Offer:
+    """Also for `engine.worker.wire`."""
     record = offer.record
     return pb.Offer(
         lease=lease_to_pb(offer.lease),
@@ -258,7 +282,8 @@ def _offer_to_pb(offer: Offer) -> pb.Offer:
     )
 
 
-def _offer_from_pb(message: pb.Offer) -> Offer:
+def offer_from_pb(message: pb.Offer) -> Offer:
+    """Raises WireError."""
     num_pages, num_digests = len(message.pages), len(message.digests)
     # How many components are paged is the layout's business; that each page has as many digests is ours.
     if num_digests % num_pages if num_pages else num_digests:
@@ -322,7 +347,7 @@ def _sequence_to_pb(report: SequenceReport) -> pb.SequenceReport:
         finish_reason=report.finish_reason.value if report.finish_reason else "",
         error=report.error,
         error_code=report.error_code.value if report.error_code else "",
-        offer=_offer_to_pb(report.offer) if report.offer is not None else None,
+        offer=offer_to_pb(report.offer) if report.offer is not None else None,
         bound=report.bound,
         cached_tokens=report.cached_tokens,
     )
@@ -345,7 +370,7 @@ def _sequence_from_pb(message: pb.SequenceReport) -> SequenceReport:
         error=message.error,
         error_code=_error_code(message.error_code),
         prompt_logprobs=_prompt_logprobs_from_pb(message) if message.HasField("prompt_logprobs") else None,
-        offer=_offer_from_pb(message.offer) if message.HasField("offer") else None,
+        offer=offer_from_pb(message.offer) if message.HasField("offer") else None,
         bound=message.bound,
         cached_tokens=message.cached_tokens,
     )

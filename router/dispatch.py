@@ -254,6 +254,8 @@ class Dispatcher:
     def _note_placed(self, choice: _Choice, generation: Generation, address: str, kind: str) -> None:
         self._enter(choice, Stage.FIRST_TOKEN)
         self._metrics.sequences_placed.labels(kind).inc()
+        if choice.predicted is not None and choice.predicted.fetch is not None:
+            self._metrics.peer_fetches.inc()
         log.debug(
             "placed a sequence %s",
             fields(request=generation.request_id, choice=choice.number, worker=address, kind=kind),
@@ -451,6 +453,7 @@ def _request(choice: _Choice, generation: Generation) -> SequenceRequest:
         sampling=msgspec.structs.replace(generation.sampling, choice=choice.number),
         tokens_reused=choice.predicted.tokens_reused if choice.predicted is not None else 0,
         cache_salt=generation.cache_salt,
+        fetch=choice.predicted.fetch if choice.predicted is not None else None,
     )
 
 

@@ -98,6 +98,11 @@ class FleetMetrics(HandOverMetrics):
             ["kind"],
             registry=registry,
         )
+        self.peer_fetches = Counter(
+            "rorqual_router_peer_fetches",
+            "Prompts sent to a worker that is to read some of it from another one first.",
+            registry=registry,
+        )
         self.feed_items = Counter(
             "rorqual_router_feed_items",
             "Descriptions of workers' prefix caches taken in.",

@@ -15,7 +15,16 @@ from typing import Protocol
 from rorqual.ids import SequenceId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
-from rorqual.session import ErrorCode, FinishReason, Offer, Role, SequenceReport, Source, TokenArray
+from rorqual.session import (
+    ErrorCode,
+    FinishReason,
+    Offer,
+    PeerFetch,
+    Role,
+    SequenceReport,
+    Source,
+    TokenArray,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +39,7 @@ class SequenceRequest:
     source: Source | None = None  # for a decode worker
     tokens_reused: int = 0  # of the prompt, that the worker is predicted not to compute
     cache_salt: str = ""
+    fetch: PeerFetch | None = None  # for a worker that computes the prompt
 
 
 class Sink(Protocol):

@@ -140,7 +140,7 @@ class SplitSequence:
     def _open_decode(self) -> None:
         # The prompt's logprobs have come from the prefill worker.
         sampling = msgspec.structs.replace(self._request.sampling, prompt_logprobs=None)
-        request = dataclasses.replace(self._request, source=self._source, sampling=sampling)
+        request = dataclasses.replace(self._request, source=self._source, sampling=sampling, fetch=None)
         try:
             self._decode = self._fleet.open(self._ticket.address, request, sink=self, tag=_DECODE)
         except Overloaded as error:

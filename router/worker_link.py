@@ -166,6 +166,8 @@ class WorkerLink:
             credit=self._owner.credit.use_of(self._address),
             index=self.feed.index,
             pages_cached=self.feed.reader.num_entries,
+            # Workers of both roles have no engine of transfers.
+            can_share=self.welcome.role is not Role.BOTH and bool(self.welcome.wire_id),
         )
 
     async def run(self) -> None:
@@ -225,6 +227,7 @@ class WorkerLink:
                 sampling=request.sampling,
                 source=request.source,
                 cache_salt=request.cache_salt,
+                fetch=request.fetch,
             )
         )
         return sequence

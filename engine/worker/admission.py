@@ -3,7 +3,8 @@
 First come, first served: the head of the queue starts when slots, pages and records are there for it, and those behind
 it wait for it. It looks at those alone; the rank hears of a sequence with its first chunk. What the prefix cache has of
 a sequence it shares, and needs no pages for. A sequence whose next page another is computing follows that one: it lets
-others pass meanwhile, holds nothing, and keeps its place in the queue. A preempted sequence, which was the youngest
+others pass meanwhile, holds nothing, and keeps its place in the queue; so does one of which pages are being read from
+another worker. A preempted sequence, which was the youngest
 running one, returns to the head.
 """
 
@@ -72,11 +73,11 @@ class Admission:
             self._tokens_awaited += sign * sequence.num_known
 
     def start_next(self, *, pages_reserved: int) -> Sequence | None:
-        """The first waiting sequence that need not follow another, if there is room for it; it runs or adopts now."""
+        """The first sequence that waits for no pages of others, if there is room for it; it runs or adopts now."""
         if not self._holdings.num_slots_free:
             return None
         for sequence in self._waiting:
-            if sequence.is_following:
+            if sequence.is_following or sequence.is_fetching:
                 continue
             if sequence.num_inflight:
                 return None  # preempted: tokens it will resume from are still on their way

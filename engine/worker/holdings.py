@@ -40,6 +40,8 @@ class Holdings:
         self._newest_plan = 0
         self._lent: dict[RecordId, _Lent] = {}
         self._surrenders: list[Surrender] = []  # not taken yet
+        self._num_pages_imported = 0  # held by imports, as the next
+        self._num_records_imported = 0
         self._quarantined: dict[SequenceKey, tuple[list[PageId], RecordId]] = {}
 
     @property
@@ -72,8 +74,9 @@ class Holdings:
 
     @property
     def is_clear(self) -> bool:
-        """Nothing is lent, surrendered or in quarantine."""
-        return not (self._lent or self._surrenders or self._quarantined)
+        """Nothing is lent, surrendered, in quarantine or being imported."""
+        is_importing = self._num_pages_imported or self._num_records_imported
+        return not (self._lent or self._surrenders or self._quarantined or is_importing)
 
     def planned(self, number: int) -> None:
         """So many plans have been made: any of them may use what is freed from now on."""
@@ -175,6 +178,36 @@ class Holdings:
             self._cache.take_back(item.pin)
         self._records.free(record)
 
+    def take_for_import(
+        self, num_pages: int, *, with_record: bool
+    ) -> tuple[tuple[PageId, ...], RecordId | None, int] | None:
+        """Pages and a record to be read into, and the last plan that may still use them; None, and nothing is taken,
+        when they are not to be had."""
+        if with_record and not self.num_records_free:
+            return None
+        pages = self._take_pages(num_pages, cold=True)
+        if pages is None:
+            return None
+        record = self.take_record() if with_record else None
+        self._num_pages_imported += len(pages)
+        self._num_records_imported += record is not None
+        return pages, record, self._pages.last_plan(pages)
+
+    def end_import(
+        self,
+        pages: Iterable[PageId],
+        record: RecordId | None,
+        *,
+        unused: Iterable[PageId],
+        unused_record: RecordId | None,
+    ) -> None:
+        """All of an import; what is not unused is the cache's now."""
+        self._num_pages_imported -= len(tuple(pages))
+        self._num_records_imported -= record is not None
+        self._pages.free(unused)
+        if unused_record is not None:
+            self._records.free(unused_record)
+
     def quarantine(self, sequence: Sequence) -> None:
         """Record and own pages of a sequence into which state may be read still. Nothing is read into shared ones."""
         assert sequence.record is not None
@@ -201,6 +234,8 @@ class Holdings:
             num_records += (sequence.record is not None) + (sequence.tail_record is not None)
         num_pages += sum(len(item.pages) for item in self._lent.values()) + self.num_quarantined_pages
         num_records += len(self._lent) + self.num_quarantined + num_records_planned
+        num_pages += self._num_pages_imported
+        num_records += self._num_records_imported
         if self._cache is not None:
             num_pages += self._cache.num_pages
             num_records += self._cache.num_tails

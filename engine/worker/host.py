@@ -375,6 +375,7 @@ class Host:
         key = SequenceKey(self._next_key)
         try:
             self._handler.check(command)
+            fetching = self._handler.fetches(command)
             self._scheduler.open(
                 key,
                 prompt=command.prompt,
@@ -383,6 +384,7 @@ class Host:
                 sampling=command.sampling,
                 adopt=self._handler.role is Role.DECODE,
                 salt=command.cache_salt,
+                fetching=fetching,
             )
         except InvalidRequest as error:
             self._refuse(session, command, ErrorCode.INVALID, str(error))
@@ -393,7 +395,7 @@ class Host:
         self._next_key += 1
         self._owners[key] = _Owner(session, command.sequence_id, command.request_id)
         session.keys[command.sequence_id] = key
-        self._handler.opened(key, command)
+        self._handler.opened(key, command, fetching=fetching)
         self._idle.clear()
         self.metrics.sequences_opened.inc()
         log.debug(

@@ -31,6 +31,7 @@ from kvstore.shadow_radix import (
 )
 from rorqual.ids import PageId, RecordId
 from rorqual.model_config import PAGE_TOKENS
+from rorqual.session import TokenArray
 
 _NOTHING = Match(num_pages=0, tail_depths=(), is_branch=False)
 
@@ -77,6 +78,26 @@ class CacheState:
     counts: CacheCounts = field(default_factory=CacheCounts)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """What a reader of a tail's record must know of it."""
+
+    num_bytes: int
+    digest: int  # unsigned 64 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyLoan:
+    """Pages and a tail that others may read while the pin is held: `PrefixCache.take_back` ends it."""
+
+    pin: Pin
+    pages: tuple[PageId, ...]  # from the first one asked for on
+    digests: tuple[int, ...]  # of each page one for each paged component
+    tail_depth: int  # in pages from the start of the path; 0: there is no tail
+    record: RecordId | None
+    packed: Packed | None
+
+
 class PrefixCache:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
@@ -84,6 +105,7 @@ class PrefixCache:
         self._index = ShadowRadix(costs=config.costs)
         self._in_progress: InProgress[Sequence] = InProgress()
         self._digests: dict[PageId, tuple[int, ...]] = {}  # of pages in the index, where they are known
+        self._packed: dict[RecordId, Packed] = {}  # of tails in the index, where it is known
         self._orphans: set[Pin] = set()  # whose sequences are gone while a plan reads their tails
 
     @property
@@ -215,12 +237,81 @@ class PrefixCache:
         return tuple(digest for page in sequence.pages[first:end] for digest in self._digests[page])
 
     def keep_tail(
-        self, sequence: Sequence, depth: int, record: RecordId, *, kind: TailKind
+        self,
+        sequence: Sequence,
+        depth: int,
+        record: RecordId,
+        *,
+        kind: TailKind,
+        packed: Packed | None = None,
     ) -> RecordId | None:
         """The record holds the state at this boundary of the sequence. Returns it where it is of no use."""
         if depth > len(sequence.keys) or depth * PAGE_TOKENS > sequence.num_landed:
             return record
-        return self._index.insert_tail(sequence.keys[depth - 1], record, kind=kind)
+        return self.take_in_tail(sequence.keys[depth - 1], record, kind=kind, packed=packed)
+
+    def take_in_tail(
+        self, key: PageKey, record: RecordId, *, kind: TailKind, packed: Packed | None
+    ) -> RecordId | None:
+        """The record holds the state behind this page. Returns it where it is of no use."""
+        unused = self._index.insert_tail(key, record, kind=kind)
+        if unused is None and packed is not None:
+            self._packed[record] = packed
+        return unused
+
+    def keys_of(self, prompt: TokenArray, *, salt: str) -> tuple[PageKey, ...]:
+        """Of its full pages."""
+        config = self.config
+        root = root_key(
+            fingerprint=config.fingerprint, numerics=config.numerics, wire_id=config.wire_id, salt=salt
+        )
+        return page_keys(root, prompt)
+
+    def match(self, keys: Several[PageKey]) -> Match:
+        """What is here of a path. Looks only."""
+        return self._index.match(keys)
+
+    def hold(self, keys: Several[PageKey], *, num_pages: int) -> Pin:
+        """Its first pages, which are here, until `take_back`."""
+        return self._index.pin(keys, num_pages=num_pages)
+
+    def take_in(self, pin: Pin, key: PageKey, page: PageId, digests: tuple[int, ...]) -> bool:
+        """The page that follows on what is held, which is held then too. False: it was here already."""
+        is_new = self._index.extend(pin, key, page) == page
+        if is_new:
+            self._digests[page] = digests
+        return is_new
+
+    def lend(self, keys: Several[PageKey], *, first: int, wants_tail: bool) -> KeyLoan | None:
+        """Of a path: the pages that are here from number `first` on, as far as they could be checked by whoever reads
+        them, and the deepest tail that could be. None when that is nothing."""
+        match = self._index.match(keys)
+        pin = self._index.pin(keys, num_pages=match.num_pages)
+        pages = tuple(pin.pages[first:])
+        num_known = next((i for i, page in enumerate(pages) if page not in self._digests), len(pages))
+        self._index.release(pin)
+        num_pages = min(first, match.num_pages) + num_known
+        tail_depth = 0
+        if wants_tail:
+            tail_depth = next((d for d in reversed(match.tail_depths) if d <= num_pages), 0)
+        if match.num_pages < first or not (num_known or tail_depth):
+            return None
+        pin = self._index.pin(keys, num_pages=num_pages, tail_depth=tail_depth)
+        packed = self._packed.get(pin.tail) if pin.tail is not None else None
+        if packed is None:
+            self._index.release_tail(pin)
+            tail_depth = 0
+            if not num_known:
+                self._index.release(pin)
+                return None
+        return KeyLoan(
+            pin=pin,
+            pages=pages[:num_known],
+            digests=tuple(digest for page in pages[:num_known] for digest in self._digests[page]),
+            tail_depth=tail_depth,
+            record=pin.tail if tail_depth else None,
+            packed=packed,
+        )
 
     def release(self, sequence: Sequence) -> None:
         """It holds nothing of the index any more. A tail that a plan in flight reads stays pinned until `resumed`."""
@@ -257,12 +348,18 @@ class PrefixCache:
         self.counts.tails_evicted += len(evicted.tails)
         for page in evicted.pages:
             self._digests.pop(page, None)
+        self._forget_tails(evicted)
         return evicted
 
     def evict_tail(self) -> Evicted:
         evicted = self._index.evict_tails(1)
         self.counts.tails_evicted += len(evicted.tails)
+        self._forget_tails(evicted)
         return evicted
+
+    def _forget_tails(self, evicted: Evicted) -> None:
+        for record in evicted.tails:
+            self._packed.pop(record, None)
 
     def take_changes(self) -> Changes:
         """For the feed: what is different from the last time this was called."""

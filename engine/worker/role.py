@@ -74,8 +74,12 @@ class RoleHandler(Protocol):
         """Raises InvalidRequest for a sequence that is not for this role."""
         ...
 
-    def opened(self, key: SequenceKey, command: Open) -> None:
-        """The scheduler has queued it."""
+    def fetches(self, command: Open) -> bool:
+        """Whether a sequence that is about to be opened waits for state of others: until `Scheduler.fetched`."""
+        ...
+
+    def opened(self, key: SequenceKey, command: Open, *, fetching: bool) -> None:
+        """The scheduler has queued it; `fetching`: as `fetches` has said."""
         ...
 
     def ended(self, key: SequenceKey) -> None:
@@ -127,7 +131,10 @@ class BothRole:
         if command.source is not None:
             raise InvalidRequest("this worker computes prompts itself and reads no state", field="source")
 
-    def opened(self, key: SequenceKey, command: Open) -> None:
+    def fetches(self, command: Open) -> bool:
+        return False
+
+    def opened(self, key: SequenceKey, command: Open, *, fetching: bool) -> None:
         pass
 
     def ended(self, key: SequenceKey) -> None:

@@ -38,7 +38,7 @@ and record in quarantine until the host settles them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from itertools import chain
@@ -57,6 +57,7 @@ from engine.worker.events import (
     TokenEvent,
 )
 from engine.worker.holdings import Holdings
+from engine.worker.imports import Imports
 from engine.worker.prefix_cache import CacheConfig, CacheState, PrefixCache
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
@@ -125,6 +126,7 @@ class Scheduler:
             drafts_max=config.drafts_max,
             rows_max=config.draft_rows_max,
         )
+        self.imports = Imports(self._holdings, self._cache)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._running: dict[SequenceKey, Sequence] = {}  # oldest first
         self._adopting: dict[SequenceKey, Sequence] = {}
@@ -164,9 +166,11 @@ class Scheduler:
         sampling: SamplingParams,
         adopt: bool = False,
         salt: str = "",
+        fetching: bool = False,
     ) -> None:
         """Queue a sequence; with `adopt` one whose prompt is computed elsewhere, and scored there. It shares pages with
-        those of the same `salt`. Raises InvalidRequest if it can never be served here, Overloaded if the queue is full.
+        those of the same `salt`. With `fetching` it waits for `fetched`. Raises InvalidRequest if it can never be
+        served here, Overloaded if the queue is full.
         """
         assert key not in self._sequences, f"sequence {key} opened twice"
         assert not adopt or self.config.role is Role.DECODE
@@ -190,11 +194,18 @@ class Scheduler:
             sampling=sampling,
             is_lending=self.config.role is Role.PREFILL and max_tokens > 1,
             is_adopting=adopt,
+            is_fetching=fetching,
         )
         if self._cache is not None:
             self._cache.open(sequence, salt=salt)
         self._sequences[key] = sequence
         self._admission.add(sequence)
+
+    def fetched(self, key: SequenceKey) -> None:
+        """What it waited for is in the cache, or will not come. One that has ended is passed over."""
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            sequence.is_fetching = False
 
     def cancel(self, key: SequenceKey) -> bool:
         """End a sequence now; its pages and slot are free for the next plan, but for what others may be reading or
@@ -258,7 +269,8 @@ class Scheduler:
         if result.prompt_scores:
             events.extend(score_events(step, result.prompt_scores))
         self._tails.note(step, result)
-        self._absorb_chunks(step, result)
+        digests = digests_by_slot(result, per_page=self.config.num_page_components)
+        self._absorb_chunks(step, digests)
         for slot, item in lent.items():
             events.extend(
                 pages_events(
@@ -267,7 +279,7 @@ class Scheduler:
             )
         for slot, items in sampled.items():
             sequence = step.sequences[slot]
-            tokens = self._land(sequence, items, drafts=step.sampling[slot])
+            tokens = self._land(sequence, items, drafts=step.sampling[slot], digests=digests.get(slot, ()))
             events.extend(tokens)
             if tokens and sequence.is_lending and tokens[-1].finish_reason is None:
                 events.append(lent_event(sequence, lent[slot]))
@@ -310,10 +322,12 @@ class Scheduler:
         self._adoptions.clear()
         return taken
 
-    def adopted(self, key: SequenceKey, token_ids: tuple[int, ...]) -> None:
+    def adopted(
+        self, key: SequenceKey, token_ids: tuple[int, ...], digests: Several[tuple[int, ...]] = ()
+    ) -> None:
         """The state of the prompt is in the adoption's pages and record, and nothing writes there any more;
-        `token_ids` is what was generated so far. Raises InvalidRequest, and nothing has changed, when it cannot go
-        on from there."""
+        `token_ids` is what was generated so far, `digests` those of its full pages, a tuple for each. Raises
+        InvalidRequest, and nothing has changed, when it cannot go on from there."""
         assert key in self._adopting, f"sequence {key} is not adopting"
         assert key not in self._adoptions, f"state of sequence {key} came before its adoption was taken"
         sequence = self._adopting[key]
@@ -321,7 +335,7 @@ class Scheduler:
         del self._adopting[key]
         sequence.adopt(token_ids)
         self._running[key] = sequence
-        self._absorb(sequence)
+        self._absorb(sequence, digests)
         self._check()
 
     def settle(self, key: SequenceKey) -> None:
@@ -337,7 +351,7 @@ class Scheduler:
 
     @property
     def cache(self) -> PrefixCache | None:
-        """For the feed, which looks only. None where it is off."""
+        """For the feed, which looks only, and for those who lend what is in it. None where it is off."""
         return self._cache
 
     def cache_state(self) -> CacheState:
@@ -353,7 +367,7 @@ class Scheduler:
     @property
     def _keeps_digests(self) -> bool:
         """Of the pages that it may lend later."""
-        return self._cache is not None and self.config.role is Role.PREFILL
+        return self._cache is not None and self.config.role is not Role.BOTH
 
     def _plan_decodes(self, step: Step) -> None:
         """One token for every running sequence whose next token is the only one missing, and drafts behind it. Oldest
@@ -479,9 +493,8 @@ class Scheduler:
             for pin in step.resuming:
                 self._cache.resumed(pin)
 
-    def _absorb_chunks(self, step: Step, result: StepResult) -> None:
+    def _absorb_chunks(self, step: Step, digests: Mapping[SlotId, Several[tuple[int, ...]]]) -> None:
         """What the step has computed for good, however many drafts were accepted; and the tails it has taken."""
-        digests = digests_by_slot(result, per_page=self.config.num_page_components)
         for segment in step.segments:
             slot = SlotId(segment.slot)
             sequence = step.sequences[slot]
@@ -501,7 +514,14 @@ class Scheduler:
             self._cache.leave(sequence)
         self._holdings.free_state(sequence)
 
-    def _land(self, sequence: Sequence, items: list[Sampled], *, drafts: int) -> list[TokenEvent]:
+    def _land(
+        self,
+        sequence: Sequence,
+        items: list[Sampled],
+        *,
+        drafts: int,
+        digests: Several[tuple[int, ...]] = (),
+    ) -> list[TokenEvent]:
         """What a step has sampled of a sequence, in order, until it ends."""
         if sequence.phase is Phase.ENDED:
             return []  # cancelled, or sampled beyond its end-of-sequence token
@@ -514,7 +534,7 @@ class Scheduler:
         if is_waiting:
             self._admission.count(sequence, +1)
         sequence.note_landed(len(sequence.prompt) + len(sequence.generated) - 1)
-        self._absorb(sequence)
+        self._absorb(sequence, digests)
         if events[-1].finish_reason is not None:
             self._end(sequence)
         elif sequence.phase is Phase.RUNNING and sequence.is_planned_to_the_end:

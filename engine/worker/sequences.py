@@ -75,6 +75,7 @@ class Sequence:
         None  # of the prompt, that did not have to be computed when it first started
     )
     is_following: bool = False  # waits for pages that another is computing
+    is_fetching: bool = False  # waits for pages that are read from another worker
     tails_planned: dict[int, TailKind] = field(default_factory=dict[int, TailKind])  # by depth in pages
     tail_record: RecordId | None = None  # for boundaries that it crosses as it decodes
     tail_depth: int = 0  # in pages, of the boundary whose state is there; 0: of none yet

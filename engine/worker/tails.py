@@ -14,7 +14,7 @@ from collections.abc import Sequence as Several
 
 from engine.plan import StepResult
 from engine.worker.holdings import Holdings
-from engine.worker.prefix_cache import PrefixCache
+from engine.worker.prefix_cache import Packed, PrefixCache
 from engine.worker.sequences import Sequence, Step, TailTaken
 from kvstore.shadow_radix import TailKind
 from rorqual.ids import RecordId, SlotId
@@ -28,6 +28,7 @@ class Tails:
         self._holdings = holdings
         self._cache = cache
         self._num_held_max = num_held_max
+        self._packed: dict[RecordId, Packed] = {}  # of records that hold a tail and are not in the cache yet
         self._parting: dict[RecordId, Sequence] = {}  # of sequences that hold nothing else any more
 
     @property
@@ -61,21 +62,30 @@ class Tails:
 
     def note(self, step: Step, result: StepResult) -> None:
         """Which boundaries are packed now. Every tail of a chunk is, and of a decode what it has come to."""
-        planned = {(int(item.slot), item.depth * PAGE_TOKENS) for item in step.tails}
+        planned = {(int(item.slot), item.depth * PAGE_TOKENS): item for item in step.tails}
         for item in result.tailed:
-            if (item.slot, item.num_tokens) in planned:
-                planned.remove((item.slot, item.num_tokens))
+            packed = Packed(num_bytes=item.num_bytes, digest=item.digest)
+            taken = planned.pop((item.slot, item.num_tokens), None)
+            if taken is not None:
+                self._packed[taken.record] = packed
                 continue
             sequence = step.sequences[SlotId(item.slot)]
             assert sequence.tail_record is not None, f"slot {item.slot} left a tail that was not planned"
             sequence.tail_depth = item.num_tokens // PAGE_TOKENS
+            self._packed[sequence.tail_record] = packed
         assert not planned, f"tails were planned that were not taken: {planned}"
 
     def keep(self, step: Step) -> None:
         """The pages before the tails of a step's chunks are in the cache, if their sequences still wanted them."""
         for item in step.tails:
             assert self._cache is not None
-            unused = self._cache.keep_tail(item.sequence, item.depth, item.record, kind=item.kind)
+            unused = self._cache.keep_tail(
+                item.sequence,
+                item.depth,
+                item.record,
+                kind=item.kind,
+                packed=self._packed.pop(item.record, None),
+            )
             if unused is not None:
                 self._holdings.free_record(unused)
 
@@ -103,8 +113,9 @@ class Tails:
         sequence.tail_depth = 0
         assert self._cache is not None
         unused: RecordId | None = record
+        packed = self._packed.pop(record, None)
         if depth:
-            unused = self._cache.keep_tail(sequence, depth, record, kind=TailKind.TURN_END)
+            unused = self._cache.keep_tail(sequence, depth, record, kind=TailKind.TURN_END, packed=packed)
         if unused is not None:
             self._holdings.free_record(unused)
 

@@ -12,21 +12,38 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvstore.keys import KEY_BYTES, PageKey
 from kvstore.transfer.contract import Endpoint
 from rorqual.ids import Incarnation, LeaseName
+from rorqual.session import Offer
 from rorqual.v1 import worker_pb2 as pb
-from rorqual.wire import WireError, check_number, lease_from_pb, lease_to_pb, parse, unpack
+from rorqual.wire import (
+    WireError,
+    check_number,
+    lease_from_pb,
+    lease_to_pb,
+    offer_from_pb,
+    offer_to_pb,
+    parse,
+    unpack,
+)
 
 LENDING_SERVICE = "rorqual.v1.Lending"
 ATTACH_METHOD = "Attach"
 RENEW_METHOD = "Renew"
 RELEASE_METHOD = "Release"
+LEASE_KEYS_METHOD = "LeaseKeys"
 ATTACH_PATH = f"/{LENDING_SERVICE}/{ATTACH_METHOD}"
 RENEW_PATH = f"/{LENDING_SERVICE}/{RENEW_METHOD}"
 RELEASE_PATH = f"/{LENDING_SERVICE}/{RELEASE_METHOD}"
+LEASE_KEYS_PATH = f"/{LENDING_SERVICE}/{LEASE_KEYS_METHOD}"
 
 LENDING_BYTES_MAX = 1024 * 1024
-"""Bound on one message in either direction. The largest is an endpoint: a few kilobytes of an agent's metadata."""
+"""Bound on one message in either direction. The largest offers pages by keys: 30 bytes of ids and digests for each of
+at most KEYS_MAX."""
+
+KEYS_MAX = 16384
+"""Of one request for pages by keys: four million tokens."""
 
 _endpoint_encoder = msgspec.msgpack.Encoder()
 _endpoint_decoder = msgspec.msgpack.Decoder(Endpoint)
@@ -46,6 +63,54 @@ class LeaseReply:
 
     live: bool
     remaining_seconds: float = 0.0  # on the owner's clock; the reader counts from before its request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseKeysRequest:
+    """A reader asks for pages of a path by their keys, from the path's first one on, and for a tail."""
+
+    wire_id: str
+    keys: tuple[PageKey, ...]
+    first_page: int  # the reader has those before
+    wants_tail: bool
+
+
+def encode_lease_keys_request(request: LeaseKeysRequest) -> bytes:
+    return pb.LeaseKeysRequest(
+        wire_id=request.wire_id,
+        keys=b"".join(request.keys),
+        first_page=request.first_page,
+        wants_tail=request.wants_tail,
+    ).SerializeToString()
+
+
+def decode_lease_keys_request(data: bytes) -> LeaseKeysRequest:
+    """Raises WireError."""
+    message = pb.LeaseKeysRequest()
+    parse(message, data, "lease keys request")
+    keys = message.keys
+    num_keys = len(keys) // KEY_BYTES
+    if len(keys) % KEY_BYTES or not 1 <= num_keys <= KEYS_MAX:
+        raise WireError(f"a request for pages has {len(keys)} bytes of keys")
+    if message.first_page > num_keys:
+        raise WireError(f"a request for pages from {message.first_page} on has {num_keys} keys")
+    return LeaseKeysRequest(
+        wire_id=message.wire_id,
+        keys=tuple(PageKey(keys[at : at + KEY_BYTES]) for at in range(0, len(keys), KEY_BYTES)),
+        first_page=message.first_page,
+        wants_tail=message.wants_tail,
+    )
+
+
+def encode_lease_keys_reply(offer: Offer | None) -> bytes:
+    return pb.LeaseKeysReply(offer=None if offer is None else offer_to_pb(offer)).SerializeToString()
+
+
+def decode_lease_keys_reply(data: bytes) -> Offer | None:
+    """Raises WireError."""
+    message = pb.LeaseKeysReply()
+    parse(message, data, "lease keys reply")
+    return offer_from_pb(message.offer) if message.HasField("offer") else None
 
 
 def encode_attach_request(request: AttachRequest) -> bytes:

@@ -40,6 +40,24 @@ class LeaseRequest(_message.Message):
     lease: LeaseName
     def __init__(self, lease: _Optional[_Union[LeaseName, _Mapping]] = ...) -> None: ...
 
+class LeaseKeysRequest(_message.Message):
+    __slots__ = ("wire_id", "keys", "first_page", "wants_tail")
+    WIRE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    WANTS_TAIL_FIELD_NUMBER: _ClassVar[int]
+    wire_id: str
+    keys: bytes
+    first_page: int
+    wants_tail: bool
+    def __init__(self, wire_id: _Optional[str] = ..., keys: _Optional[bytes] = ..., first_page: _Optional[int] = ..., wants_tail: _Optional[bool] = ...) -> None: ...
+
+class LeaseKeysReply(_message.Message):
+    __slots__ = ("offer",)
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    offer: Offer
+    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ...) -> None: ...
+
 class LeaseReply(_message.Message):
     __slots__ = ("live", "remaining_seconds")
     LIVE_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +116,18 @@ class Source(_message.Message):
     wire_id: str
     def __init__(self, address: _Optional[str] = ..., lease: _Optional[_Union[LeaseName, _Mapping]] = ..., wire_id: _Optional[str] = ...) -> None: ...
 
+class PeerFetch(_message.Message):
+    __slots__ = ("address", "num_pages", "wants_tail", "seconds_max")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    WANTS_TAIL_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_MAX_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    num_pages: int
+    wants_tail: bool
+    seconds_max: float
+    def __init__(self, address: _Optional[str] = ..., num_pages: _Optional[int] = ..., wants_tail: _Optional[bool] = ..., seconds_max: _Optional[float] = ...) -> None: ...
+
 class Offer(_message.Message):
     __slots__ = ("lease", "wire_id", "lease_seconds", "first_page", "pages", "digests", "record", "transfer_seconds")
     LEASE_FIELD_NUMBER: _ClassVar[int]
@@ -139,7 +169,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling", "source", "cache_salt")
+    __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling", "source", "cache_salt", "fetch")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +178,7 @@ class Open(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     prompt: bytes
@@ -156,7 +187,8 @@ class Open(_message.Message):
     sampling: bytes
     source: Source
     cache_salt: str
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., sampling: _Optional[bytes] = ..., source: _Optional[_Union[Source, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    fetch: PeerFetch
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., sampling: _Optional[bytes] = ..., source: _Optional[_Union[Source, _Mapping]] = ..., cache_salt: _Optional[str] = ..., fetch: _Optional[_Union[PeerFetch, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("sequence_id",)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvstore.keys import PageKey
 from rorqual.model_config import PAGE_TOKENS
-from rorqual.session import Role
+from rorqual.session import PeerFetch, Role
 from router.placement.cache import (
     CacheDemand,
     CachePlacement,
@@ -23,6 +23,7 @@ from router.placement.cache import (
     Float64s,
     Found,
     Int32s,
+    Source,
 )
 from router.placement.least_wait import (
     Demand,
@@ -40,6 +41,10 @@ from router.placement.predictions import Predictions
 
 WORK_KEPT = 0.999
 """Of what workers have been given, after each prompt: the last thousand count."""
+
+
+FETCH_SECONDS_MIN, FETCH_SECONDS_MAX = 0.5, 10.0
+"""Bounds on how long a prompt waits for what is read from another worker."""
 
 
 class Reach(Protocol):
@@ -80,7 +85,7 @@ class ByCache:
             # Nobody computes a prompt before a decode worker has room for it: who does is chosen then.
             waiting = of_role(workers, Role.PREFILL) if of_role(workers, Role.DECODE) else []
             return Split(prefill=min(waiting, key=busyness), decode=None) if waiting else None
-        decision, predicted = self._decide(able, demand, found, learn_from=workers)
+        decision, predicted = self._decide(able, demand, found, everybody=workers)
         chosen = next(view for view in able if view.index == decision.prefill)
         if chosen.role is Role.BOTH:
             return Whole(worker=chosen, predicted=predicted)
@@ -95,9 +100,9 @@ class ByCache:
         demand: Demand,
         found: Found,
         *,
-        learn_from: Sequence[WorkerView],
+        everybody: Sequence[WorkerView],
     ) -> tuple[Decision, Predicted]:
-        self._predictions.learn(learn_from)
+        self._predictions.learn(everybody)
         factors = self._predictions.factors(able)
         number = self._next_number
         self._next_number += 1
@@ -107,13 +112,34 @@ class ByCache:
             num_tokens=demand.prompt_tokens,
             session=demand.session,
         )
-        decision = self._policy.choose(self._picture(able, factors, found), request)
+        decision = self._policy.choose(self._picture(able, factors, found, everybody), request)
         tokens_reused = min(decision.resume * PAGE_TOKENS, demand.prompt_tokens - 1)
         factor = next(f for view, f in zip(able, factors, strict=True) if view.index == decision.prefill)
         work = self._predictions.model.work_seconds(demand.prompt_tokens - tokens_reused, tokens_reused)
         self._note_work(decision.prefill, float(work) * factor)
         return decision, Predicted(
-            number=number, tokens_reused=tokens_reused, seconds=decision.predicted_seconds
+            number=number,
+            tokens_reused=tokens_reused,
+            seconds=decision.predicted_seconds,
+            fetch=self._fetch(decision, everybody),
+        )
+
+    def _fetch(self, decision: Decision, everybody: Sequence[WorkerView]) -> PeerFetch | None:
+        """What the chosen worker is to read, and for how long it may wait for it: several times what is predicted, and
+        no longer than computing the same would take."""
+        plan = decision.fetch
+        if plan.peer < 0:
+            return None
+        peer = next(view for view in everybody if view.index == plan.peer)
+        wants_tail = plan.tail_source is Source.PEER
+        reach = max((span.first + span.count for span in plan.spans if span.source is Source.PEER), default=0)
+        num_pages = max(reach, decision.resume if wants_tail else 0)
+        seconds = num_pages * PAGE_TOKENS * self._predictions.token_seconds
+        return PeerFetch(
+            address=peer.address,
+            num_pages=num_pages,
+            wants_tail=wants_tail,
+            seconds_max=min(max(seconds, FETCH_SECONDS_MIN), FETCH_SECONDS_MAX),
         )
 
     def _look_up(self, demand: Demand) -> Found:
@@ -125,7 +151,13 @@ class ByCache:
             tail_W=np.maximum.reduce([item.tail_W for item in reaches]),
         )
 
-    def _picture(self, able: Sequence[WorkerView], factors: Sequence[float], found: Found) -> FleetPicture:
+    def _picture(
+        self,
+        able: Sequence[WorkerView],
+        factors: Sequence[float],
+        found: Found,
+        everybody: Sequence[WorkerView],
+    ) -> FleetPicture:
         count = len(found.pages_W)
         index_V = np.array([view.index for view in able])
 
@@ -141,6 +173,8 @@ class ByCache:
 
         can_prefill_W = np.zeros(count, np.bool_)
         can_prefill_W[index_V] = True
+        readable_W = np.zeros(count, np.bool_)
+        readable_W[[view.index for view in everybody if view.can_share]] = True
         ahead = [tokens_ahead(view) for view in able]
         token_seconds = self._predictions.token_seconds
         wait = [
@@ -163,7 +197,7 @@ class ByCache:
             # Who cannot be given anything is not behind with its work.
             work_seconds_W=floats(work, other=max(work)),
             slowness_W=floats(factors, other=1.0),
-            readable_W=np.zeros(count, np.bool_),
+            readable_W=readable_W,
         )
 
     def _note_work(self, index: int, seconds: float) -> None:

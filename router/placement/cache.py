@@ -100,7 +100,7 @@ class FleetPicture:
     decode_sequences_W: Int32s
     work_seconds_W: Float64s  # computed there so far, or lately
     slowness_W: Float64s | None = None  # what predicted seconds of computing are multiplied with; None: 1
-    readable_W: Bools | None = None  # whose memory others can read; None: everybody's
+    readable_W: Bools | None = None  # who reads from others, and they from it; None: everybody
 
     def __post_init__(self) -> None:
         assert self.can_prefill_W.any(), "somebody computes prompts"

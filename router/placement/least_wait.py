@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.keys import PageKey
-from rorqual.session import Load, Role, credit_pages
+from rorqual.session import Load, PeerFetch, Role, credit_pages
 from router.credit import CreditUse
 
 TOKENS_PER_SECOND_UNKNOWN = 1000.0
@@ -42,6 +42,7 @@ class WorkerView:
     credit: CreditUse | None = None  # of a decode worker
     index: int = 0  # its place in the picture of caches
     pages_cached: int = 0  # that it is known to keep
+    can_share: bool = False  # it reads prefixes from others that can, and they from it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,7 @@ class Predicted:
 
     number: int
     tokens_reused: int  # of the prompt: not computed
+    fetch: PeerFetch | None = None  # what it is to read from another worker first
     seconds: float  # to the first token; 0 of policies that predict nothing
 
 

@@ -162,6 +162,8 @@ class SoonestFirstToken:
         seconds_W = np.maximum(fleet.wait_seconds_W, self._model.fetch_seconds(num_bytes_W))
         seconds_W = seconds_W + fleet.corrected(self._compute(request, depth_W))
         seconds_W[peer] = np.inf  # nobody reads from itself
+        if fleet.readable_W is not None:
+            seconds_W[~fleet.readable_W] = np.inf
         return _Starts(depth_W, seconds_W, peer, reach, has_tail)
 
     def _compute(self, request: CacheDemand, depth_W: Int32s) -> Float64s:

@@ -21,10 +21,10 @@ from fake_reads import ReadingLink
 from fake_state import answer
 
 from decode_worker.borrowing import Borrower, BorrowerConfig
-from decode_worker.lenders import LendingFailed, LendingRefused
 from decode_worker.metrics import BorrowingMetrics
 from engine.worker.events import LentEvent, PagesEvent
 from engine.worker.host import Host, HostConfig
+from engine.worker.lenders import LendingFailed, LendingRefused
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.role import HandlerHost, RoleHandler
 from engine.worker.session import Session

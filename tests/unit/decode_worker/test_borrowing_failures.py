@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from decode_worker.lenders import LendingFailed
+from engine.worker.lenders import LendingFailed
 from rorqual.session import Cancel, ErrorCode, FinishReason, Renew
 from tests.harness.lending import (
     CALL_SECONDS,

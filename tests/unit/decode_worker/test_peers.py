@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 import pytest
 from prometheus_client import CollectorRegistry
 
-from decode_worker.lenders import LendingFailed
 from decode_worker.metrics import BorrowingMetrics
-from decode_worker.peers import PEERS_MAX, Peers
 from engine.plan import PeerClose, PeerOpen, PeerOpened, ToTransfer
+from engine.worker.lenders import LendingFailed
+from engine.worker.peers import PEERS_MAX, Peers
 from kvstore.transfer.contract import Endpoint
 from rorqual.ids import Incarnation, LeaseName, WorkerId
 from rorqual.session import Source
@@ -22,7 +22,7 @@ SECONDS_MAX = 3.0
 
 
 class Owners:
-    """`decode_worker.lenders.Lenders` as far as an endpoint is asked for."""
+    """`engine.worker.lenders.Lenders` as far as an endpoint is asked for."""
 
     def __init__(self) -> None:
         self.asked: list[Source] = []

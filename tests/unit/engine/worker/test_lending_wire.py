@@ -158,4 +158,5 @@ def test_a_message_that_breaks_a_rule_says_which(decode, data: bytes, text: str)
 def test_the_paths_are_those_of_the_service() -> None:
     service = pb.DESCRIPTOR.services_by_name["Lending"]
     paths = {f"/{service.full_name}/{method.name}" for method in service.methods}
-    assert {wire.ATTACH_PATH, wire.RENEW_PATH, wire.RELEASE_PATH} == paths
+    known = {wire.ATTACH_PATH, wire.RENEW_PATH, wire.RELEASE_PATH, wire.LEASE_KEYS_PATH}
+    assert known == paths

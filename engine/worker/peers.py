@@ -1,8 +1,9 @@
 """Which owners of state this worker's rank knows, and how one becomes known: their endpoint is asked for, checked, and
 given to the rank, once for each incarnation.
 
-Used by `decode_worker.borrowing`. An owner from which a read has failed is made known anew for the next sequence that
-wants it; one that nobody uses goes when there are many, or when its successor at the same address comes.
+Used by `decode_worker.borrowing` and `engine.worker.peer_reading`. An owner from which a read has failed is made known
+anew for the next sequence that wants it; one that nobody uses goes when there are many, or when its successor at the
+same address comes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Protocol
 
-from decode_worker.lenders import Lenders, LendingFailed
-from decode_worker.metrics import BorrowingMetrics
+from prometheus_client import Counter, Histogram
+
 from engine.plan import PeerClose, PeerOpen, PeerOpened, ToTransfer
+from engine.worker.lenders import Lenders, LendingFailed
 from rorqual.session import Source
 
 PEERS_MAX = 256
@@ -35,6 +38,16 @@ class Peer:
         self.known: asyncio.Future[LendingFailed | None] = loop.create_future()
 
 
+class CallMetrics(Protocol):
+    """Of whoever reads: a histogram of calls by method, a counter of deadlines missed by stage."""
+
+    @property
+    def call_seconds(self) -> Histogram: ...
+
+    @property
+    def stages_overdue(self) -> Counter: ...
+
+
 class Peers:
     def __init__(
         self,
@@ -43,7 +56,7 @@ class Peers:
         send: Callable[[ToTransfer], None],
         tasks: asyncio.TaskGroup,
         seconds_max: float,
-        metrics: BorrowingMetrics,
+        metrics: CallMetrics,
     ) -> None:
         self._lenders = lenders
         self._send = send

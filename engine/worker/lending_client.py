@@ -1,4 +1,4 @@
-"""Calls to the Lending service of prefill workers, over gRPC: the production `decode_worker.lenders.Lenders`.
+"""Calls to the Lending service of other workers, over gRPC: the production `engine.worker.lenders.KeyLenders`.
 
 One channel an address, made when first needed. It turns gRPC's failures into LendingFailed with one line; it retries
 nothing and decides nothing.
@@ -12,22 +12,26 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from decode_worker.lenders import LendingFailed, LendingRefused
+from engine.worker.lenders import LendingFailed, LendingRefused
 from engine.worker.wire import (
     ATTACH_PATH,
+    LEASE_KEYS_PATH,
     LENDING_BYTES_MAX,
     RELEASE_PATH,
     RENEW_PATH,
     AttachRequest,
+    LeaseKeysRequest,
     LeaseReply,
     decode_attach_reply,
+    decode_lease_keys_reply,
     decode_lease_reply,
     encode_attach_request,
+    encode_lease_keys_request,
     encode_lease_request,
 )
 from kvstore.transfer.contract import Endpoint
 from rorqual.ids import LeaseName
-from rorqual.session import Source
+from rorqual.session import Offer, Source
 from rorqual.wire import WireError
 
 CHANNELS_MAX = 256
@@ -62,6 +66,15 @@ class GrpcLenders:
 
     async def release(self, source: Source, *, seconds_max: float) -> bool:
         return (await self._lease_call(source.address, RELEASE_PATH, source.lease, seconds_max)).live
+
+    async def lease_keys(
+        self, address: str, request: LeaseKeysRequest, *, seconds_max: float
+    ) -> Offer | None:
+        data = await self._call(address, LEASE_KEYS_PATH, encode_lease_keys_request(request), seconds_max)
+        try:
+            return decode_lease_keys_reply(data)
+        except WireError as error:
+            raise LendingFailed(f"{address}: {error}") from None
 
     async def close(self) -> None:
         while self._channels:

@@ -1,15 +1,16 @@
-"""What a decode worker asks of the workers that lend: the `Lenders` protocol, and how asking can fail.
+"""What a worker that reads asks of those that lend: the `Lenders` protocol, and how asking can fail.
 
-`decode_worker.lending_client` speaks gRPC; tests answer in the same process.
+`engine.worker.lending_client` speaks gRPC; tests answer in the same process.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from engine.worker.wire import LeaseKeysRequest
 from kvstore.transfer.contract import Endpoint
 from rorqual.errors import RorqualError
-from rorqual.session import Source
+from rorqual.session import Offer, Source
 
 
 class LendingFailed(RorqualError):
@@ -39,4 +40,15 @@ class Lenders(Protocol):
 
     async def release(self, source: Source, *, seconds_max: float) -> bool:
         """False when the lease had ended before."""
+        ...
+
+
+class KeyLenders(Lenders, Protocol):
+    """Also lends what nobody has handed over: prefixes, by their keys."""
+
+    async def lease_keys(
+        self, address: str, request: LeaseKeysRequest, *, seconds_max: float
+    ) -> Offer | None:
+        """What of it may be read, under a lease of its own; None when that is nothing, or not now. A record in the
+        offer is a tail: its `num_tokens` says behind which page."""
         ...
