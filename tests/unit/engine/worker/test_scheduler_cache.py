@@ -282,3 +282,44 @@ def test_shared_pages_are_not_kept_back_when_an_adoption_is_cancelled() -> None:
     pair.prefill.take_back(2)
     pair.prefill.run()
     pair.decode.run()
+
+
+def test_a_tail_that_a_plan_in_flight_reads_is_not_given_to_others_when_its_sequence_is_cancelled() -> None:
+    """What is read from elsewhere is written outside the order of plans."""
+    pair = Pair(
+        prefill=lending(num_pages=16, num_records=8),
+        decode=adopting(num_pages=16, num_records=1, cache=a_cache()),
+    )
+    decode, prompt = pair.decode, a_prompt(1, 2 * PAGE_TOKENS)
+    decode.open(1, prompt, 1)
+    decode.drain()
+    decode.open(2, [*prompt, 8], 3, ignore_eos=True)
+    plan = decode.send()
+    assert plan is not None
+    assert plan.opens[0].restore is not None
+    assert decode.cancel(2)
+    other = a_prompt(3, 40)
+    pair.prefill.open(3, other, 3, ignore_eos=True)
+    pair.prefill.drain()
+    pair.bind(3, other, 3, ignore_eos=True)
+    assert decode.take_adoptions() == []
+    assert decode.scheduler.num_records_free == 0
+    decode.receive()
+    (adoption,) = decode.take_adoptions()
+    assert adoption.record == plan.opens[0].restore.record
+    assert decode.cancel(3)
+    decode.scheduler.settle(adoption.key)
+    pair.prefill.take_back(3)
+    pair.prefill.run()
+    decode.run()
+
+
+def test_decoding_sequences_leave_a_record_for_each_slot_to_those_that_come_from_elsewhere() -> None:
+    bench = adopting(num_pages=16, num_slots=3, num_records=4, cache=a_cache(num_tails_max=0))
+    for key in (1, 2, 3):
+        bench.open(key, a_prompt(key, 200), 100, ignore_eos=True)
+    bench.run()
+    held = {segment.tail_record for plan in bench.plans for segment in plan.segments} - {-1}
+    assert len(held) == 1
+    assert bench.scheduler.cache_state().num_tails == 1
+    assert bench.scheduler.cache_state().num_pages == 3
