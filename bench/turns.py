@@ -79,7 +79,15 @@ class Session:
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     options = ["--prefill", str(args.prefill), "--decode", str(args.decode), "--threads", "1"]
-    options += ["--pages", str(args.pages), "--placement", args.placement, *args.up]
+    options += [
+        "--pages",
+        str(args.pages),
+        "--slots",
+        str(args.slots),
+        "--placement",
+        args.placement,
+        *args.up,
+    ]
     with LocalCluster(args.model, *options) as cluster:
         turns = Conversations(cluster, args).run()
     print(_table(turns, args))
@@ -110,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefill", type=int, default=2, metavar="N", help="prefill workers (default 2)")
     add("--decode", type=int, default=2, metavar="N", help="decode workers (default 2)")
     add("--pages", type=int, default=400, metavar="N", help="of each worker (default 400)")
+    add(
+        "--slots",
+        type=int,
+        default=100,
+        metavar="N",
+        help="of each; they come with records for tails (default 100)",
+    )
     add("--placement", default="rorqual", metavar="NAME", help="the router's rule (default rorqual)")
     add("--seed", type=int, default=1, metavar="N", help="of texts and orders (default 1)")
     add("--strict", action="store_true", help="fail when a turn moved more than the least")

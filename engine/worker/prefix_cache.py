@@ -374,6 +374,8 @@ class PrefixCache:
         """Assert that everything adds up. O(pages): for tests."""
         self._index.check()
         self._in_progress.check()
+        assert len(self._digests) <= self.num_pages, "digests of pages that are gone"
+        assert len(self._packed) <= self.num_tails, "digests of tails that are gone"
 
 
 def _extend_keys(sequence: Sequence, num_tokens: int) -> None:

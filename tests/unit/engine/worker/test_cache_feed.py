@@ -12,6 +12,7 @@ from fake_content import FakeContent
 from fake_link import FakeLink
 from fake_rank import FakeRank
 
+from engine.worker import cache_feed
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.session import Session
@@ -200,3 +201,17 @@ async def test_a_session_that_ends_takes_no_more_of_the_feed(is_closed_first: bo
         while host.feed.writer.number == 0:
             await asyncio.sleep(0.001)
         assert (await router.session.next_report()).feed == ()
+
+
+async def test_a_router_far_behind_is_told_in_several_reports_that_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_feed, "ITEMS_MAX", 1)
+    async with a_host(heartbeat=5) as host:
+        busy, quiet = Router(host), Router(host)
+        await quiet.read()
+        busy.session.submit(an_open(1, length=2048, max_tokens=1))
+        await busy.read_answer()
+        async with asyncio.timeout(2):
+            await quiet.read_until(lambda: quiet.reader.number == host.feed.writer.number)
+        assert quiet.num_reports >= 4
