@@ -17,6 +17,10 @@ RACES = {
         "bench.http_servers",
         "HTTP servers: requests, events, slow readers, vanished clients (1 minute)",
     ),
+    "picture": (
+        "bench.picture",
+        "the router's picture of all caches: memory, look-ups, changes, loading, up to 10 million pages (2 minutes)",
+    ),
     "speculation": (
         "bench.speculation",
         "decode speed of the demo model by number of drafts and batch, through the whole system (10 minutes)",

@@ -20,6 +20,10 @@ class CheckpointError(RorqualError):
     """A checkpoint directory cannot be used; the text lists every tensor that is wrong, by name."""
 
 
+class WireError(RorqualError):
+    """Bytes from a peer that are not a message of this protocol."""
+
+
 class InvalidRequest(RorqualError):
     """The client's request is wrong. `field` is the field as the client wrote it, `status` an HTTP 4xx code."""
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rorqual.errors import InvalidRequest
+from rorqual.feed import FeedItem, Subscribe
 from rorqual.ids import Incarnation, LeaseName, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import PROMPT_SCORES_MAX, SamplingParams
@@ -127,7 +128,7 @@ class Take:
     token_ids: tuple[int, ...] = ()
 
 
-Command = Open | Cancel | Renew | Take
+Command = Open | Cancel | Renew | Take | Subscribe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +232,7 @@ class StepReport:
     load: Load
     draining: bool
     credit: Credit | None = None  # with Role.DECODE
+    feed: tuple[FeedItem, ...] = ()  # to a router that has subscribed: in order, ITEMS_MAX at most
 
 
 def alternatives_of(pairs: tuple[tuple[int, float], ...]) -> Alternatives:

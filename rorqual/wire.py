@@ -17,7 +17,9 @@ import msgspec
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from rorqual.errors import RorqualError
+from rorqual.errors import WireError
+from rorqual.feed import ITEMS_MAX, Subscribe
+from rorqual.feed_wire import item_from_pb, item_to_pb, subscribe_from_pb, subscribe_to_pb
 from rorqual.ids import Incarnation, LeaseName, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
 from rorqual.session import (
@@ -60,10 +62,6 @@ _sampling_encoder = msgspec.msgpack.Encoder()
 _sampling_decoder = msgspec.msgpack.Decoder(SamplingParams)
 
 
-class WireError(RorqualError):
-    """Bytes from a peer that are not a message of this protocol."""
-
-
 def encode_command(command: Hello | Command) -> bytes:
     match command:
         case Open():
@@ -74,6 +72,8 @@ def encode_command(command: Hello | Command) -> bytes:
             message = pb.Command(renew=pb.Renew(sequence_ids=command.sequence_ids))
         case Cancel():
             message = pb.Command(cancel=pb.Cancel(sequence_id=command.sequence_id))
+        case Subscribe():
+            message = pb.Command(subscribe=subscribe_to_pb(command))
         case Hello():
             message = pb.Command(hello=pb.Hello(protocol=command.protocol, router_id=command.router_id))
     return message.SerializeToString()
@@ -92,6 +92,8 @@ def decode_command(data: bytes) -> Hello | Command:
             return Renew(sequence_ids=tuple(map(SequenceId, message.renew.sequence_ids)))
         case "cancel":
             return Cancel(sequence_id=SequenceId(message.cancel.sequence_id))
+        case "subscribe":
+            return subscribe_from_pb(message.subscribe)
         case "hello":
             return Hello(protocol=message.hello.protocol, router_id=message.hello.router_id)
         case _:
@@ -291,16 +293,20 @@ def _step_to_pb(report: StepReport) -> pb.StepReport:
         load=_load_to_pb(report.load),
         draining=report.draining,
         credit=_credit_to_pb(report.credit),
+        feed=[item_to_pb(item) for item in report.feed],
     )
 
 
 def _step_from_pb(message: pb.StepReport) -> StepReport:
+    if len(message.feed) > ITEMS_MAX:
+        raise WireError(f"report has {len(message.feed)} feed items; at most {ITEMS_MAX} are allowed")
     return StepReport(
         number=message.number,
         sequences=tuple(_sequence_from_pb(sequence) for sequence in message.sequences),
         load=_load_from_pb(message.load),
         draining=message.draining,
         credit=_credit_from_pb(message),
+        feed=tuple(map(item_from_pb, message.feed)),
     )
 
 

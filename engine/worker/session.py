@@ -16,6 +16,7 @@ from typing import Protocol
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.scheduler import SequenceKey
 from rorqual.errors import RorqualError
+from rorqual.feed import Subscribe
 from rorqual.ids import SequenceId
 from rorqual.session import (
     Cancel,
@@ -108,6 +109,8 @@ class Session:
                 self._host.renew(self, command)
             case Take():
                 self._host.take(self, command)
+            case Subscribe():
+                pass  # this host keeps no prefixes yet: there is nothing to describe
 
     async def next_report(self) -> StepReport:
         """What happened since the last one. Waits for news at most a heartbeat: then it carries the load

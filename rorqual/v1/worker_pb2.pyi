@@ -49,18 +49,20 @@ class LeaseReply(_message.Message):
     def __init__(self, live: _Optional[bool] = ..., remaining_seconds: _Optional[float] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("hello", "open", "cancel", "renew", "take")
+    __slots__ = ("hello", "open", "cancel", "renew", "take", "subscribe")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     TAKE_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open: Open
     cancel: Cancel
     renew: Renew
     take: Take
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., take: _Optional[_Union[Take, _Mapping]] = ...) -> None: ...
+    subscribe: Subscribe
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., take: _Optional[_Union[Take, _Mapping]] = ..., subscribe: _Optional[_Union[Subscribe, _Mapping]] = ...) -> None: ...
 
 class Renew(_message.Message):
     __slots__ = ("sequence_ids",)
@@ -77,6 +79,14 @@ class Take(_message.Message):
     offer: Offer
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sequence_id: _Optional[int] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Subscribe(_message.Message):
+    __slots__ = ("incarnation", "number")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    number: int
+    def __init__(self, incarnation: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("address", "lease", "wire_id")
@@ -201,18 +211,76 @@ class Credit(_message.Message):
     def __init__(self, sequences: _Optional[int] = ..., pages: _Optional[int] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("number", "sequences", "load", "draining", "credit")
+    __slots__ = ("number", "sequences", "load", "draining", "credit", "feed")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
+    FEED_FIELD_NUMBER: _ClassVar[int]
     number: int
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceReport]
     load: Load
     draining: bool
     credit: Credit
-    def __init__(self, number: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceReport, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
+    feed: _containers.RepeatedCompositeFieldContainer[FeedItem]
+    def __init__(self, number: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceReport, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., feed: _Optional[_Iterable[_Union[FeedItem, _Mapping]]] = ...) -> None: ...
+
+class FeedItem(_message.Message):
+    __slots__ = ("part", "delta", "digest")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    part: SnapshotPart
+    delta: Delta
+    digest: Digest
+    def __init__(self, part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., digest: _Optional[_Union[Digest, _Mapping]] = ...) -> None: ...
+
+class SnapshotPart(_message.Message):
+    __slots__ = ("incarnation", "number", "part", "num_parts", "num_entries", "digest", "keys", "flags")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    number: int
+    part: int
+    num_parts: int
+    num_entries: int
+    digest: int
+    keys: bytes
+    flags: bytes
+    def __init__(self, incarnation: _Optional[int] = ..., number: _Optional[int] = ..., part: _Optional[int] = ..., num_parts: _Optional[int] = ..., num_entries: _Optional[int] = ..., digest: _Optional[int] = ..., keys: _Optional[bytes] = ..., flags: _Optional[bytes] = ...) -> None: ...
+
+class Delta(_message.Message):
+    __slots__ = ("incarnation", "number", "digest", "keys", "changes")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    number: int
+    digest: int
+    keys: bytes
+    changes: bytes
+    def __init__(self, incarnation: _Optional[int] = ..., number: _Optional[int] = ..., digest: _Optional[int] = ..., keys: _Optional[bytes] = ..., changes: _Optional[bytes] = ...) -> None: ...
+
+class Digest(_message.Message):
+    __slots__ = ("incarnation", "number", "num_entries", "digest")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NUM_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    number: int
+    num_entries: int
+    digest: int
+    def __init__(self, incarnation: _Optional[int] = ..., number: _Optional[int] = ..., num_entries: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class SequenceReport(_message.Message):
     __slots__ = ("sequence_id", "first_index", "token_ids", "logprobs", "alternatives", "finish_reason", "error", "prompt_logprobs", "error_code", "offer", "bound")
