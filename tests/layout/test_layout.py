@@ -114,7 +114,14 @@ def test_the_ground_and_the_router_load_without_torch():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
-    ["engine.plan", "engine.frames", "engine.worker.scheduler", "engine.worker.process", "kvstore.pages"],
+    [
+        "engine.plan",
+        "engine.frames",
+        "engine.worker.scheduler",
+        "engine.worker.process",
+        "kvstore.pages",
+        "kvstore.shadow_radix",
+    ],
 )
 def test_a_workers_host_loads_without_torch(module):
     """The host is a worker's mind; the muscle, torch, lives in the rank's process."""
