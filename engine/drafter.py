@@ -32,16 +32,17 @@ class DraftWish:
 class Drafter(Protocol):
     """Slots and pages are the rank's: a wish comes only when pages for all that it asks for are in the slot's table."""
 
-    def open(self, slot: int, *, num_computed: int) -> None:
+    def open(self, slot: int, *, num_computed: int, rebuilt: bool = False) -> None:
         """A sequence begins in `slot`; the state of its first `num_computed` tokens, the drafter's own included, has
-        just been restored."""
+        just been restored. Of one that is `rebuilt` only the pages are there."""
         ...
 
     def follow(self, work: Sequence[SegmentTokens], streams_TSD: Tensor, prompts: Mapping[int, int]) -> None:
         """The model has computed `work`: `streams_TSD` as `Runner.streams` returned them. Tokens of a sequence come in
         order, but go back to before drafts that were not accepted. `prompts` names the slots whose state must be kept
-        up with what was computed, ready for a record, and says how many tokens are known of each; in others only single
-        tokens were computed, and the drafter may leave its state behind until it is asked for drafts."""
+        up with what was computed, and says of each at how many tokens it may be wanted first, by drafts or by a record;
+        in others only single tokens were computed, and the drafter may leave its state behind until it is asked for
+        drafts."""
         ...
 
     def draft(self, wishes: Sequence[DraftWish]) -> list[tuple[int, ...]]:
@@ -68,9 +69,10 @@ class MtpDrafter:
         self._sampler = sampler
         self._slots: dict[int, _Progress] = {}
 
-    def open(self, slot: int, *, num_computed: int) -> None:
-        last = max(num_computed - 1, 0)  # whose streams a record holds, and whose index is not computed yet
-        self._slots[slot] = _Progress(num_indices=last, kept_first=last)
+    def open(self, slot: int, *, num_computed: int, rebuilt: bool = False) -> None:
+        # A record holds the streams of the last token, whose index is not computed yet.
+        first = num_computed if rebuilt else max(num_computed - 1, 0)
+        self._slots[slot] = _Progress(num_indices=first, kept_first=first)
 
     def follow(self, work: Sequence[SegmentTokens], streams_TSD: Tensor, prompts: Mapping[int, int]) -> None:
         """Of a prompt the indices whose rows the first draft sees: a row is made of its own index's streams and token
@@ -80,7 +82,8 @@ class MtpDrafter:
         for item in work:
             end = item.start + len(item.tokens)
             if item.slot in prompts:
-                firsts.append(self._advance(item.slot, prompts[item.slot] - window, end - 1))
+                least = max(prompts[item.slot] - window, item.start - 1)
+                firsts.append(self._advance(item.slot, least, end - 1))
             else:
                 firsts.append(end - 1)
             progress = self._slots[item.slot]
@@ -122,6 +125,7 @@ class MtpDrafter:
                 for index in range(first, end)
             ]
             last_rows.append(len(indices) - 1)
+            self._runner.tables.add_draft_rows(wish.slot, first, end)
         inputs = self._runner.kept_streams([item.slot for item in indices], [item.start for item in indices])
         return self._runner.draft(indices, inputs)[last_rows]
 
@@ -131,8 +135,6 @@ class MtpDrafter:
         first = max(progress.num_indices, least)
         if first >= end:
             return end
-        if first > progress.num_indices:
-            self._runner.tables.draft_first_S[slot] = first
         progress.num_indices = end
         return first
 

@@ -6,9 +6,10 @@ writes exactly the rows that the step's tokens make and reads only rows that are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,10 +37,20 @@ class SlotTables:
         self.num_pages = [0] * pools.num_slots
         self.draft_first_S = torch.zeros(pools.num_slots, dtype=torch.int64)
         """Rows of a slot's draft window before this index are not there, and are not seen."""
+        self.draft_end = [0] * pools.num_slots
+        """Nor are those from this index on, unless as drafts that nobody has accepted yet."""
+        self.window_first_S = torch.zeros(pools.num_slots, dtype=torch.int64)
+        """A rebuilt sequence has no raw rows before this position, and sees none: a page boundary, 0 for all others."""
 
     def open(self, slot: int) -> None:
         """Start a sequence at position 0: no pages, and empty unfinished windows (K = 0, S = -inf)."""
+        self.rebuild(slot, 0)
+
+    def rebuild(self, slot: int, first: int) -> None:
+        """Start a sequence at a page boundary with nothing but what its pages will hold: an empty window, and
+        unfinished windows as before the first token, since every ratio divides a page."""
         self.restart(slot)
+        self.window_first_S[slot] = self.draft_first_S[slot] = self.draft_end[slot] = first
         for component in _UNFINISHED:
             descriptor = self.pools.layout.find(component)
             if descriptor is None:
@@ -50,6 +61,14 @@ class SlotTables:
         """Start a sequence whose state is about to be put there: no pages, rings as they are."""
         self.num_pages[slot] = 0
         self.draft_first_S[slot] = 0
+        self.draft_end[slot] = 0
+        self.window_first_S[slot] = 0
+
+    def add_draft_rows(self, slot: int, first: int, end: int) -> None:
+        """Rows first .. end-1 of the slot's draft window are there from now on; those before a gap count no more."""
+        if first > self.draft_end[slot]:
+            self.draft_first_S[slot] = first
+        self.draft_end[slot] = end
 
     def append(self, slot: int, pages: Sequence[int]) -> None:
         first = self.num_pages[slot]
@@ -66,11 +85,26 @@ def empty_unfinished(pool: ComponentPool, slot: int, rows: slice = slice(None)) 
     rows_Lrw[..., half:] = -torch.inf
 
 
+class RowCapture(Protocol):
+    def take(self, component: Component, layer: int, rows_Tw: Tensor) -> None:
+        """A layer's rows of the whole batch are about to be put into rings, of which most will not hold them all."""
+        ...
+
+
 class PagedState:
-    """The StateView of one step. Index tensors are made once per step and shared by all layers."""
+    """The StateView of one step. Index tensors are made once per step and shared by all layers. No paged row is written
+    of sequences in `replayed` slots: their pages hold them already, and may be shared."""
 
     def __init__(
-        self, config: ModelConfig, tables: SlotTables, batch: RaggedBatch, *, kernels: Kernels, exact: bool
+        self,
+        config: ModelConfig,
+        tables: SlotTables,
+        batch: RaggedBatch,
+        *,
+        kernels: Kernels,
+        exact: bool,
+        replayed: Collection[int] = (),
+        capture: RowCapture | None = None,
     ) -> None:
         self._config = config
         self._tables = tables
@@ -78,10 +112,12 @@ class PagedState:
         self._batch = batch
         self._kernels = kernels
         self._exact = exact
-        self._rings: dict[_Strides, _RingWrites] = {}
+        self._replayed = replayed
+        self._capture = capture
+        self._rings: dict[_Strides, _Writes] = {}
         self._windows: dict[Component, tuple[Tensor, Tensor]] = {}
         self._located: dict[tuple[_Strides, DecodeGroup], _Located | None] = {}
-        self._new_rows: dict[_Strides, Tensor] = {}
+        self._new_rows: dict[_Strides, _Writes] = {}
         self._finished: dict[Component, Tensor | None] = {}
         segments = (*batch.decodes, *batch.chunks)
         for segment in segments:
@@ -98,6 +134,9 @@ class PagedState:
     def _decode_positions(self) -> Tensor:
         return self._batch.positions_T[: self._batch.num_decodes]
 
+    def window_first(self, component: Component, segment: BatchSegment) -> int:
+        return int(self._tables.window_first_S[segment.slot]) if component is Component.WINDOW else 0
+
     def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         pool = self._pools[component]
         positions = torch.arange(segment.start - num_past, segment.start)
@@ -109,21 +148,21 @@ class PagedState:
         return rows
 
     def put_window(self, component: Component, layer: int, rows_Td: Tensor) -> None:
-        self._put_ring(self._pools[component], layer, rows_Td)
+        self._put_ring(component, layer, rows_Td)
 
     def decode_window(self, component: Component, layer: int, group: DecodeGroup) -> Keys:
         if component not in self._windows:
-            first = 0
-            if component is Component.DRAFT_WINDOW:
-                first = self._tables.draft_first_S[self._decode_slots].unsqueeze(-1)
-            self._windows[component] = self._window_columns(self._pools[component].descriptor, first)
+            is_draft = component is Component.DRAFT_WINDOW
+            first_S = self._tables.draft_first_S if is_draft else self._tables.window_first_S
+            first_B = first_S[self._decode_slots]
+            self._windows[component] = self._window_columns(self._pools[component].descriptor, first_B)
         ids, bias = self._windows[component]
         rows = _read(self._pools[component], layer, ids[group.rows], self._config)
         return Keys(rows=rows, bias=bias[group.rows])
 
-    def _window_columns(self, item: Descriptor, first: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Ring row ids [B, K] and bias, of positions from `first` (or first [B, 1]) on; a hidden column reads the
-        decode's own row, which was just written."""
+    def _window_columns(self, item: Descriptor, first_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Ring row ids [B, K] and bias, of positions from `first` on; a hidden column reads the decode's own row, which
+        was just written."""
         size = self._config.sliding_window
         own = self._decode_positions.unsqueeze(-1)
         if self._exact:
@@ -131,7 +170,7 @@ class PagedState:
             columns = torch.stack([torch.arange(start, stop) for start, stop in spans])
         else:
             columns = own + torch.arange(1 - size, 1)
-        hidden = (columns > own) | (columns <= own - size) | (columns < first)
+        hidden = (columns > own) | (columns <= own - size) | (columns < first_B.unsqueeze(-1))
         columns = torch.where(hidden, own, columns)
         return _ring_ids(item, self._decode_slots.unsqueeze(-1), columns), hidden_bias(hidden)
 
@@ -141,7 +180,7 @@ class PagedState:
         return pool.rows_f32(layer).index_select(0, ids)
 
     def put_unfinished(self, component: Component, layer: int, rows_Tw: Tensor) -> None:
-        self._put_ring(self._pools[component], layer, rows_Tw)
+        self._put_ring(component, layer, rows_Tw)
 
     def decode_unfinished(self, component: Component, layer: int) -> Tensor | None:
         if component not in self._finished:
@@ -162,25 +201,33 @@ class PagedState:
         return _ring_ids(item, slots, ends + torch.arange(-pooled, 0))
 
     def put_streams(self, streams_TSD: Tensor) -> None:
-        """Keep the last layer's streams of the batch's newest positions, for the drafts."""
-        self._put_ring(self._pools[Component.DRAFT_STREAMS], 0, streams_TSD.flatten(1))
+        """Keep the last layer's streams of the batch's newest positions: what the next tokens are sampled from, and
+        drafts made from."""
+        self._put_ring(Component.LAST_STREAMS, 0, streams_TSD.flatten(1))
 
     def put_rows(self, component: Component, layer: int, rows_Nw: Tensor) -> None:
         pool = self._pools[component]
         strides = _strides(pool.descriptor)
         if strides not in self._new_rows:
-            self._new_rows[strides] = self._new_row_ids(pool.descriptor)
-        _write(pool, layer, self._new_rows[strides], rows_Nw, self._config)
+            self._new_rows[strides] = self._new_row_writes(pool.descriptor)
+        self._write(pool, layer, self._new_rows[strides], rows_Nw)
 
-    def _new_row_ids(self, item: Descriptor) -> Tensor:
-        """Rows of the entries that this step finishes, in batch order."""
+    def _new_row_writes(self, item: Descriptor) -> _Writes:
+        """Rows of the entries that this step finishes, in batch order, less those that are replayed."""
         finished = (self._decode_positions + 1) % item.ratio == 0
         entries = self._decode_positions[finished] // item.ratio
-        ids = [self._row_ids(item, self._decode_slots[finished], entries)]
+        slots = self._decode_slots[finished]
+        ids = [self._row_ids(item, slots, entries)]
+        owners = slots.tolist()
         for segment in self._batch.chunks:
             entries = torch.arange(segment.start // item.ratio, segment.end // item.ratio)
             ids.append(self._row_ids(item, segment.slot, entries))
-        return torch.cat(ids)
+            owners += [segment.slot] * len(entries)
+        ids_N = torch.cat(ids)
+        if not self._replayed:
+            return _Writes(rows=None, ids=ids_N)
+        rows_N = torch.tensor([row for row, slot in enumerate(owners) if slot not in self._replayed]).long()
+        return _Writes(rows=rows_N, ids=ids_N[rows_N])
 
     def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
         pool = self._pools[component]
@@ -229,15 +276,20 @@ class PagedState:
         pages = self._tables.pages_SP[slot, entries // item.num_rows]
         return pages * item.unit_rows + entries % item.num_rows
 
-    def _put_ring(self, pool: ComponentPool, layer: int, rows_Tw: Tensor) -> None:
+    def _put_ring(self, component: Component, layer: int, rows_Tw: Tensor) -> None:
+        if self._capture is not None:
+            self._capture.take(component, layer, rows_Tw)
+        pool = self._pools[component]
         strides = _strides(pool.descriptor)
         if strides not in self._rings:
             self._rings[strides] = self._ring_writes(pool.descriptor)
-        writes = self._rings[strides]
-        rows = rows_Tw if writes.rows is None else rows_Tw[writes.rows]
+        self._write(pool, layer, self._rings[strides], rows_Tw)
+
+    def _write(self, pool: ComponentPool, layer: int, writes: _Writes, rows_Nw: Tensor) -> None:
+        rows = rows_Nw if writes.rows is None else rows_Nw[writes.rows]
         _write(pool, layer, writes.ids, rows, self._config)
 
-    def _ring_writes(self, item: Descriptor) -> _RingWrites:
+    def _ring_writes(self, item: Descriptor) -> _Writes:
         """A chunk longer than the ring leaves only as many of its last rows."""
         rows = [torch.arange(self._batch.num_decodes)]
         ids = [_ring_ids(item, self._decode_slots, self._decode_positions)]
@@ -247,20 +299,20 @@ class PagedState:
             ids.append(_ring_ids(item, segment.slot, torch.arange(segment.end - kept, segment.end)))
         kept_rows = torch.cat(rows)
         every_row = len(kept_rows) == self._batch.tokens_T.numel()
-        return _RingWrites(rows=None if every_row else kept_rows, ids=torch.cat(ids))
+        return _Writes(rows=None if every_row else kept_rows, ids=torch.cat(ids))
 
 
 def kept_streams(pools: Pools, slots_N: Tensor, positions_N: Tensor, config: ModelConfig) -> Tensor:
     """Streams [N, S, D] that `PagedState.put_streams` has put."""
-    pool = pools[Component.DRAFT_STREAMS]
+    pool = pools[Component.LAST_STREAMS]
     rows = _read(pool, 0, _ring_ids(pool.descriptor, slots_N, positions_N), config)
     return rows.unflatten(1, (config.hc_mult, -1))
 
 
 @dataclass(frozen=True, slots=True)
-class _RingWrites:
-    rows: Tensor | None  # rows of the batch to keep; None is all of them
-    ids: Tensor
+class _Writes:
+    rows: Tensor | None  # of the rows that are put, those to write; None is all of them
+    ids: Tensor  # where
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,18 +359,27 @@ def _write(pool: ComponentPool, layer: int, ids_N: Tensor, rows_Nw: Tensor, conf
         return
     data, scales = pool.data_and_scales(layer)
     unit, row = ids_N // item.unit_rows, ids_N % item.unit_rows
-    if item.form is RowForm.BF16:
-        data[unit, row] = rows_Nw.to(torch.bfloat16).view(torch.uint8)
-        return
+    data_Nb, scales_Nb = encode_rows(item, rows_Nw, config)
+    data[unit, row] = data_Nb
+    if item.scale_bytes:
+        scales[unit, row] = scales_Nb
+
+
+def encode_rows(item: Descriptor, rows_Nw: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """The bytes that a pool keeps of f32 rows: data uint8 [N, data_bytes] and scales uint8 [N, scale_bytes]."""
+    if item.form in (RowForm.F32, RowForm.BF16):
+        plain = rows_Nw if item.form is RowForm.F32 else rows_Nw.to(torch.bfloat16)
+        data = plain.contiguous().view(torch.uint8)
+        return data, data[:, :0]
     if item.form is RowForm.INDEX_FP4:
-        data[unit, row], scales[unit, row] = formats.encode_fp4(rows_Nw)
-        return
+        data, scales = formats.encode_fp4(rows_Nw)
+        return data, scales.view(torch.uint8)
     num_codes = item.width - config.rope_head_dim
     codes, code_scales = formats.encode_fp8(rows_Nw[:, :num_codes], block=KV_SCALE_BLOCK)
     rotated = rows_Nw[:, num_codes:].to(torch.bfloat16).view(torch.uint8)
-    data[unit, row] = torch.cat((codes.view(torch.uint8), rotated), dim=1)
     padding = item.scale_bytes - code_scales.shape[1]
-    scales[unit, row] = torch.nn.functional.pad(code_scales.view(torch.uint8), (0, padding))
+    scales = torch.nn.functional.pad(code_scales.view(torch.uint8), (0, padding))
+    return torch.cat((codes.view(torch.uint8), rotated), dim=1), scales
 
 
 def _decode_kv(data: Tensor, scales: Tensor, width: int, rope_head_dim: int) -> Tensor:

@@ -32,7 +32,7 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     transfer: str = (
         ""  # "": none; "auto", "nixl", "shm": pages and records can be read by others, or be read into
     )
-    num_records: int = 0  # hand-over records, with a transfer
+    num_records: int = 0  # hand-over records and tails; with a transfer one at least
     agent: str = ""  # name of the transfer agent, fresh for each incarnation
     drafts_max: int = 0  # of a segment; above 0 the state of the MTP block is kept up, and handed over
     drafts_required: bool = False  # else a checkpoint without an MTP block is served without
@@ -54,10 +54,21 @@ class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Restore(msgspec.Struct, frozen=True, array_like=True):
     """The slot begins with the state of its first `num_computed` tokens: full pages that have been read into `pages`,
-    the rest unpacked from a record, whose rows of the partial page go to the last of `pages` when there is one."""
+    the rest unpacked from a record, whose rows of the partial page go to the last of `pages` when there is one.
+
+    A record of -1 is none, and `num_computed` a page boundary, perhaps 0: the sequence begins there with an empty
+    window. Unless that is at 0, its first `RankReady.rebuild_tokens` tokens are replayed, and nothing is made of what
+    they give but the state behind them: no page, no record, no token."""
 
     num_computed: int
     pages: tuple[int, ...]  # all that hold the computed tokens: the sequence's first ones
+    record: int
+
+
+class TailPoint(msgspec.Struct, frozen=True, array_like=True):
+    """Pack the sequence's state at `num_tokens` computed tokens into `record`."""
+
+    num_tokens: int  # a page boundary
     record: int
 
 
@@ -72,6 +83,12 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     `drafts` the rank drafts up to so many tokens, computes them behind the newest one, and samples behind each: what is
     sampled is accepted up to and with the first token that differs from its draft. `pages` cover all it may compute.
     A decode of a slot that has `tokens_max` tokens already does nothing.
+
+    A segment of no token, with `sample`, may be the first of a slot that is restored with all its tokens computed: the
+    next one is sampled from the last streams of the record.
+
+    With `replay` the tokens are computed for the windows alone: the rows that they would add to pages are in `pages`
+    already, or in those before, where they are read and never written. They may be shared.
     """
 
     slot: int
@@ -84,6 +101,14 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     )
     record: int = -1  # after the segment, pack the sequence's state into this record
     drafts: int = 0
+    replay: bool = False
+    digest: bool = False  # report the full pages that the sequence has when this is done and had not before
+    tails: tuple[
+        TailPoint, ...
+    ] = ()  # inside: start < num_tokens <= start + count; ascending. Not with drafts
+    tail_record: int = (
+        -1
+    )  # of a decode: when the accepted tokens reach a page boundary, pack their state there
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -124,6 +149,25 @@ class Lent(msgspec.Struct, frozen=True, array_like=True):
     record_digest: int = 0
 
 
+class Completed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Full pages that a segment with `digest` has completed, all their tokens accepted: those of the sequence from its
+    page number `first` on. Digests as in Lent. A segment that completes none has no Completed."""
+
+    slot: int
+    first: int
+    page_digests: tuple[int, ...]
+
+
+class Tailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A record of `Segment.tails` or `tail_record` holds the sequence's state at `num_tokens` computed tokens. A decode
+    that has reached no page boundary has left its record alone, and there is no Tailed."""
+
+    slot: int
+    num_tokens: int
+    num_bytes: int
+    digest: int  # unsigned 64 bits
+
+
 class Verified(msgspec.Struct, frozen=True, array_like=True):
     """What became of the drafts of one segment that asked for some. `num_drafts` may be fewer than asked for, near
     `tokens_max`; num_accepted of them were equal to the tokens sampled."""
@@ -140,6 +184,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     step_ms: float
     lent: tuple[Lent, ...] = ()
     verified: tuple[Verified, ...] = ()
+    completed: tuple[Completed, ...] = ()
+    tailed: tuple[Tailed, ...] = ()
 
 
 class PeerOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -231,6 +277,9 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_page_components: int = 0  # digests of a page
     notices: tuple[str, ...] = ()  # one line each: what the files hold other than their config says
     drafts_max: int = 0  # in use: as the settings say, but 0 for a checkpoint without an MTP block
+    rebuild_tokens: int = (
+        0  # to replay before a page boundary whose tail is gone: `kvstore.handover.rebuild_tokens`
+    )
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

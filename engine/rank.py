@@ -37,7 +37,6 @@ from engine.kernels.suite import choose_kernels
 from engine.model.forward import Model
 from engine.model.weights import ModelWeights, allocate_weights
 from engine.plan import (
-    Lent,
     PromptScores,
     RankFailed,
     RankProgress,
@@ -53,8 +52,9 @@ from engine.plan import (
 from engine.rank_transfer import PageDigest, PlanQueue, RankTransfer, StateDigests, ThreadFailed, read_host
 from engine.runner import Runner, SegmentTokens
 from engine.sampler import Continuation, Sampler
+from engine.state_report import NOTHING, Reached, StateReport, report_state
 from engine.warm_up import warm_up
-from kvstore.handover import wire_id
+from kvstore.handover import rebuild_tokens, wire_id
 from kvstore.layout import DRAFTS_MAX, Numerics, build_layout
 from kvstore.pools import plain_memory
 from kvstore.transfer.contract import Transfer
@@ -157,14 +157,15 @@ class Rank:
         for item in plan.opens:
             self._open(item)
         done = self._compute(plan.segments)
-        lent = self._lend([segment for segment in plan.segments if segment.lend])
         return StepResult(
             number=plan.number,
             sampled=tuple(done.sampled),
             prompt_scores=tuple(done.scores),
             step_ms=(time.perf_counter() - started) * 1e3,
-            lent=tuple(lent),
+            lent=done.state.lent,
             verified=tuple(done.verified),
+            completed=done.state.completed,
+            tailed=done.state.tailed,
         )
 
     def _open(self, item: SlotOpen) -> None:
@@ -175,7 +176,11 @@ class Rank:
         else:
             self._runner.restore(item.slot, known.num_computed, known.pages, known.record)
         if self._drafter is not None:
-            self._drafter.open(item.slot, num_computed=0 if known is None else known.num_computed)
+            self._drafter.open(
+                item.slot,
+                num_computed=0 if known is None else known.num_computed,
+                rebuilt=known is not None and known.record < 0,
+            )
         tokens = np.frombuffer(item.tokens, dtype="<i4")
         buffer = torch.empty(len(tokens) + PAGE_TOKENS, dtype=torch.int64)
         buffer[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
@@ -195,9 +200,7 @@ class Rank:
             if segment.pages:
                 self._runner.extend(segment.slot, segment.pages)
         parts = self._with_drafts([self._part(segment) for segment in segments])
-        busy = [part for part in parts if part.count]
-        if busy:
-            self._forward(busy, done)
+        self._forward([part for part in parts if part.count or part.is_hit], done)
         counts = Counter(item.slot for item in done.sampled)
         done.verified = [
             Verified(
@@ -208,19 +211,37 @@ class Rank:
             for part in parts
             if part.segment.drafts
         ]
+        done.state = report_state(self._runner, self.digests, [self._reached(part) for part in parts])
         return done
 
     def _part(self, segment: Segment) -> _Part:
         """What to compute for a segment, still without drafts: nothing of a slot that is full."""
         slot = self._slots[segment.slot]
+        end = segment.start + segment.count
+        self._check_rebuilt(segment)
+        if segment.count == 0:
+            assert segment.sample, f"slot {segment.slot}: no token to compute, and none to sample"
+            assert end == slot.num_tokens, f"slot {segment.slot} knows {slot.num_tokens} tokens, not {end}"
+            is_hit = slot.num_tokens < slot.num_tokens_max
+            return _Part(segment=segment, start=end, count=0, is_hit=is_hit)
         if not _is_decode(segment):
-            end = segment.start + segment.count
             assert end <= slot.num_tokens, f"slot {segment.slot} knows {slot.num_tokens} tokens, not {end}"
             return _Part(segment=segment, start=segment.start, count=segment.count)
         newest = slot.num_tokens - 1
         assert segment.start <= newest, f"slot {segment.slot} knows {slot.num_tokens} tokens"
-        assert segment.start == newest or not segment.lend, "a decode that may be anywhere is not lent"
+        is_anywhere = segment.start < newest
+        assert not (is_anywhere and segment.lend), "a decode that may be anywhere is not lent"
+        assert not ((is_anywhere or segment.drafts) and segment.tails), "tails of a decode have a tail_record"
         return _Part(segment=segment, start=newest, count=int(slot.num_tokens < slot.num_tokens_max))
+
+    def _check_rebuilt(self, segment: Segment) -> None:
+        """While a sequence is rebuilt its rows are not what they were: they must not reach anybody."""
+        least, end = self._runner.rebuilt_at(segment.slot), segment.start + segment.count
+        assert segment.replay or segment.start >= least, f"slot {segment.slot} is not rebuilt before {least}"
+        assert not (segment.replay and segment.drafts), "drafts behind tokens that are replayed"
+        wanted = [point.num_tokens for point in segment.tails]
+        wanted += [end] if segment.sample or segment.record >= 0 else []
+        assert min(wanted, default=least) >= least, f"slot {segment.slot} is not rebuilt before {least}"
 
     def _with_drafts(self, parts: list[_Part]) -> list[_Part]:
         wishes: list[DraftWish] = []
@@ -240,62 +261,54 @@ class Rank:
         return [replace(part, drafts=drafts.get(part.segment.slot, ())) for part in parts]
 
     def _forward(self, parts: list[_Part], done: _Done) -> None:
-        work: list[SegmentTokens] = []
-        prompts: dict[int, int] = {}
-        for part in parts:
-            slot = self._slots[part.segment.slot]
-            work += slot.work(part)
-            if not _is_decode(part.segment) or part.segment.record >= 0:
-                prompts[part.segment.slot] = slot.num_tokens
-        streams, rows_of_work = self._runner.streams(work)
-        if self._drafter is not None:
-            self._drafter.follow(work, streams, prompts)
+        """Compute, and sample what is wanted. Parts without a token to compute are sampled from what is kept."""
+        work = [item for part in parts for item in self._slots[part.segment.slot].work(part)]
+        streams, rows_of_work = self._streams(parts, work) if work else (torch.empty(0), [])
         rows = iter(rows_of_work)
         wanted: list[Continuation] = []
         chosen: list[Tensor] = []
         for part in parts:
             segment, slot = part.segment, self._slots[part.segment.slot]
-            known_rows, *draft_rows = islice(rows, 1 + len(part.drafts))
-            if slot.wants_scores:
-                done.scores += self._score_prompt(segment, streams, known_rows)
-                known_rows = known_rows[-1:]
+            position = part.start + part.count
+            if part.is_hit:
+                chosen.append(self._runner.kept_streams([segment.slot], [position - 1]))
+            else:
+                known_rows, *draft_rows = islice(rows, 1 + len(part.drafts))
+                if slot.wants_scores:
+                    done.scores += self._score_prompt(segment, streams, known_rows)
+                    known_rows = known_rows[-1:]
+                if segment.sample:
+                    chosen.append(streams[torch.cat((known_rows, *draft_rows))])
             if segment.sample:
-                wanted.append(
-                    Continuation(slot=segment.slot, position=part.start + part.count, drafts=part.drafts)
-                )
-                chosen += (known_rows, *draft_rows)
+                wanted.append(Continuation(slot=segment.slot, position=position, drafts=part.drafts))
         if not wanted:
             return
-        logits_RV = self._runner.model.logits(streams[torch.cat(chosen)])
+        logits_RV = self._runner.model.logits(torch.cat(chosen))
         for item, accepted in zip(wanted, self._sampler.verify(wanted, logits_RV), strict=True):
             for index, sampled in enumerate(accepted):
                 self._slots[item.slot].append(sampled.token_id, item.position + index)
             done.sampled += accepted
 
-    def _lend(self, segments: Sequence[Segment]) -> list[Lent]:
-        """What these segments have made readable: the full pages they completed, and records."""
-        completed = [
-            self._runner.tables.pages_SP[
-                item.slot, item.start // PAGE_TOKENS : (item.start + item.count) // PAGE_TOKENS
-            ].tolist()
-            for item in segments
-        ]
-        digests = iter(self.digests.of_pages([page for pages in completed for page in pages]))
-        lent: list[Lent] = []
-        for item, pages in zip(segments, completed, strict=True):
-            num_bytes = digest = 0
-            if item.record >= 0:
-                num_bytes = self._runner.pack(item.slot, item.start + item.count, item.record)
-                digest = self.digests.of_record(item.record, num_bytes)
-            lent.append(
-                Lent(
-                    slot=item.slot,
-                    page_digests=tuple(islice(digests, len(pages) * len(self.digests.components))),
-                    record_bytes=num_bytes,
-                    record_digest=digest,
-                )
-            )
-        return lent
+    def _streams(self, parts: list[_Part], work: list[SegmentTokens]) -> tuple[Tensor, list[Tensor]]:
+        """One ragged forward, which the drafter follows."""
+        streams, rows_of_work = self._runner.streams(work)
+        if self._drafter is not None:
+            prompts: dict[int, int] = {}
+            for part in parts:
+                segment, ends = part.segment, [point.num_tokens for point in part.segment.tails]
+                ends += [part.start + part.count] if segment.record >= 0 else []
+                if part.count and (ends or not _is_decode(segment)):
+                    prompts[segment.slot] = min((self._slots[segment.slot].num_tokens, *ends))
+            self._drafter.follow(work, streams, prompts)
+        self._runner.keep_streams(streams)
+        return streams, rows_of_work
+
+    def _reached(self, part: _Part) -> Reached:
+        """How far the part has taken its sequence, drafts that were not accepted left out."""
+        end = part.start + part.count
+        if part.count and part.segment.sample:
+            end = self._slots[part.segment.slot].num_tokens - 1
+        return Reached(segment=part.segment, start=part.start, end=end)
 
     def _score_prompt(self, segment: Segment, streams: Tensor, rows: Tensor) -> list[PromptScores]:
         """Logprobs of the prompt tokens that follow this segment's tokens."""
@@ -326,16 +339,19 @@ class _Done:
     sampled: list[Sampled] = field(default_factory=list[Sampled])
     scores: list[PromptScores] = field(default_factory=list[PromptScores])
     verified: list[Verified] = field(default_factory=list[Verified])
+    state: StateReport = NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What is computed for a segment: tokens start .. start+count-1, which are known, and `drafts` behind them."""
+    """What is computed for a segment: tokens start .. start+count-1, which are known, and `drafts` behind them. A hit
+    computes nothing, and samples from the streams that are kept."""
 
     segment: Segment
     start: int
     count: int
     drafts: tuple[int, ...] = ()
+    is_hit: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -359,8 +375,15 @@ class _Slot:
     def work(self, part: _Part) -> list[SegmentTokens]:
         """The known tokens together, then every draft as a segment of its own, so that it is computed as a decode."""
         slot, end = part.segment.slot, part.start + part.count
+        if not part.count:
+            return []
         known = SegmentTokens(
-            slot=slot, start=part.start, tokens=self.tokens[part.start : end], all_logits=self.wants_scores
+            slot=slot,
+            start=part.start,
+            tokens=self.tokens[part.start : end],
+            all_logits=self.wants_scores,
+            replay=part.segment.replay,
+            tails=part.segment.tails,
         )
         drafts = torch.tensor(part.drafts, dtype=torch.int64).split(1) if part.drafts else ()
         return [
@@ -451,13 +474,13 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
         num_page_components=len(rank.digests.components),
         notices=checkpoint.notices,
         drafts_max=drafts_max,
+        rebuild_tokens=rebuild_tokens(runner.layout),
     )
     return _Loaded(rank=rank, ready=ready, engine=engine)
 
 
 def _open_transfer(settings: RankSettings, connection: socket.socket) -> TransferBuilder | None:
     if not settings.transfer:
-        assert settings.num_records == 0, "records without a transfer"
         return None
     assert settings.num_records > 0, "a transfer without records"
     builder = open_transfer(settings.transfer, agent=settings.agent)

@@ -38,7 +38,8 @@ def warm_up(model: Model, page_digest: PageDigest, *, drafts: bool) -> None:
         model.logits(streams[-1:])
         if drafts:
             runner.advance_drafts(work, streams)
+        runner.keep_streams(streams)
+    runner.kept_streams([0], [count])
     if drafts:
-        runner.kept_streams([0], [count])
         model.draft_logits(0, streams[-1:])
     page_digest(torch.zeros((1, 4), dtype=torch.uint8), torch.tensor([0]))

@@ -11,8 +11,12 @@ their scales, in the very bytes that pools keep. What is in it, for window W and
 - paged components: the finished rows of the last, partial page.
 - unfinished rows: those of the N mod r tokens whose row is not made yet. Where windows overlap (C4 and its index) also
   the first halves, K_a and S_a, of the r tokens before those; their second halves are never read again.
-- with drafts: draft window rows N-W .. N-2 and the last streams, of position N-1. The draft block at index i takes the
-  token at i + 1, so index N-1 is not computed yet.
+- the last streams, of position N-1: token N is sampled from them without computing anything.
+- with drafts: draft window rows N-W .. N-2. The draft block at index i takes the token at i + 1, so index N-1 is not
+  computed yet. Rows that were never made are zeros: drafts may be the worse for them, and decide nothing.
+
+At a page boundary, a multiple of 256 tokens and so of every ratio, a record holds windows, first halves and streams
+only: it is then the *tail* of the pages before it, from which any sequence that begins with them can go on.
 """
 
 from __future__ import annotations
@@ -25,13 +29,12 @@ from dataclasses import dataclass
 from kvstore.layout import Component, Descriptor, IndexSpace, StateLayout
 from rorqual.model_config import PAGE_TOKENS
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 """Changes whenever other bytes, or the same bytes elsewhere, stand in a record or page of the same layout."""
 
 RECORD_ALIGNMENT = 4
 """A record is a multiple of this long, zero-filled at its end: digests are made of 32-bit words."""
 
-DRAFT_COMPONENTS = (Component.DRAFT_WINDOW, Component.DRAFT_STREAMS)
 OVERLAPPING = (Component.C4_UNFINISHED, Component.C4_INDEX_UNFINISHED)
 """Unfinished components whose entries also pool the window before."""
 
@@ -50,12 +53,12 @@ class Part:
 
 def record_parts(layout: StateLayout, num_tokens: int, *, drafts: bool) -> tuple[Part, ...]:
     """The parts of a record at `num_tokens` >= 1 computed tokens, in order; empty ones are left out. `drafts` needs a
-    layout with draft components."""
+    layout with a draft window."""
     assert num_tokens >= 1, "a record without a computed token"
     parts: list[Part] = []
     offset = 0
     for descriptor in layout.descriptors:
-        if descriptor.component in DRAFT_COMPONENTS and not drafts:
+        if descriptor.component is Component.DRAFT_WINDOW and not drafts:
             continue
         for first, count, halves in _rows(layout, descriptor, num_tokens):
             if count == 0:
@@ -72,7 +75,7 @@ def record_parts(layout: StateLayout, num_tokens: int, *, drafts: bool) -> tuple
             parts.append(part)
             offset += part.num_bytes
     if drafts:
-        assert all(layout.find(item) for item in DRAFT_COMPONENTS), "drafts of a model without MTP blocks"
+        assert layout.find(Component.DRAFT_WINDOW) is not None, "drafts of a model without MTP blocks"
     return tuple(parts)
 
 
@@ -87,6 +90,24 @@ def record_bytes_max(layout: StateLayout, *, drafts: bool) -> int:
     compressor is then one token short of a row."""
     num_pages = layout.sliding_window // PAGE_TOKENS + 2
     return record_bytes(layout, num_pages * PAGE_TOKENS - 1, drafts=drafts)
+
+
+def rebuild_tokens(layout: StateLayout) -> int:
+    """How many tokens before a page boundary p must be computed again to make the record at p from nothing but the
+    pages before p: a multiple of PAGE_TOKENS.
+
+    Begun with an empty window at q, layer i of L (the first is 0) is given what it was given the first time from
+    q + i (W - 1) on: its window then holds only rows that were, and everything else that it reads is in the pages. A
+    record at p has of the layers' own rows at most those of p - max(W - 1, r) on, for compressors of ratio r that
+    overlap, and of what comes out of the last layer the streams at p - 1; its draft window rows are made of streams
+    from p - W on. So q + L (W - 1) <= p - max(W, r) is enough; for the draft window no less is.
+    """
+    window = layout.find(Component.WINDOW)
+    assert window is not None
+    overlaps = [item.ratio for item in layout.descriptors if item.component in OVERLAPPING]
+    size = layout.sliding_window
+    span = len(window.layers) * (size - 1) + max(size, *overlaps, 1)
+    return -(-span // PAGE_TOKENS) * PAGE_TOKENS
 
 
 def handover_bytes(layout: StateLayout, num_tokens: int, *, drafts: bool) -> int:
@@ -110,7 +131,7 @@ def wire_id(layout: StateLayout, fingerprint: str, *, drafts: bool) -> str:
             item.num_rows if item.space is IndexSpace.PAGE else None,
         ]
         for item in layout.descriptors
-        if drafts or item.component not in DRAFT_COMPONENTS
+        if drafts or item.component is not Component.DRAFT_WINDOW
     ]
     described = {
         "record": RECORD_VERSION,
@@ -133,7 +154,7 @@ def _rows(layout: StateLayout, item: Descriptor, num_tokens: int) -> Iterator[tu
         case Component.DRAFT_WINDOW:
             first = max(0, num_tokens - layout.sliding_window)
             yield first, num_tokens - 1 - first, False
-        case Component.DRAFT_STREAMS:
+        case Component.LAST_STREAMS:
             yield num_tokens - 1, 1, False
         case Component.C4 | Component.C4_INDEX | Component.C128:
             yield 0, num_tokens % PAGE_TOKENS // item.ratio, False

@@ -40,8 +40,8 @@ class Component(enum.Enum):
     C4_UNFINISHED = "c4_unfinished"
     C4_INDEX_UNFINISHED = "c4_index_unfinished"
     C128_UNFINISHED = "c128_unfinished"
+    LAST_STREAMS = "last_streams"
     DRAFT_WINDOW = "draft_window"
-    DRAFT_STREAMS = "draft_streams"
 
 
 class IndexSpace(enum.Enum):
@@ -60,7 +60,8 @@ class RowForm(enum.Enum):
 class Descriptor:
     """One component of one model: `num_rows` rows per page (PAGE) or per ring (SLOT), in each of `layers`.
 
-    `layers` are layer numbers of the main stack; a draft component's are MTP block numbers.
+    `layers` are layer numbers of the main stack; the draft window's are MTP block numbers, and the last streams, which
+    there are once, have layer 0.
     """
 
     component: Component
@@ -156,15 +157,14 @@ def build_layout(config: ModelConfig, numerics: Numerics) -> StateLayout:
             _paged(Component.C128, layers, ratio, config.head_dim, kv),
             _slot(Component.C128_UNFINISHED, layers, ratio, 2 * config.head_dim, RowForm.F32, ring),
         ]
+    # The streams of the newest positions, whichever of them are accepted: the next token is sampled from them, and the
+    # next drafts are made from them.
+    plain = RowForm.F32 if numerics is Numerics.FLOAT32 else RowForm.BF16
+    width = config.hc_mult * config.hidden_size
+    found.append(_slot(Component.LAST_STREAMS, (0,), 1, width, plain, DRAFTS_MAX + 1))
     if config.num_mtp_blocks:
         blocks = tuple(range(config.num_mtp_blocks))
-        # The streams of the newest positions, which the next drafts are made from, whichever of them are accepted.
-        plain = RowForm.F32 if numerics is Numerics.FLOAT32 else RowForm.BF16
-        width = config.hc_mult * config.hidden_size
-        found += [
-            _slot(Component.DRAFT_WINDOW, blocks, 1, config.head_dim, kv, window_rows),
-            _slot(Component.DRAFT_STREAMS, (0,), 1, width, plain, DRAFTS_MAX + 1),
-        ]
+        found.append(_slot(Component.DRAFT_WINDOW, blocks, 1, config.head_dim, kv, window_rows))
     rope = config.rope_head_dim
     return StateLayout(
         numerics=numerics,

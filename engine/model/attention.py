@@ -42,7 +42,8 @@ def attention(
     q_THd = rounding.norm_rope(q, None, angles, eps=eps)
 
     pasts = [
-        run.state.past_window(window, layer, segment, _num_past(run, segment)) for segment in run.batch.chunks
+        run.state.past_window(window, layer, segment, _num_past(run, window, segment))
+        for segment in run.batch.chunks
     ]
     run.state.put_window(window, layer, kv_Td)
     queries = None
@@ -110,7 +111,7 @@ def _attend_chunk(
     segment: BatchSegment,
     window_rows: Tensor,
 ) -> list[Tensor]:
-    """Outputs [q, H, d] of a chunk's query blocks, in order. `window_rows` begin `_num_past` before the chunk."""
+    """Outputs [q, H, d] of a chunk's query blocks, in order. `window_rows` end with the chunk's."""
     rows, picks = None, None
     if item.kind is not LayerKind.WINDOW and segment.end >= item.ratio:
         if queries is not None:
@@ -118,7 +119,7 @@ def _attend_chunk(
         if picks is None:
             component = Component.C4 if item.kind is LayerKind.CSA else Component.C128
             rows = run.state.chunk_rows(component, layer, segment, torch.arange(segment.end // item.ratio))
-    base = segment.start - _num_past(run, segment)
+    base = segment.end - window_rows.shape[0]
     outputs: list[Tensor] = []
     first = segment.start
     while first < segment.end:
@@ -136,27 +137,27 @@ def _attend_chunk(
     return outputs
 
 
-def _num_past(run: Pass, segment: BatchSegment) -> int:
+def _num_past(run: Pass, window: Component, segment: BatchSegment) -> int:
     """Rows before the chunk that its queries may see."""
-    return min(segment.start, run.config.sliding_window - 1)
+    return min(segment.start - run.state.window_first(window, segment), run.config.sliding_window - 1)
 
 
 def _window_keys(run: Pass, window_rows: Tensor, base: int, positions_Q: Tensor) -> Keys:
-    """Raw rows that a block of queries sees. Exact mode lays them out by absolute position, so that the sums do not
-    depend on where the chunk begins."""
+    """Raw rows that a block of queries sees, of which the first is that of position `base`. Exact mode lays them out by
+    absolute position, so that the sums do not depend on where the chunk begins."""
     size = run.config.sliding_window
     first, last = int(positions_Q[0]), int(positions_Q[-1])
     if run.exact:
         start, stop = exact_window_span(first, size)
     else:
-        start, stop = max(first - size + 1, 0), last + 1
+        start, stop = max(first - size + 1, base), last + 1
     low, high = max(start, base), min(stop, base + window_rows.shape[0])
     rows = window_rows[low - base : high - base]
     if (low, high) != (start, stop):
         rows = torch.nn.functional.pad(rows, (0, 0, low - start, stop - high))
     columns = torch.arange(start, stop)
     age = positions_Q.unsqueeze(-1) - columns
-    hidden = (age < 0) | (age >= size) | (columns < 0)
+    hidden = (age < 0) | (age >= size) | (columns < base)
     return Keys(rows=rows, bias=hidden_bias(hidden))
 
 

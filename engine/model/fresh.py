@@ -26,6 +26,10 @@ class FreshState:
         self._rows: dict[tuple[Component, int], Tensor] = {}
         self._ratios = {item.kind: item.ratio for item in config.layers}
 
+    def window_first(self, component: Component, segment: BatchSegment) -> int:
+        del component, segment
+        return 0
+
     def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         del component, layer, segment
         assert num_past == 0

@@ -25,6 +25,10 @@ class Keys:
 
 
 class StateView(Protocol):
+    def window_first(self, component: Component, segment: BatchSegment) -> int:
+        """The segment's queries see no raw row of an earlier position."""
+        ...
+
     def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         """Raw KV rows [num_past, d] of the positions just before the segment."""
         ...

@@ -53,6 +53,10 @@ class ReferenceState:
         self._config = reference.config
         self._new_rows: list[Tensor] = []
 
+    def window_first(self, component: Component, segment: BatchSegment) -> int:
+        del component, segment
+        return 0
+
     def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         assert component is Component.WINDOW
         rows = self._reference.layers[layer].window

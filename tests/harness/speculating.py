@@ -74,9 +74,9 @@ class Oracle:
         self._truth = truth
         self._hits = hits
 
-    def open(self, slot: int, *, num_computed: int) -> None:
+    def open(self, slot: int, *, num_computed: int, rebuilt: bool = False) -> None:
         if self._inner is not None:
-            self._inner.open(slot, num_computed=num_computed)
+            self._inner.open(slot, num_computed=num_computed, rebuilt=rebuilt)
 
     def follow(self, work: Sequence[SegmentTokens], streams_TSD: Tensor, prompts: Mapping[int, int]) -> None:
         if self._inner is not None:
@@ -125,7 +125,7 @@ class Speculating:
         self.verified: dict[int, list[Verified]] = {}
         self._tokens_max: dict[int, int] = {}
         self._num_prompt: dict[int, int] = {}
-        self._pages_free = list(range(num_pages))
+        self.pages_free = list(range(num_pages))
         self._held: dict[int, int] = {}
         self._num_plans = 0
 
@@ -142,8 +142,7 @@ class Speculating:
         self.tokens[slot], self.said[slot], self.verified[slot] = list(prompt), [], []
         self._tokens_max[slot] = tokens_max
         if restore is not None:
-            for page in restore.pages:
-                self._pages_free.remove(page)
+            self.pages_free = [page for page in self.pages_free if page not in restore.pages]
         self._held[slot] = 0 if restore is None else len(restore.pages)
         opened = SlotOpen(
             slot=slot,
@@ -174,7 +173,35 @@ class Speculating:
         missing = max(pages_for(num_tokens) - self._held[slot], 0)
         self._held[slot] += missing
         # From the end: no slot's pages are where a mistaken row id would look first.
-        return tuple(self._pages_free.pop() for _ in range(missing))
+        return tuple(self.pages_free.pop() for _ in range(missing))
+
+    def close(self, slot: int, *, keep_pages: bool = False) -> None:
+        """Its pages are free again, but for those that another slot holds, or that the caller keeps."""
+        mine = self.pages_of(slot, PAGE_TOKENS * self._held[slot])
+        others = {
+            page
+            for other, count in self._held.items()
+            if other != slot
+            for page in self.pages_of(other, PAGE_TOKENS * count)
+        }
+        self._held[slot] = 0
+        if not keep_pages:
+            self.pages_free += [page for page in mine if page not in others]
+        self.step(closes=(slot,))
+
+    def share(self, slot: int, pages: Sequence[int]) -> tuple[int, ...]:
+        """Pages of another slot, for a segment that appends them to this one's."""
+        self._held[slot] += len(pages)
+        return tuple(pages)
+
+    def pages_of(self, slot: int, num_tokens: int) -> tuple[int, ...]:
+        """The pages that hold the slot's first `num_tokens` tokens."""
+        return tuple(self.runner.tables.pages_SP[slot, : pages_for(num_tokens)].tolist())
+
+    def record(self, record: int, num_tokens: int) -> bytes:
+        """What a record of so many tokens holds."""
+        num_bytes = self.runner.record_bytes(num_tokens)
+        return self.runner.records[record, :num_bytes].numpy().tobytes()
 
     def prefill(self, slots: Iterable[int], *, chunk: int = 1 << 20) -> None:
         """Compute all prompts, in chunks of so many tokens, and sample their first tokens."""

@@ -67,8 +67,10 @@ def advance(runner: Runner, work: Sequence[SegmentTokens]) -> list[list[Said]]:
     with torch.inference_mode():
         logits = [model.logits(streams[part]) for part in rows]
         if not runner.drafts:
+            runner.keep_streams(streams)
             return [[Said(logits=row, draft=None) for row in part] for part in logits]
         drafted = runner.advance_drafts(work, streams)
+        runner.keep_streams(streams)
         drafts = [list(model.draft_logits(0, part)) if len(part) else [] for part in drafted]
     nothing = torch.empty(0)  # a sequence's first token is no index's next token
     return [
@@ -365,8 +367,9 @@ def tables_of(layout: StateLayout, pages: Sequence[int], slot: int) -> SlotTable
 def test_a_record_is_rows_in_order_of_position_data_before_scales(
     numerics: Numerics, num_tokens: int
 ) -> None:
-    layout = build_layout(config_of(raw_config(), num_mtp_blocks=2), numerics)
+    layout = build_layout(config_of(raw_config(), num_mtp_blocks=1), numerics)
     source = tables_of(layout, [5, 0, 3, 2], slot=2)
+    source.add_draft_rows(2, 0, num_tokens - 1)
     noise(source.pools, num_tokens)
     record = torch.full((record_bytes(layout, num_tokens, drafts=True) + 8,), 0xAB, dtype=torch.uint8)
     num_bytes = pack_record(source, 2, num_tokens, record, drafts=True)
@@ -392,6 +395,7 @@ def test_unpacking_writes_the_rows_of_the_record_and_no_others(
         tables_of(other_rings(layout), [1, 4, 0, 2], slot=1),
     )
     noise(source.pools, num_tokens)
+    source.add_draft_rows(2, 0, num_tokens - 1)
     target.pools.fill(0xCD)
     record = torch.empty(record_bytes(layout, num_tokens, drafts=drafts), dtype=torch.uint8)
     pack_record(source, 2, num_tokens, record, drafts=drafts)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.handover import (
-    DRAFT_COMPONENTS,
     handover_bytes,
     record_bytes,
     record_bytes_max,
@@ -55,7 +54,7 @@ def test_the_released_models_hand_over_the_published_bytes(
     layout = build_layout(parse_model_config(raw), Numerics.SERVED)
     sizes = [component_bytes(layout, 8192 + more) for more in range(128)]
     assert {size[Component.WINDOW] + size[Component.DRAFT_WINDOW] for size in sizes} == {windows}
-    assert {size[Component.DRAFT_STREAMS] for size in sizes} == {streams}
+    assert {size[Component.LAST_STREAMS] for size in sizes} == {streams}
     unfinished = [
         sum(num_bytes for item, num_bytes in size.items() if item.value.endswith("unfinished"))
         for size in sizes
@@ -74,6 +73,7 @@ def test_a_hand_over_is_full_pages_and_a_record_with_the_partial_pages_rows() ->
     }
     assert parts == {
         Component.WINDOW: (873, 127, 127 * 43 * 584),
+        Component.LAST_STREAMS: (999, 1, 4 * 4096 * 2),
         Component.C4: (0, 58, 58 * 21 * 584),
         Component.C4_INDEX: (0, 58, 58 * 21 * 68),
         Component.C128: (0, 1, 20 * 584),
@@ -91,7 +91,7 @@ def test_at_a_page_boundary_there_are_only_windows_halves_and_drafts() -> None:
         Component.C4_UNFINISHED,
         Component.C4_INDEX_UNFINISHED,
         Component.DRAFT_WINDOW,
-        Component.DRAFT_STREAMS,
+        Component.LAST_STREAMS,
     }
 
 
@@ -103,7 +103,7 @@ def read_later(layout: StateLayout, num_tokens: int) -> set[tuple[Component, int
     before them: the model's own rules, token by token."""
     ratios = {item.component: item.ratio for item in layout.descriptors}
     fine, coarse, window = ratios[Component.C4], ratios[Component.C128], layout.sliding_window
-    needed: set[tuple[Component, int, str]] = {(Component.DRAFT_STREAMS, num_tokens - 1, "row")}
+    needed: set[tuple[Component, int, str]] = {(Component.LAST_STREAMS, num_tokens - 1, "row")}
     for position in range(num_tokens, num_tokens + window + 2 * max(fine, coarse)):
         for seen in range(max(0, position - window + 1), num_tokens):
             needed.add((Component.WINDOW, seen, "row"))
@@ -167,7 +167,7 @@ def test_parts_lie_behind_one_another_and_fit_the_longest_record(
         assert part.offset == offset
         assert part.count > 0
         assert part.num_bytes * (1 + part.halves) == part.count * item.row_bytes * len(item.layers)
-        assert drafts or part.component not in DRAFT_COMPONENTS
+        assert drafts or part.component is not Component.DRAFT_WINDOW
         offset += part.num_bytes
     num_bytes = record_bytes(layout, num_tokens, drafts=drafts)
     assert 0 <= num_bytes - offset < 4

@@ -63,7 +63,7 @@ def test_rings_hold_the_window_a_page_and_the_drafts_and_unfinished_rows_are_flo
         assert rings[Component.WINDOW].num_rows == 128 + PAGE_TOKENS + DRAFTS_MAX
         assert rings[Component.WINDOW].layers == tuple(range(43))
         assert rings[Component.DRAFT_WINDOW].layers == (0,)
-        streams = rings[Component.DRAFT_STREAMS]
+        streams = rings[Component.LAST_STREAMS]
         assert (streams.layers, streams.num_rows, streams.width) == ((0,), DRAFTS_MAX + 1, 4 * 4096)
         unfinished = {
             component: (item.num_rows - DRAFTS_MAX, item.width, item.form)
@@ -79,7 +79,7 @@ def test_rings_hold_the_window_a_page_and_the_drafts_and_unfinished_rows_are_flo
 
 
 def test_served_streams_are_bf16_values(flash: ModelConfig) -> None:
-    streams = build_layout(flash, Numerics.SERVED).find(Component.DRAFT_STREAMS)
+    streams = build_layout(flash, Numerics.SERVED).find(Component.LAST_STREAMS)
     assert streams is not None
     assert (streams.form, streams.row_bytes, streams.scale_bytes) == (RowForm.BF16, 32_768, 0)
 
@@ -140,8 +140,8 @@ def test_any_layout_adds_up_and_lists_each_layer_once(
         numbers = tuple(number for number, (found, _) in enumerate(layers) if found is kind)
         item = layout.find(component)
         assert (item.layers if item else ()) == numbers
-    for component in (Component.DRAFT_WINDOW, Component.DRAFT_STREAMS):
-        assert (layout.find(component) is None) == (num_mtp_blocks == 0)
+    assert (layout.find(Component.DRAFT_WINDOW) is None) == (num_mtp_blocks == 0)
+    assert layout.find(Component.LAST_STREAMS) is not None
     for item in layout.descriptors:
         assert item.layer_bytes == item.num_rows * (item.data_bytes + item.scale_bytes)
         assert (item.unit_bytes, item.unit_rows) == (
@@ -162,7 +162,7 @@ def test_components_without_layers_are_left_out(flash: ModelConfig) -> None:
         flash.without_mtp(), layers=(LayerConfig(kind=LayerKind.WINDOW, ratio=0, hash_routed=False),) * 2
     )
     layout = build_layout(window_only, Numerics.SERVED)
-    assert [item.component for item in layout.descriptors] == [Component.WINDOW]
+    assert [item.component for item in layout.descriptors] == [Component.WINDOW, Component.LAST_STREAMS]
     assert layout.page_bytes == 0
 
 
