@@ -32,9 +32,9 @@ class DraftWish:
 class Drafter(Protocol):
     """Slots and pages are the rank's: a wish comes only when pages for all that it asks for are in the slot's table."""
 
-    def open(self, slot: int, *, num_computed: int, rebuilt: bool = False) -> None:
+    def open(self, slot: int, *, num_computed: int) -> None:
         """A sequence begins in `slot`; the state of its first `num_computed` tokens, the drafter's own included, has
-        just been restored. Of one that is `rebuilt` only the pages are there."""
+        just been restored. Or it is rebuilt from there, and more than a window follows before its state is wanted."""
         ...
 
     def follow(self, work: Sequence[SegmentTokens], streams_TSD: Tensor, prompts: Mapping[int, int]) -> None:
@@ -69,10 +69,9 @@ class MtpDrafter:
         self._sampler = sampler
         self._slots: dict[int, _Progress] = {}
 
-    def open(self, slot: int, *, num_computed: int, rebuilt: bool = False) -> None:
-        # A record holds the streams of the last token, whose index is not computed yet.
-        first = num_computed if rebuilt else max(num_computed - 1, 0)
-        self._slots[slot] = _Progress(num_indices=first, kept_first=first)
+    def open(self, slot: int, *, num_computed: int) -> None:
+        last = max(num_computed - 1, 0)  # whose streams a record holds, and whose index is not computed yet
+        self._slots[slot] = _Progress(num_indices=last, kept_first=last)
 
     def follow(self, work: Sequence[SegmentTokens], streams_TSD: Tensor, prompts: Mapping[int, int]) -> None:
         """Of a prompt the indices whose rows the first draft sees: a row is made of its own index's streams and token

@@ -176,11 +176,7 @@ class Rank:
         else:
             self._runner.restore(item.slot, known.num_computed, known.pages, known.record)
         if self._drafter is not None:
-            self._drafter.open(
-                item.slot,
-                num_computed=0 if known is None else known.num_computed,
-                rebuilt=known is not None and known.record < 0,
-            )
+            self._drafter.open(item.slot, num_computed=0 if known is None else known.num_computed)
         tokens = np.frombuffer(item.tokens, dtype="<i4")
         buffer = torch.empty(len(tokens) + PAGE_TOKENS, dtype=torch.int64)
         buffer[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))

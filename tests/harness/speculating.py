@@ -74,9 +74,9 @@ class Oracle:
         self._truth = truth
         self._hits = hits
 
-    def open(self, slot: int, *, num_computed: int, rebuilt: bool = False) -> None:
+    def open(self, slot: int, *, num_computed: int) -> None:
         if self._inner is not None:
-            self._inner.open(slot, num_computed=num_computed, rebuilt=rebuilt)
+            self._inner.open(slot, num_computed=num_computed)
 
     def follow(self, work: Sequence[SegmentTokens], streams_TSD: Tensor, prompts: Mapping[int, int]) -> None:
         if self._inner is not None:

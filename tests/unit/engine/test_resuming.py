@@ -206,7 +206,7 @@ def test_a_prompt_goes_on_from_every_page_boundary_as_if_it_was_computed(
 def test_so_it_does_over_many_pages_that_end_with_one(numerics: Numerics, drafts: bool) -> None:
     """The indexer chooses among 256 rows; a span of three pages begins inside the sequence."""
     model = exact_model(real_ratios(), numerics)
-    check_conformance(model, 5 * PAGE_TOKENS, drafts=drafts)
+    check_conformance(model, 4 * PAGE_TOKENS, drafts=drafts)
 
 
 @numerics_of_both_kinds

@@ -12,6 +12,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from engine.drafter import MtpDrafter
 from engine.model.forward import Model
 from engine.plan import Completed, Segment, StepResult, Tailed, TailPoint
 from kvstore.handover import record_parts
@@ -273,19 +274,30 @@ def pages_bytes(rank: Speculating, pages: Sequence[int]) -> list[bytes]:
 
 
 @numerics_of_both_kinds
+@pytest.mark.parametrize("accepted", [False, True], ids=["made", "given"])
 @pytest.mark.parametrize("gap", [0, 1, 7])
-def test_draft_rows_that_a_tail_lacks_are_zeros(numerics: Numerics, gap: int) -> None:
-    """Rows of indices that steps without drafts have left out, and of those that have no true streams yet. The ring
-    holds NaN and rows of rejected drafts there."""
-    model = exact_model(raw_config(), numerics)
-    rank = a_rank(model, drafts=True)
-    rank.begin(0, random_tokens(model.config, 244, seed=4).tolist(), GREEDY)
+def test_draft_rows_that_a_tail_lacks_are_zeros(numerics: Numerics, gap: int, accepted: bool) -> None:
+    """Rows of indices that steps without drafts have left out, and of those that have no true streams yet: here the
+    drafts are given, and the block has made none since the prompt. The ring holds NaN and rejected drafts' rows there.
+    """
+    model = exact_model(raw_config(sliding_window=16), numerics)
+    prompt = random_tokens(model.config, 251 - gap, seed=4).tolist()
+    truth = Truth(model, prompt, GREEDY, num_tokens=20).tokens if accepted else []
+    rank = Speculating(
+        model,
+        make_drafter=lambda runner, sampler: (
+            Oracle(MtpDrafter(runner, sampler), {0: truth}, lambda slot, known: 3)
+            if accepted
+            else MtpDrafter(runner, sampler)
+        ),
+        num_records=8,
+    )
+    rank.begin(0, prompt, GREEDY)
     rank.prefill([0])
     for _ in range(gap):
         rank.decode({0: 0})
     tailed: tuple[Tailed, ...] = ()
     while not tailed:
-        made = (int(rank.runner.tables.draft_first_S[0]), rank.runner.tables.draft_end[0])
         tailed = decode(rank, 0, 3).tailed
     made = (int(rank.runner.tables.draft_first_S[0]), rank.runner.tables.draft_end[0])
     (part,) = [
@@ -305,6 +317,7 @@ def test_draft_rows_that_a_tail_lacks_are_zeros(numerics: Numerics, gap: int) ->
     there = [any(row) for row in rows]
     assert there == [made[0] <= part.first + row < made[1] for row in range(part.count)]
     assert any(there)
+    assert all(there) == (not accepted and gap < 7)
 
 
 # --- digests ---

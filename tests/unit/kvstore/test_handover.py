@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.handover import (
     handover_bytes,
+    rebuild_tokens,
     record_bytes,
     record_bytes_max,
     record_parts,
@@ -93,6 +94,24 @@ def test_at_a_page_boundary_there_are_only_windows_halves_and_drafts() -> None:
         Component.DRAFT_WINDOW,
         Component.LAST_STREAMS,
     }
+
+
+def test_a_tail_of_flash_is_as_long_as_four_pages_and_is_rebuilt_from_22() -> None:
+    """43 layers of 127 rows and one window more are 5,589 tokens; of Pro, 61 layers, 7,875."""
+    assert record_bytes(FLASH_LAYOUT, 512, drafts=True) == 3_263_392 + 430_080 + 32_768 == 3_726_240
+    assert record_bytes(FLASH_LAYOUT, 512, drafts=True) / FLASH_LAYOUT.page_bytes == pytest.approx(
+        4.14, abs=0.01
+    )
+    assert rebuild_tokens(FLASH_LAYOUT) == 22 * PAGE_TOKENS == 5_632
+    assert rebuild_tokens(build_layout(parse_model_config(PRO), Numerics.SERVED)) == 31 * PAGE_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("window", "num_tokens"), [(1, 256), (128, 768), (64, 512), (65, 512), (52, 256), (53, 512)]
+)
+def test_a_rebuild_spans_the_windows_of_all_layers(window: int, num_tokens: int) -> None:
+    """Of four layers: 4 (W - 1) + W tokens, in pages."""
+    assert rebuild_tokens(build_layout(config(window=window), Numerics.FLOAT32)) == num_tokens
 
 
 # --- contents ---
