@@ -37,15 +37,18 @@ class ChangeLog:
         self._before: dict[PageKey, tuple[bool, bool]] = {}  # (page, tail) present at the last `take`
         self._is_overflowed = False
 
-    def note(self, key: PageKey, *, had_page: bool, had_tail: bool) -> None:
-        """Called before the change. A key goes to the end each time, which keeps parents before added children."""
-        if self._is_overflowed:
-            return
-        before = self._before.pop(key, None)
-        self._before[key] = before if before is not None else (had_page, had_tail)
-        if len(self._before) > self._num_keys_max:
-            self._before.clear()
-            self._is_overflowed = True
+    def note_page(self, key: PageKey, *, had_page: bool) -> None:
+        """Called before a page comes, or goes after its tail. The key moves to the end, so that keys added stand in the
+        order in which they came for good, and keys removed in that in which they went."""
+        if not self._is_overflowed:
+            self._before[key] = self._before.pop(key, (had_page, False))
+            self._bound()
+
+    def note_tail(self, key: PageKey, *, had_tail: bool) -> None:
+        """Called before a tail comes or goes; its page is there. The key stays where it is, before its children."""
+        if not self._is_overflowed:
+            self._before.setdefault(key, (True, had_tail))
+            self._bound()
 
     def take(self, state: Callable[[PageKey], tuple[bool, bool]]) -> Changes:
         """The difference to the last time; `state` says whether a key has a page and a tail now."""
@@ -67,3 +70,8 @@ class ChangeLog:
             tails_added=tuple(tails_added),
             tails_removed=tuple(tails_removed),
         )
+
+    def _bound(self) -> None:
+        if len(self._before) > self._num_keys_max:
+            self._before.clear()
+            self._is_overflowed = True

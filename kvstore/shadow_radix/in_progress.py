@@ -39,7 +39,7 @@ class InProgress(Generic[Owner]):
         self._leaders: dict[PageKey, Owner] = {}
         self._led: dict[Owner, _Led[Owner]] = {}
         self._waits: dict[Owner, Wait[Owner]] = {}
-        self._num_waits: dict[Owner, int] = {}  # so far, of those who are waiting or have been woken
+        self._num_waits: dict[Owner, int] = {}  # of those who have waited, until they end
 
     @property
     def num_leaders(self) -> int:
@@ -52,7 +52,7 @@ class InProgress(Generic[Owner]):
     def ask(self, owner: Owner, keys: Sequence[PageKey]) -> Wait[Owner] | None:
         """None: go on, and the pages that nobody computes are yours. Else wait until `completed` or `end` names you.
 
-        `keys`: of the full pages the prompt misses, in order.
+        `keys`: of the full pages the prompt misses, in order. Whoever has asked ends, whatever the answer was.
         """
         assert owner not in self._led, f"{owner} asks while it leads"
         assert owner not in self._waits, f"{owner} asks while it waits"
@@ -62,7 +62,6 @@ class InProgress(Generic[Owner]):
             self._num_waits[owner] = self._num_waits.get(owner, 0) + 1
             self._led[wait.leader].waiters[owner] = None
             return wait
-        self._num_waits.pop(owner, None)
         mine = {key: None for key in keys if key not in self._leaders}
         if mine:
             self._led[owner] = _Led(keys=mine)
@@ -93,7 +92,6 @@ class InProgress(Generic[Owner]):
         self._num_waits.pop(owner, None)
         if owner in self._waits:
             self._wake(owner)
-            self._num_waits.pop(owner, None)
             return ()
         led = self._led.get(owner)
         if led is None:

@@ -137,7 +137,7 @@ class ShadowRadix:
         self._value.used()
         node = self._nodes.get(key)
         if node is None:
-            self._log.note(key, had_page=False, had_tail=False)
+            self._log.note_page(key, had_page=False)
             node = Node(key, parent, page, self._value.clock)
             self._nodes[key] = node
             parent.num_children += 1
@@ -167,7 +167,7 @@ class ShadowRadix:
             node.tail.kind = max(node.tail.kind, kind)
             node.tail.stamp = self._value.clock
             return record
-        self._log.note(key, had_page=True, had_tail=False)
+        self._log.note_tail(key, had_tail=False)
         node.tail = Tail(node, record, kind, self._value.clock)
         self._num_tails += 1
         self._tails.add(node.tail)
@@ -314,7 +314,7 @@ class ShadowRadix:
         self._leaves.remove(node)
         if node.tail is not None:
             tails.append(self._drop_tail(node.tail))
-        self._log.note(node.key, had_page=True, had_tail=False)
+        self._log.note_page(node.key, had_page=True)
         del self._nodes[node.key]
         pages.append(node.page)
         parent.num_children -= 1
@@ -324,7 +324,7 @@ class ShadowRadix:
 
     def _drop_tail(self, tail: Tail) -> RecordId:
         assert not tail.num_pins, "a pinned tail is evicted"
-        self._log.note(tail.node.key, had_page=True, had_tail=True)
+        self._log.note_tail(tail.node.key, had_tail=True)
         self._tails.remove(tail)
         tail.node.tail = None
         self._num_tails -= 1

@@ -53,13 +53,13 @@ def plan_tails(
     chosen: dict[int, TailKind] = {}
 
     def choose(depth: int, kind: TailKind, apart: int) -> None:
-        if len(chosen) >= num_max or depth <= start.from_depth or depth < start.exact_depth:
+        if len(chosen) >= num_max or depth < start.exact_depth:
             return
         if all(abs(depth - other) >= apart for other in (0, *there, *chosen)):
             chosen[depth] = kind
 
     choose(num_pages - num_pages % policy.end_multiple, TailKind.PROMPT_END, 1)
-    if policy.take_branches and match.is_branch and match.num_pages < num_pages:
+    if policy.take_branches and match.is_branch and match.num_pages <= num_pages:
         choose(match.num_pages, TailKind.BRANCH, policy.pages_apart_min)
     if policy.every_pages:
         for depth in range(num_pages // policy.every_pages * policy.every_pages, 0, -policy.every_pages):
