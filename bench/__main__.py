@@ -1,11 +1,11 @@
-"""`python -m bench [RACE ...]`: run the named races, or all that need no options of their own."""
+"""`python -m bench [RACE ...]`, `rorqual bench RACE [OPTIONS]`: run the named races, or one with options of its own."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 RACES = {
@@ -36,26 +36,34 @@ RACES = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) > 1 and arguments[0] in RACES and arguments[1].startswith("-"):
+        return _run(arguments[0], arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="make bench",
+        prog="rorqual bench",
         description="Races, as ratios measured side by side in one run: these numbers hold within a run, not between.",
         epilog="\n".join(f"  {name:14} {text}" for name, (_, text) in RACES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("races", nargs="*", metavar="RACE", help="default: all")
-    names = cast("list[str]", parser.parse_args().races) or list(RACES)
+    parser.add_argument(
+        "races", nargs="*", metavar="RACE", help="default: all; a single one may have options"
+    )
+    names = cast("list[str]", parser.parse_args(arguments).races) or list(RACES)
     unknown = [name for name in names if name not in RACES]
     if unknown:
         parser.error(f"unknown race {unknown[0]!r}; known are {', '.join(RACES)}")
     for name in names:
-        module, text = RACES[name]
-        print(f"== {name}: {text}", flush=True)
-        race = cast("Callable[[list[str]], int]", importlib.import_module(module).main)
-        status = race([])
+        print(f"== {name}: {RACES[name][1]}", flush=True)
+        status = _run(name, [])
         if status:
             return status
     return 0
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    race = cast("Callable[[list[str]], int]", importlib.import_module(RACES[name][0]).main)
+    return race(arguments)
 
 
 if __name__ == "__main__":

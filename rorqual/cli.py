@@ -78,6 +78,12 @@ COMMANDS = (
         summary="make, inspect and verify checkpoints",
         example="rorqual checkpoint inspect DIR",
     ),
+    Command(
+        name="bench",
+        target="bench.__main__:main",
+        summary="races and simulations; `route` compares placement policies on a trace",
+        example="rorqual bench route --trace FILE --workers 8",
+    ),
 )
 
 

@@ -1,0 +1,25 @@
+"""What a step should take: a roofline model of prefill and decode, corrected by what workers measure. Pure.
+
+Owns the table of accelerators (`hardware`), what a model costs to compute and to move (`costs`), predicted times
+(`roofline`) and their correction by measurements (`correction`). Called by the router's placement and by the
+simulation of `rorqual bench route`. Reads no clock; never imports torch.
+"""
+
+from rorqual.performance.correction import Correction, Corrections
+from rorqual.performance.costs import FLASH, PRESETS, PRO, ModelCosts, model_costs
+from rorqual.performance.hardware import HARDWARE, Hardware
+from rorqual.performance.roofline import Efficiency, PerformanceModel
+
+__all__ = [
+    "FLASH",
+    "HARDWARE",
+    "PRESETS",
+    "PRO",
+    "Correction",
+    "Corrections",
+    "Efficiency",
+    "Hardware",
+    "ModelCosts",
+    "PerformanceModel",
+    "model_costs",
+]

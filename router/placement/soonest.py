@@ -1,0 +1,206 @@
+"""Our placement that knows caches: whoever gives the first token soonest, what a copy costs others counted. Pure.
+
+For every worker the predicted time to the first token is
+
+    max(wait, fetch) + compute
+
+`wait` is the work ahead of it, this router's promises counted; `compute` what is left behind the cheapest start there:
+the deepest tail, or a rebuild of the windows from pages alone. Where a peer keeps more, reading from it is a second
+choice: its pages and tail come while the worker still computes others. Two terms more make it a score:
+
+- a copy of pages that another worker keeps pushes out others. That is charged as `copy_share` of what the pages take
+  to compute: it keeps a conversation where it is until the wait there is longer, and lets the short heads that many
+  prompts share spread over all workers, since they cost little.
+- `balance_share` of the work that a worker has done more than the least busy one, so that of workers as good as
+  equal the one is taken that has worked less.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from rorqual.model_config import PAGE_TOKENS
+from rorqual.performance import PerformanceModel
+from router.placement.cache import (
+    CacheDemand,
+    Decision,
+    FetchPlan,
+    FleetPicture,
+    Float64s,
+    Found,
+    Int32s,
+    Source,
+    Span,
+)
+from router.placement.promises import Promises
+from router.placement.simple import least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoonestConfig:
+    """Weights of the score, and whether peers are read from."""
+
+    copy_share: float = 3.0
+    balance_share: float = 0.01
+    session_seconds: float = 0.005  # a worker that has had the session counts as so much sooner
+    sessions_max: int = 1_000_000
+    fetches: bool = True
+    fetch_pages_min: int = 1  # fewer pages less to compute are not worth a read
+
+    def __post_init__(self) -> None:
+        assert self.copy_share >= 0, "a copy is no gain"
+        assert self.balance_share >= 0, "work done is no reason for more"
+
+
+@dataclass(frozen=True, slots=True)
+class _Starts:
+    """One way to begin, on every worker."""
+
+    depth_W: Int32s
+    seconds_W: Float64s  # max(wait, fetch) + compute
+    peer: int  # -1: nothing is read
+    reach: int  # pages the peer gives, from the first on
+    has_peer_tail: bool
+
+
+class SoonestFirstToken:
+    """Keeps promises and sessions, both bounded. Takes a few dozen numpy calls over the workers, and a dict look-up
+    or two per page."""
+
+    def __init__(
+        self, *, model: PerformanceModel, tail_bytes: float, config: SoonestConfig | None = None
+    ) -> None:
+        self._model = model
+        self._tail_bytes = tail_bytes
+        self._page_bytes = model.costs.page_bytes
+        self._rebuild_pages = model.costs.rebuild_pages
+        self._config = config if config is not None else SoonestConfig()
+        self._promises = Promises()
+        self._sessions: OrderedDict[str, int] = OrderedDict()
+        chunk = model.chunk_tokens
+        self._page_seconds = float(model.work_seconds(chunk)) * PAGE_TOKENS / chunk
+
+    def choose(self, fleet: FleetPicture, request: CacheDemand) -> Decision:
+        found = fleet.caches.look_up(request.keys)
+        promised = self._promises.added_to(found, request.keys)
+        pages_W, tail_W = promised.pages_W, promised.tail_W
+        best = self._from_own(fleet, request, pages_W, tail_W)
+        ways = [best]
+        if self._config.fetches:
+            ways += self._from_peers(fleet, request, found, pages_W, best.depth_W)
+        seconds_W = np.minimum.reduce([way.seconds_W for way in ways])
+        worker = least(self._score(fleet, request, seconds_W, pages_W), fleet.prefill_W)
+        way = min(ways, key=lambda item: float(item.seconds_W[worker]))
+        self._remember(request, worker, num_present=int(pages_W[worker]))
+        context = int(way.depth_W[worker]) * PAGE_TOKENS
+        tokens = max(request.num_tokens - context, 1)
+        alone = float(
+            self._model.prefill_seconds(tokens, context) - self._model.work_seconds(tokens, context)
+        )
+        return Decision(
+            prefill=worker,
+            decode=fleet.decode_worker(),
+            resume=int(way.depth_W[worker]),
+            fetch=_plan(
+                way,
+                num_own=int(pages_W[worker]),
+                num_pages=request.num_pages,
+                has_own_tail=0 < way.depth_W[worker] == tail_W[worker],
+            ),
+            predicted_seconds=float(seconds_W[worker]) + alone,
+        )
+
+    def finished(self, number: int) -> None:
+        self._promises.forget(number)
+
+    def _from_own(
+        self, fleet: FleetPicture, request: CacheDemand, pages_W: Int32s, tail_W: Int32s
+    ) -> _Starts:
+        depth_W = np.maximum(tail_W, pages_W - self._rebuild_pages)
+        seconds_W = fleet.wait_seconds_W + self._compute(request, depth_W)
+        return _Starts(depth_W, seconds_W, -1, 0, False)
+
+    def _from_peers(
+        self, fleet: FleetPicture, request: CacheDemand, found: Found, pages_W: Int32s, own_W: Int32s
+    ) -> list[_Starts]:
+        """Two ways: with the deepest tail of all workers, and with the most pages and a rebuild."""
+        ways: list[_Starts] = []
+        tail_peer, pages_peer = int(found.tail_W.argmax()), int(found.pages_W.argmax())
+        tail, pages = int(found.tail_W[tail_peer]), int(found.pages_W[pages_peer])
+        least_own = int(own_W.min())
+        if tail >= least_own + self._config.fetch_pages_min:
+            ways.append(
+                self._way(fleet, request, pages_W, peer=tail_peer, depth=tail, reach=tail, has_tail=True)
+            )
+        rebuilt = pages - self._rebuild_pages
+        if rebuilt >= max(tail, least_own) + self._config.fetch_pages_min:
+            ways.append(
+                self._way(
+                    fleet, request, pages_W, peer=pages_peer, depth=rebuilt, reach=pages, has_tail=False
+                )
+            )
+        return ways
+
+    def _way(
+        self,
+        fleet: FleetPicture,
+        request: CacheDemand,
+        pages_W: Int32s,
+        *,
+        peer: int,
+        depth: int,
+        reach: int,
+        has_tail: bool,
+    ) -> _Starts:
+        missing_W = np.maximum(reach - pages_W, 0)
+        num_bytes_W = missing_W * float(self._page_bytes) + (self._tail_bytes if has_tail else 0.0)
+        depth_W = np.full(fleet.num_workers, depth, np.int32)
+        seconds_W = np.maximum(fleet.wait_seconds_W, self._model.fetch_seconds(num_bytes_W))
+        seconds_W = seconds_W + self._compute(request, depth_W[:1])
+        seconds_W[peer] = np.inf  # nobody reads from itself
+        return _Starts(depth_W, seconds_W, peer, reach, has_tail)
+
+    def _compute(self, request: CacheDemand, depth_W: Int32s) -> Float64s:
+        """Many workers have the same start, above all none: each start is computed once."""
+        depths, inverse = np.unique(depth_W, return_inverse=True)
+        context = depths.astype(np.float64) * PAGE_TOKENS
+        return self._model.work_seconds(np.maximum(request.num_tokens - context, 1.0), context)[inverse]
+
+    def _score(
+        self, fleet: FleetPicture, request: CacheDemand, seconds_W: Float64s, pages_W: Int32s
+    ) -> Float64s:
+        config = self._config
+        copies_W = int(pages_W.max()) - pages_W
+        score_W = seconds_W + config.copy_share * self._page_seconds * copies_W
+        work_W = fleet.work_seconds_W
+        score_W += config.balance_share * (work_W - work_W.min())
+        home = self._sessions.get(request.session, -1) if request.session else -1
+        if 0 <= home < fleet.num_workers:
+            score_W[home] -= config.session_seconds
+        return score_W
+
+    def _remember(self, request: CacheDemand, worker: int, *, num_present: int) -> None:
+        self._promises.promise(request.number, worker=worker, keys=request.keys, num_present=num_present)
+        if request.session:
+            self._sessions[request.session] = worker
+            self._sessions.move_to_end(request.session)
+            if len(self._sessions) > self._config.sessions_max:
+                self._sessions.popitem(last=False)
+
+
+def _plan(way: _Starts, *, num_own: int, num_pages: int, has_own_tail: bool) -> FetchPlan:
+    reach = max(num_own, way.reach)
+    parts = [(Source.OWN, 0, num_own, -1), (Source.PEER, num_own, reach, way.peer)]
+    parts.append((Source.COMPUTE, reach, num_pages, -1))
+    spans = [
+        Span(source=source, first=first, count=end - first, worker=peer)
+        for source, first, end, peer in parts
+        if end > first
+    ]
+    if way.has_peer_tail:
+        return FetchPlan(spans=tuple(spans), tail_source=Source.PEER, tail_worker=way.peer)
+    is_resumed = way.peer < 0 and has_own_tail
+    return FetchPlan(spans=tuple(spans), tail_source=Source.OWN if is_resumed else Source.COMPUTE)

@@ -1,0 +1,82 @@
+"""Hand-made pictures of fleets, with caches whose content a test writes down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kvstore.keys import PageKey
+from router.placement.cache import CacheDemand, FleetPicture, Found
+
+
+def keys(name: str, count: int) -> tuple[PageKey, ...]:
+    """`count` keys of the prompt `name`. Prompts that begin with the same letters share a page for each letter."""
+    padded = name + name[-1] * max(0, count - len(name))
+    return tuple(PageKey(padded[:depth].encode().ljust(16)[-16:]) for depth in range(1, count + 1))
+
+
+class Caches:
+    """What each worker holds: one path of keys, and the depths of its tails."""
+
+    def __init__(
+        self, num_workers: int, held: Mapping[int, tuple[tuple[PageKey, ...], Sequence[int]]]
+    ) -> None:
+        self._num_workers = num_workers
+        self._held = held
+
+    def look_up(self, keys: Sequence[PageKey]) -> Found:
+        pages_W = np.zeros(self._num_workers, np.int32)
+        tail_W = np.zeros(self._num_workers, np.int32)
+        for worker, (held, tails) in self._held.items():
+            while (
+                pages_W[worker] < min(len(keys), len(held)) and held[pages_W[worker]] == keys[pages_W[worker]]
+            ):
+                pages_W[worker] += 1
+            tail_W[worker] = max((depth for depth in tails if depth <= pages_W[worker]), default=0)
+        return Found(pages_W=pages_W, tail_W=tail_W)
+
+
+def a_fleet(
+    num_workers: int = 3,
+    *,
+    held: Mapping[int, tuple[tuple[PageKey, ...], Sequence[int]]] | None = None,
+    wait: Sequence[float] = (),
+    queued: Sequence[float] = (),
+    sequences: Sequence[int] = (),
+    active: Sequence[int] = (),
+    kept: Sequence[int] = (),
+    work: Sequence[float] = (),
+    draining: Sequence[int] = (),
+    decoding: Mapping[int, int] | None = None,
+) -> FleetPicture:
+    """Everything not said is zero; `decoding` are workers that decode, with their sequences."""
+
+    def floats(values: Sequence[float]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        return np.array(values or [0.0] * num_workers, np.float64)
+
+    def counts(values: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+        return np.array(values or [0] * num_workers, np.int32)
+
+    decoders = decoding or {}
+    return FleetPicture(
+        caches=Caches(num_workers, held or {}),
+        can_prefill_W=np.array([number not in decoders for number in range(num_workers)]),
+        can_decode_W=np.array([number in decoders for number in range(num_workers)]),
+        draining_W=np.array([number in draining for number in range(num_workers)]),
+        wait_seconds_W=floats(wait),
+        queued_tokens_W=floats(queued),
+        sequences_W=counts(sequences),
+        active_pages_W=counts(active),
+        pages_free_W=counts([1000] * num_workers),
+        tree_pages_W=counts(kept),
+        decode_sequences_W=counts([decoders.get(number, 0) for number in range(num_workers)]),
+        work_seconds_W=floats(work),
+    )
+
+
+def a_demand(
+    prompt: tuple[PageKey, ...] = (), *, number: int = 0, extra: int = 100, session: str = ""
+) -> CacheDemand:
+    """A prompt of these full pages and `extra` tokens."""
+    return CacheDemand(number=number, keys=prompt, num_tokens=256 * len(prompt) + extra, session=session)

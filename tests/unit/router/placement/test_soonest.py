@@ -1,0 +1,151 @@
+"""Our placement on hand-made pictures: who gives the first token soonest, and what copies cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rorqual.performance import FLASH, HARDWARE, PerformanceModel, model_costs
+from router.placement.cache import Decision, FleetPicture, Source
+from router.placement.soonest import SoonestConfig, SoonestFirstToken
+from tests.unit.router.placement.pictures import a_demand, a_fleet, keys
+
+MODEL = PerformanceModel(hardware=HARDWARE["h200"], costs=model_costs(FLASH), num_devices=8)
+PLAIN = SoonestConfig(copy_share=0.0, balance_share=0.0, session_seconds=0.0)
+PROMPT = keys("abc", 100)  # about 0.11 s of computing
+
+
+def choose(fleet: FleetPicture, config: SoonestConfig = PLAIN, **demand: object) -> Decision:
+    policy = SoonestFirstToken(model=MODEL, tail_bytes=3.7e6, config=config)
+    return policy.choose(fleet, a_demand(PROMPT, **demand))  # pyright: ignore[reportArgumentType]
+
+
+def sources(decision: Decision) -> list[tuple[Source, int, int, int]]:
+    return [(span.source, span.first, span.count, span.worker) for span in decision.fetch.spans]
+
+
+def test_with_nothing_cached_the_shortest_wait_is_chosen_and_all_is_computed() -> None:
+    decision = choose(a_fleet(wait=[0.2, 0.1, 0.3]))
+    assert decision.prefill == 1
+    assert (decision.resume, sources(decision)) == (0, [(Source.COMPUTE, 0, 100, -1)])
+    assert decision.predicted_seconds == pytest.approx(0.1 + float(MODEL.prefill_seconds(256 * 100 + 100)))
+
+
+def test_a_cached_prefix_is_worth_its_computing_and_no_more() -> None:
+    held = {2: (PROMPT, [98])}
+    near, far = (choose(a_fleet(held=held, wait=[0.0, 0.0, wait]), _own()) for wait in (0.05, 0.5))
+    assert (near.prefill, near.resume) == (2, 98)
+    assert far.prefill == 0
+
+
+def test_pages_without_a_tail_are_worth_what_a_rebuild_saves() -> None:
+    decision = choose(a_fleet(held={1: (PROMPT, [])}), _own())
+    assert (decision.prefill, decision.resume) == (1, 100 - 22)
+    assert decision.fetch.tail_source is Source.COMPUTE
+    assert choose(a_fleet(held={1: (PROMPT[:20], [])}), _own()).resume == 0
+
+
+def test_a_busy_owner_is_read_from_instead_of_computing_again() -> None:
+    held = {2: (PROMPT, [98]), 0: (PROMPT[:10], [])}
+    decision = choose(a_fleet(2 + 1, held=held, wait=[0.0, 0.1, 0.5]))
+    assert (decision.prefill, decision.resume) == (0, 98)
+    assert sources(decision) == [
+        (Source.OWN, 0, 10, -1),
+        (Source.PEER, 10, 88, 2),
+        (Source.COMPUTE, 98, 2, -1),
+    ]
+    assert (decision.fetch.tail_source, decision.fetch.peer, decision.fetch.num_fetched) == (
+        Source.PEER,
+        2,
+        88,
+    )
+
+
+def test_a_tail_alone_is_read_where_the_pages_are_there() -> None:
+    decision = choose(a_fleet(held={0: (PROMPT, []), 1: (PROMPT, [96])}, wait=[0.0, 0.4, 0.4]))
+    assert (decision.prefill, decision.resume, decision.fetch.peer) == (0, 96, 1)
+    assert decision.fetch.num_fetched == 0
+
+
+def test_pages_of_a_peer_serve_a_rebuild_when_no_tail_is_left() -> None:
+    decision = choose(a_fleet(held={1: (PROMPT, [])}, wait=[0.0, 0.4, 0.4]))
+    assert (decision.prefill, decision.resume, decision.fetch.peer) == (0, 78, 1)
+    assert sources(decision)[-1] == (Source.PEER, 0, 100, 1)
+    assert decision.fetch.tail_source is Source.COMPUTE
+
+
+def test_without_reads_from_peers_no_plan_names_one() -> None:
+    decision = choose(a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.0, 0.5]), _own())
+    assert decision.fetch.peer == -1
+
+
+def test_a_copy_has_to_be_worth_the_room_it_takes() -> None:
+    fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.0, 0.1])
+    assert choose(fleet).prefill == 0
+    assert choose(fleet, dataclasses.replace(PLAIN, copy_share=3.0)).prefill == 2
+
+
+def test_a_short_head_that_all_share_spreads() -> None:
+    fleet = a_fleet(held={2: (PROMPT[:2], [2])}, wait=[0.0, 0.0, 0.05])
+    decision = choose(fleet, dataclasses.replace(PLAIN, copy_share=3.0))
+    assert (decision.prefill, decision.resume, decision.fetch.peer) == (0, 2, 2)
+
+
+def test_prompts_that_arrive_together_go_where_the_first_one_went() -> None:
+    policy = SoonestFirstToken(model=MODEL, tail_bytes=3.7e6, config=_own())
+    first = policy.choose(a_fleet(wait=[0.2, 0.0, 0.1]), a_demand(PROMPT, number=1))
+    second = policy.choose(a_fleet(wait=[0.0, 0.05, 0.0]), a_demand(PROMPT, number=2))
+    assert (first.prefill, second.prefill, second.resume) == (1, 1, 100)
+    policy.finished(1)
+    policy.finished(2)
+    assert policy.choose(a_fleet(wait=[0.0, 0.05, 0.0]), a_demand(PROMPT, number=3)).prefill == 0
+
+
+def test_of_workers_as_good_as_equal_the_one_that_worked_less_is_chosen() -> None:
+    fleet = a_fleet(work=[9.0, 8.0, 8.5])
+    assert choose(fleet, dataclasses.replace(PLAIN, balance_share=0.01)).prefill == 1
+
+
+def test_a_session_is_a_bias_and_no_order() -> None:
+    policy = SoonestFirstToken(
+        model=MODEL, tail_bytes=3.7e6, config=dataclasses.replace(PLAIN, session_seconds=0.01)
+    )
+    assert policy.choose(a_fleet(wait=[0.1, 0.0, 0.1]), a_demand(session="s", number=1)).prefill == 1
+    assert policy.choose(a_fleet(wait=[0.0, 0.005, 0.1]), a_demand(session="s", number=2)).prefill == 1
+    assert policy.choose(a_fleet(wait=[0.0, 0.05, 0.1]), a_demand(session="s", number=3)).prefill == 0
+
+
+def test_nobody_who_drains_is_chosen_and_the_least_busy_decodes() -> None:
+    fleet = a_fleet(4, wait=[0.0, 0.3, 0.0, 0.0], draining=[0], decoding={2: 7, 3: 5})
+    decision = choose(fleet)
+    assert (decision.prefill, decision.decode) == (1, 3)
+
+
+@given(st.data())
+def test_no_plan_reads_what_nobody_has_or_leaves_a_page_out(data: st.DataObject) -> None:
+    num_workers = data.draw(st.integers(1, 5))
+    held = {}
+    for worker in range(num_workers):
+        count = data.draw(st.integers(0, 100))
+        held[worker] = (PROMPT[:count], data.draw(st.lists(st.integers(1, max(count, 1)), max_size=3)))
+    wait = data.draw(st.lists(st.floats(0, 1), min_size=num_workers, max_size=num_workers))
+    fleet = a_fleet(num_workers, held=held, wait=wait)
+    decision = choose(fleet, data.draw(st.sampled_from([PLAIN, SoonestConfig(), _own()])))
+    pages_W = fleet.caches.look_up(PROMPT).pages_W
+    end = 0
+    for span in decision.fetch.spans:
+        assert span.first == end
+        assert span.count > 0
+        end += span.count
+        if span.source is not Source.COMPUTE:
+            holder = decision.prefill if span.source is Source.OWN else span.worker
+            assert end <= pages_W[holder]
+    assert end == len(PROMPT)
+    assert decision.fetch.peer != decision.prefill
+
+
+def _own() -> SoonestConfig:
+    return dataclasses.replace(PLAIN, fetches=False)
