@@ -21,6 +21,10 @@ RACES = {
         "bench.picture",
         "the router's picture of all caches: memory, look-ups, changes, loading, up to 10 million pages (2 minutes)",
     ),
+    "route": (
+        "bench.route.command",
+        "placement policies over a trace of prompts, on simulated workers (1 minute)",
+    ),
     "shadow_radix": (
         "bench.shadow_radix",
         "the index of cached prefixes: keys, match, insertion, eviction a page, beside a dictionary (2 seconds)",
