@@ -20,9 +20,9 @@ from decode_worker.lenders import LeaseEnded, Lenders, LendingFailed, LendingRef
 from decode_worker.loan import Loan
 from decode_worker.metrics import BorrowingMetrics
 from decode_worker.peers import Peers
-from engine.plan import Fetched, FetchOverdue, FromTransfer, PeerOpened
+from engine.plan import Fetch, Fetched, FetchOverdue, FromTransfer, PeerOpened
+from engine.worker.events import Adoption, LentEvent, PagesEvent, SequenceKey
 from engine.worker.role import HandlerHost
-from engine.worker.scheduler import Adoption, LentEvent, PagesEvent, SequenceKey
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest
 from rorqual.session import RENEWALS_PER_LEASE, Credit, ErrorCode, Offer, Open, Role, Take
@@ -219,35 +219,39 @@ class Borrower:
         return takes
 
     async def _fetch(self, loan: Loan, takes: list[Take]) -> None:
-        """One read of everything in `takes`. Raises LendingFailed."""
+        """One read of everything in `takes` that is not here yet. Raises LendingFailed."""
         offers = [take.offer for take in takes]
-        has_record = offers[-1].record is not None
-        if has_record or any(offer.pages for offer in offers):
-            # The owner keeps its pages for its own longest read after a lease has ended, not for ours.
-            seconds = min(self.config.transfer_seconds_max, *(offer.transfer_seconds for offer in offers))
-            if loan.lease_end - self._clock.monotonic() < seconds:
-                await self._renew(loan)
-            if loan.lease_end - self._clock.monotonic() < seconds:
-                raise LendingFailed(
-                    f"the lease at {loan.source.address} leaves less than {seconds:g} s for a read"
-                )
-            message = loan.fetch_message(self._next_fetch, offers, seconds=seconds)
-            loan.read_seconds = seconds
-            self._next_fetch += 1
-            self._fetches[message.fetch] = loan
-            loan.fetch = asyncio.get_running_loop().create_future()
-            self.host.send(message)
-            try:
-                # The rank says when it is overdue. One that says nothing at all stands still.
-                async with asyncio.timeout(message.seconds + self.config.call_seconds_max):
-                    failure = await loan.fetch
-            except TimeoutError:
-                raise self._read_overdue(loan) from None
-            if failure:
-                raise LendingFailed(f"a read from {loan.source.address} failed: {failure}")
-        if has_record:
+        # The owner keeps its pages for its own longest read after a lease has ended, not for ours.
+        seconds = min(self.config.transfer_seconds_max, *(offer.transfer_seconds for offer in offers))
+        message = loan.fetch_message(self._next_fetch, offers, seconds=seconds)
+        if message is not None:
+            await self._read(loan, message)
+        if offers[-1].record is not None:
             loan.is_read = True
             loan.token_ids = takes[-1].token_ids
+
+    async def _read(self, loan: Loan, message: Fetch) -> None:
+        """Raises LendingFailed."""
+        self._next_fetch += 1
+        seconds = message.seconds
+        if loan.lease_end - self._clock.monotonic() < seconds:
+            await self._renew(loan)
+        if loan.lease_end - self._clock.monotonic() < seconds:
+            raise LendingFailed(
+                f"the lease at {loan.source.address} leaves less than {seconds:g} s for a read"
+            )
+        loan.read_seconds = seconds
+        self._fetches[message.fetch] = loan
+        loan.fetch = asyncio.get_running_loop().create_future()
+        self.host.send(message)
+        try:
+            # The rank says when it is overdue. One that says nothing at all stands still.
+            async with asyncio.timeout(seconds + self.config.call_seconds_max):
+                failure = await loan.fetch
+        except TimeoutError:
+            raise self._read_overdue(loan) from None
+        if failure:
+            raise LendingFailed(f"a read from {loan.source.address} failed: {failure}")
 
     def _fetched(self, loan: Loan, message: Fetched) -> None:
         """The memory of a fetch is ours again."""

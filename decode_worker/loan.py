@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from decode_worker.peers import Peer
 from engine.plan import Fetch, RecordFetch
-from engine.worker.scheduler import Adoption, SequenceKey
+from engine.worker.events import Adoption, SequenceKey
 from rorqual.errors import InvalidRequest
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Offer, Source, Take
@@ -67,13 +67,20 @@ class Loan:
         self.is_complete = offer.record is not None
         self.news.set()
 
-    def fetch_message(self, number: int, offers: Sequence[Offer], *, seconds: float) -> Fetch:
-        """The read of everything in `offers`, which follow on one another."""
+    def fetch_message(self, number: int, offers: Sequence[Offer], *, seconds: float) -> Fetch | None:
+        """The read of what is not here of `offers`, which follow on one another. None when all of it is."""
         assert self.adoption is not None
         assert self.peer is not None
-        first = offers[0].first_page
         source_pages = tuple(page for offer in offers for page in offer.pages)
+        digests = tuple(digest for offer in offers for digest in offer.digests)
+        num_present = min(max(0, self.adoption.num_present - offers[0].first_page), len(source_pages))
+        if num_present:
+            digests = digests[num_present * (len(digests) // len(source_pages)) :]
+            source_pages = source_pages[num_present:]
+        first = offers[0].first_page + num_present
         record = offers[-1].record
+        if not source_pages and record is None:
+            return None
         if record is None:
             record_fetch = None
         else:
@@ -90,7 +97,7 @@ class Loan:
             seconds=seconds,
             source_pages=source_pages,
             target_pages=tuple(self.adoption.pages[first : first + len(source_pages)]),
-            digests=tuple(digest for offer in offers for digest in offer.digests),
+            digests=digests,
             record=record_fetch,
         )
 

@@ -33,6 +33,7 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
         ""  # "": none; "auto", "nixl", "shm": pages and records can be read by others, or be read into
     )
     num_records: int = 0  # hand-over records and tails; with a transfer one at least
+    tail_share: float = 0.0  # of the memory for pages: for tails, on top of those records
     agent: str = ""  # name of the transfer agent, fresh for each incarnation
     drafts_max: int = 0  # of a segment; above 0 the state of the MTP block is kept up, and handed over
     drafts_required: bool = False  # else a checkpoint without an MTP block is served without
@@ -277,6 +278,8 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_page_components: int = 0  # digests of a page
     notices: tuple[str, ...] = ()  # one line each: what the files hold other than their config says
     drafts_max: int = 0  # in use: as the settings say, but 0 for a checkpoint without an MTP block
+    page_bytes: int = 0
+    record_bytes: int = 0  # of the longest one
     rebuild_tokens: int = (
         0  # to replay before a page boundary whose tail is gone: `kvstore.handover.rebuild_tokens`
     )

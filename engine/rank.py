@@ -54,7 +54,8 @@ from engine.runner import Runner, SegmentTokens
 from engine.sampler import Continuation, Sampler
 from engine.state_report import NOTHING, Reached, StateReport, report_state
 from engine.warm_up import warm_up
-from kvstore.handover import rebuild_tokens, wire_id
+from kvstore.budget import Budget, divide
+from kvstore.handover import rebuild_tokens, record_bytes_max, wire_id
 from kvstore.layout import DRAFTS_MAX, Numerics, build_layout
 from kvstore.pools import plain_memory
 from kvstore.transfer.contract import Transfer
@@ -423,8 +424,8 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     numerics = Numerics(settings.numerics or ("served" if config.quantised else "float32"))
     # What is wrong with an option is told before weights are read for minutes.
     implementations = registry.choose("cpu", settings.kernels)
-    num_pages = settings.num_pages or _num_pages(config, numerics, settings)
     drafts_max = _drafts_max(settings, checkpoint)
+    budget = _budget(config, numerics, settings, drafts=drafts_max > 0)
     builder = _open_transfer(settings, connection)
     weights = _allocated("the weights", lambda: allocate_weights(config))
     checkpoint.load_into(weights.named.__getitem__, _Progress(connection, stage="weights").report)
@@ -442,9 +443,9 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
         "the pools (fewer --pages or --slots need less)",
         lambda: Runner(
             model,
-            num_pages=num_pages,
+            num_pages=budget.num_pages,
             num_slots=settings.num_slots,
-            num_records=settings.num_records,
+            num_records=budget.num_records,
             drafts=drafts_max > 0,
             allocate=plain_memory if builder is None else builder.allocate,
         ),
@@ -453,7 +454,7 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     rank = Rank(runner, sampler=sampler, page_digest=page_digest, drafter=drafter)
     engine = None if builder is None else builder.start()
     ready = RankReady(
-        num_pages=num_pages,
+        num_pages=budget.num_pages,
         num_slots=settings.num_slots,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
@@ -466,10 +467,12 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
         has_mtp=checkpoint.has_mtp,
         wire_id="" if engine is None else wire_id(runner.layout, config.fingerprint(), drafts=runner.drafts),
         endpoint=None if engine is None else engine.endpoint,
-        num_records=settings.num_records,
+        num_records=budget.num_records,
         num_page_components=len(rank.digests.components),
         notices=checkpoint.notices,
         drafts_max=drafts_max,
+        page_bytes=runner.layout.page_bytes,
+        record_bytes=runner.records.shape[1],
         rebuild_tokens=rebuild_tokens(runner.layout),
     )
     return _Loaded(rank=rank, ready=ready, engine=engine)
@@ -497,18 +500,26 @@ def _drafts_max(settings: RankSettings, checkpoint: Checkpoint) -> int:
     return 0
 
 
-def _num_pages(config: ModelConfig, numerics: Numerics, settings: RankSettings) -> int:
-    """As many pages as the byte budget holds, and no more than all slots could ever use."""
+def _budget(config: ModelConfig, numerics: Numerics, settings: RankSettings, *, drafts: bool) -> Budget:
+    """Of the bytes for pages as many pages as they hold, and no more than all slots could ever use, or, where prefixes
+    are kept, twice as many."""
     layout = build_layout(config, numerics)
-    budget = settings.kv_bytes or KV_BYTES_DEFAULT
+    kv_bytes = settings.kv_bytes or KV_BYTES_DEFAULT
     useful = settings.num_slots * -(-config.max_position_embeddings // PAGE_TOKENS)
-    # A model of window-only layers has no paged state: pages cost nothing then.
-    fitting = budget // layout.page_bytes if layout.page_bytes else useful
-    if fitting == 0:
+    budget = divide(
+        page_bytes=layout.page_bytes,
+        record_bytes=record_bytes_max(layout, drafts=drafts),
+        kv_bytes=kv_bytes,
+        num_pages=settings.num_pages,
+        num_pages_useful=useful * 2 if settings.tail_share else useful,
+        num_records=settings.num_records,
+        tail_share=settings.tail_share,
+    )
+    if budget.num_pages == 0:
         raise RorqualError(
-            f"--kv-bytes {budget} holds no page: a page of {PAGE_TOKENS} tokens takes {layout.page_bytes}"
+            f"--kv-bytes {kv_bytes} holds no page: a page of {PAGE_TOKENS} tokens takes {layout.page_bytes}"
         )
-    return min(fitting, useful)
+    return budget
 
 
 def _allocated(what: str, make: Callable[[], Made]) -> Made:

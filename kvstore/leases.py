@@ -9,10 +9,13 @@ A lease is HELD from its grant. Released by its reader, everything returns at on
 it is COOLING for the longest transfer, `transfer_seconds_max`, and only then returns what it covered: no reader starts
 a read whose own deadline is longer than that, or longer than what is left of the lease. A lease that has ended is
 never live again; its record's next lease has another generation, and so another name.
+
+Leases may have pages in common, since sequences may: what a lease returns is its own claim to them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -21,7 +24,7 @@ from rorqual.ids import Incarnation, LeaseName, PageId, RecordId, WorkerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Returned:
-    """Nobody can be reading these any more: they are the owner's alone again."""
+    """Nobody can be reading these under this lease any more."""
 
     name: LeaseName
     pages: tuple[PageId, ...]
@@ -61,7 +64,7 @@ class LeaseLedger:
         self._cooling: dict[LeaseName, _Lease] = {}
         self._expired: list[LeaseName] = []  # not told of yet
         self._records: dict[RecordId, _Lease] = {}  # of both
-        self._pages: set[PageId] = set()
+        self._pages: Counter[PageId] = Counter()  # leases that cover each
         self._now = float("-inf")
 
     @property
@@ -76,7 +79,7 @@ class LeaseLedger:
 
     @property
     def num_pages(self) -> int:
-        """In leases that are held or cooling."""
+        """In leases that are held or cooling, each counted once."""
         return len(self._pages)
 
     @property
@@ -111,8 +114,7 @@ class LeaseLedger:
         if lease is None:
             return False
         for page in pages:
-            assert page not in self._pages, f"page {page} is lent twice"
-            self._pages.add(page)
+            self._pages[page] += 1
             lease.pages.append(page)
         return True
 
@@ -185,7 +187,10 @@ class LeaseLedger:
 
     def _return(self, name: LeaseName, lease: _Lease, *, expired: bool) -> Returned:
         del self._records[lease.record]
-        self._pages.difference_update(lease.pages)
+        for page in lease.pages:
+            self._pages[page] -= 1
+            if not self._pages[page]:
+                del self._pages[page]
         return Returned(name=name, pages=tuple(lease.pages), record=lease.record, expired=expired)
 
 

@@ -1,8 +1,9 @@
 """What a prefill worker adds to its host: state is offered under a lease until somebody has read it.
 
 Made by `prefill_worker.process`, called by the host (`engine.worker.role`) and, for readers, by
-`prefill_worker.lending_server`. It owns the lease ledger, and through it every page and record that is out; the
-scheduler has given them up until `take_back`. It computes nothing and reads nobody's memory.
+`prefill_worker.lending_server`. It owns the lease ledger, and through it everything that is out; the scheduler keeps it
+until `take_back`, which names the lease's record: pages may be out under several leases. It computes nothing and reads
+nobody's memory.
 
 A lease begins with the first pages of a prompt that can be read, grows with the prompt, and is renewed by the router
 until a decode worker is bound, then by that worker. When it ends badly (cancelled, expired, the router gone) its pages
@@ -18,8 +19,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.plan import Expose, FromTransfer
+from engine.worker.events import LentEvent, PagesEvent, SequenceKey
 from engine.worker.role import HandlerHost
-from engine.worker.scheduler import LentEvent, PagesEvent, SequenceKey
 from kvstore.leases import LeaseLedger, Returned
 from prefill_worker.metrics import LendingMetrics
 from rorqual.clock import Clock
@@ -163,18 +164,14 @@ class Lender:
         self._note_change()
 
     def turned(self) -> None:
-        """Pages that were offered belong to their lease; what never was is free."""
+        """What is under a lease comes back with it; the rest has nobody to wait for."""
         scheduler = self.host.scheduler
         for item in scheduler.take_surrendered():
             loan = self._loans.get(item.key)
             if loan is not None:
                 loan.is_surrendered = True
-            offered = self._ledger.pages_of(item.record)
-            if offered is None:
-                scheduler.take_back(item.pages, item.record)
-            else:
-                rest = [page for page in item.pages if page not in offered]
-                scheduler.take_back(rest, None)
+            if self._ledger.pages_of(item.record) is None:
+                scheduler.take_back(item.record)
 
     def take_from_rank(self, message: FromTransfer) -> None:
         raise AssertionError(f"a prefill worker's rank sent {type(message).__name__}")
@@ -222,7 +219,7 @@ class Lender:
         done.set()
 
     def _take_back(self, returned: Returned) -> None:
-        self.host.scheduler.take_back(returned.pages, returned.record)
+        self.host.scheduler.take_back(returned.record)
 
     def _offer(
         self,

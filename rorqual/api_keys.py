@@ -6,6 +6,7 @@ a log line, and never in the argument list of a process that we start: everyone 
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 from collections.abc import Sequence
@@ -17,10 +18,15 @@ KEY_FILE_BYTES_MAX = 1 << 20
 
 
 class ApiKeys:
-    """The keys that a service asks for; none: it is open to everyone who can connect."""
+    """The keys that a service asks for; none: it is open to everyone who can connect.
 
-    def __init__(self, keys: Sequence[str] = ()) -> None:
+    Workers keep the state of prompts, and what is kept answers faster: who shares it can tell what others have asked.
+    So clients share it by key alone, unless a deployment declares one salt for all of them.
+    """
+
+    def __init__(self, keys: Sequence[str] = (), *, shared_cache_salt: str = "") -> None:
         self._keys = tuple(key.encode() for key in keys)
+        self._shared_cache_salt = shared_cache_salt
 
     def accept(self, authorization: bytes) -> bool:
         """Whether this value of an authorization header lets a client in."""
@@ -30,6 +36,14 @@ class ApiKeys:
         # Every key is compared, in constant time, so that the time taken tells nothing.
         matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
+
+    def cache_salt(self, authorization: bytes) -> str:
+        """Of a client that was let in: equal for those who share what workers keep, in every router. No key can be
+        found from it; without keys it is empty."""
+        if self._shared_cache_salt or not self._keys:
+            return self._shared_cache_salt
+        key = authorization.partition(b" ")[2].strip()
+        return "key:" + hashlib.sha256(b"rorqual cache salt\0" + key).hexdigest()[:32]
 
 
 def read_api_keys(given: Sequence[str], files: Sequence[Path]) -> tuple[str, ...]:

@@ -66,6 +66,7 @@ class Open:
     ignore_eos: bool
     sampling: SamplingParams
     source: Source | None = None  # to a decode worker: where the prompt's state is
+    cache_salt: str = ""  # kept prefixes are shared among equal salts alone
 
 
 RENEWALS_PER_LEASE = 3
@@ -163,6 +164,7 @@ class SequenceReport:
     prompt_logprobs: PromptLogprobs | None = None
     offer: Offer | None = None  # from a prefill worker: state that has become readable
     bound: bool = False  # from a decode worker, once: it has room, reads, and renews the lease from now on
+    cached_tokens: int = 0  # with token 0: of the prompt, those that did not have to be computed
 
     @property
     def num_values(self) -> int:

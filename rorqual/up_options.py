@@ -55,11 +55,13 @@ class UpOptions:
     threads: int | None = None
     kernels: tuple[str, ...] = ()
     drafts: str | None = None
+    prefix_cache: str | None = None
     transfer: str | None = None
     bind_early_tokens: int | None = None
     credit_seconds: float | None = None
     hand_over_seconds: float | None = None
     api_keys: tuple[str, ...] = ()
+    shared_cache_salt: str | None = None
     log_level: str | None = None
     ready_file: Path | None = None
     start_seconds_max: float = 3600.0
@@ -113,11 +115,13 @@ def parse_options(argv: list[str]) -> UpOptions:
         threads=args.threads,
         kernels=tuple(args.kernel),
         drafts=args.drafts,
+        prefix_cache=args.prefix_cache,
         transfer=args.transfer,
         bind_early_tokens=args.bind_early_tokens,
         credit_seconds=args.credit_seconds,
         hand_over_seconds=args.hand_over_seconds,
         api_keys=read_api_keys(args.api_key, args.api_key_file),
+        shared_cache_salt=args.shared_cache_salt,
         log_level=args.log_level,
         ready_file=args.ready_file,
         start_seconds_max=args.start_seconds,
@@ -183,6 +187,7 @@ def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path
         ("--prefill-tokens", options.prefill_tokens),
         # The same for all: workers that hand state over must agree whether drafts' state belongs to it.
         ("--drafts", options.drafts),
+        ("--prefix-cache", options.prefix_cache),
         ("--log-level", options.log_level),
         ("--drain-seconds", options.drain_seconds),
         # A worker that does both hands nothing over.
@@ -210,6 +215,7 @@ def router_arguments(
         ("--credit-seconds", options.credit_seconds),
         ("--hand-over-seconds", options.hand_over_seconds),
         ("--api-key-file", api_key_file),
+        ("--shared-cache-salt", options.shared_cache_salt),
     )
 
 
@@ -312,6 +318,11 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         " Answers are those without; with --exact to the bit, else up to rounding (default 0)",
     )
     add(
+        "--prefix-cache",
+        choices=("on", "off"),
+        help="workers keep the state of what they computed, for prompts that begin with the same tokens (default on)",
+    )
+    add(
         "--transfer",
         choices=("auto", "nixl", "shm"),
         help="how decode workers read state (default auto: nixl where it loads, else shared memory)",
@@ -332,6 +343,12 @@ def _add_router_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="require one of these bearer keys, one per line, that stand in no process list (repeatable)",
+    )
+    add(
+        "--shared-cache-salt",
+        metavar="NAME",
+        help="let clients share what workers keep of prompts, whatever their keys; NAME separates deployments (default:"
+        " each key by itself; without keys all)",
     )
     add(
         "--bind-early-tokens",

@@ -193,6 +193,7 @@ def _open_to_pb(command: Open) -> pb.Open:
         ignore_eos=command.ignore_eos,
         sampling=_sampling_encoder.encode(command.sampling),
         source=None if command.source is None else _source_to_pb(command.source),
+        cache_salt=command.cache_salt,
     )
 
 
@@ -206,6 +207,7 @@ def _open_from_pb(message: pb.Open) -> Open:
         ignore_eos=message.ignore_eos,
         sampling=sampling,
         source=_source_from_pb(message.source) if message.HasField("source") else None,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -322,6 +324,7 @@ def _sequence_to_pb(report: SequenceReport) -> pb.SequenceReport:
         error_code=report.error_code.value if report.error_code else "",
         offer=_offer_to_pb(report.offer) if report.offer is not None else None,
         bound=report.bound,
+        cached_tokens=report.cached_tokens,
     )
     if report.prompt_logprobs is not None:
         message.prompt_logprobs.first = report.prompt_logprobs.first
@@ -344,6 +347,7 @@ def _sequence_from_pb(message: pb.SequenceReport) -> SequenceReport:
         prompt_logprobs=_prompt_logprobs_from_pb(message) if message.HasField("prompt_logprobs") else None,
         offer=_offer_from_pb(message.offer) if message.HasField("offer") else None,
         bound=message.bound,
+        cached_tokens=message.cached_tokens,
     )
     if len(report.logprobs) not in (0, len(report.token_ids)):
         raise WireError(f"report has {len(report.token_ids)} tokens and {len(report.logprobs)} logprobs")

@@ -348,6 +348,7 @@ class _Choice:
     is_urgent: bool = False  # it had credit and lost it: others who wait come after it
     sequence: OpenSequence | None = None
     num_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt
     is_finished: bool = False
     failure: RorqualError | None = None  # of the first attempt
     failed_sessions: set[int] = field(default_factory=set[int])
@@ -384,6 +385,9 @@ class _Choice:
             finish_reason, ended = FinishReason.STOP, True
             self.cancel()
         first_index = self.num_tokens
+        if first_index == 0:
+            # Of the worker that gave token 0: one that failed before counts for nothing.
+            self.cached_tokens = max((report.cached_tokens for report in reports), default=0)
         self.num_tokens += len(tokens)
         self.is_finished = ended
         if not (tokens or ended):
@@ -396,6 +400,7 @@ class _Choice:
             reasoning=delta.reasoning,
             finish_reason=finish_reason if ended else None,
             prompt_logprobs=self._take_scores() if self.scores else None,
+            cached_tokens=self.cached_tokens if first_index == 0 else 0,
         )
 
     def _take_scores(self) -> PromptLogprobs:
@@ -414,6 +419,7 @@ def _request(choice: _Choice, generation: Generation) -> SequenceRequest:
         max_tokens=generation.max_tokens,
         ignore_eos=generation.ignore_eos,
         sampling=msgspec.structs.replace(generation.sampling, choice=choice.number),
+        cache_salt=generation.cache_salt,
     )
 
 

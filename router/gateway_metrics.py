@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from rorqual.clock import Clock
 from rorqual.ids import RequestId
 from rorqual.telemetry import fields
-from router.generation import ChoiceUpdate
+from router.generation import ChoiceUpdate, Usage
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -52,6 +52,12 @@ class GatewayMetrics:
         )
         self.completion_tokens = Counter(
             "rorqual_router_completion_tokens_total", "Tokens generated.", ["route"], registry=registry
+        )
+        self.cached_tokens = Counter(
+            "rorqual_router_cached_tokens_total",
+            "Prompt tokens that no worker had to compute.",
+            ["route"],
+            registry=registry,
         )
         self.requests_in_flight = Gauge(
             "rorqual_router_in_flight_requests", "Requests being answered.", ["route"], registry=registry
@@ -98,6 +104,7 @@ class RequestMeter:
         self._clock = clock
         self._start = clock.monotonic()
         self._last_by_choice: dict[int, float] = {}
+        self._cached_by_prompt: dict[int, int] = {}  # by the choice that had most of it computed
         self._inter_token_seconds = metrics.inter_token_seconds.labels(route)
         metrics.requests_in_flight.labels(route).inc()
 
@@ -105,10 +112,21 @@ class RequestMeter:
         self.num_prompt_tokens += num_tokens
         self._metrics.prompt_tokens.labels(self.route).inc(num_tokens)
 
-    def saw(self, update: ChoiceUpdate, *, choice: int) -> None:
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_completion_tokens=self.num_completion_tokens,
+            num_cached_tokens=sum(self._cached_by_prompt.values()),
+        )
+
+    def saw(self, update: ChoiceUpdate, *, choice: int, prompt: int = 0) -> None:
         num_tokens = len(update.tokens)
         if num_tokens == 0:
             return
+        if update.first_index == 0:
+            least = self._cached_by_prompt.get(prompt, update.cached_tokens)
+            self._cached_by_prompt[prompt] = min(least, update.cached_tokens)
         now = self._clock.monotonic()
         last = self._last_by_choice.get(choice)
         if last is not None:
@@ -145,3 +163,4 @@ class RequestMeter:
         metrics.requests.labels(self.route, status).inc()
         metrics.request_seconds.labels(self.route).observe(self.seconds())
         metrics.completion_tokens.labels(self.route).inc(self.num_completion_tokens)
+        metrics.cached_tokens.labels(self.route).inc(self.usage.num_cached_tokens)

@@ -29,6 +29,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     split_reasoning: bool = False  # text up to </think> is reasoning
+    cache_salt: str = ""  # workers share what they keep of prompts among equal salts alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,16 @@ class ChoiceUpdate:
     reasoning: str = ""
     finish_reason: FinishReason | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    cached_tokens: int = 0  # with token 0: of the prompt, those that a worker did not have to compute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one request: prompts once each, however many choices they have."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int = 0  # of the prompts, those that no choice had to have computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

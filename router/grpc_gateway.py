@@ -26,7 +26,15 @@ from rorqual.session import TokenArray
 from rorqual.telemetry import fields
 from router.admission import Admission, Place, TooManyRequests
 from router.gateway_metrics import GatewayMetrics, RequestMeter
-from router.generation import ChoiceUpdate, Generation, Generator, PromptSource, ServedModel, finish_name
+from router.generation import (
+    ChoiceUpdate,
+    Generation,
+    Generator,
+    PromptSource,
+    ServedModel,
+    Usage,
+    finish_name,
+)
 from router.limits import (
     COMPLETION_TOKENS_DEFAULT,
     check_model,
@@ -36,7 +44,7 @@ from router.limits import (
     token_array,
     token_budget,
 )
-from router.wire import SERVICE_NAME, CallContext, GenerateCall, Usage, add_generation_service
+from router.wire import SERVICE_NAME, CallContext, GenerateCall, add_generation_service
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +56,7 @@ HEALTH_SECONDS = 0.25
 class GrpcSettings:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
+    shared_cache_salt: str = ""  # see `rorqual.api_keys.ApiKeys`
     api_keys: tuple[str, ...] = ()  # checked against the metadata "authorization: Bearer KEY"
     message_bytes_max: int = 16 * 1024 * 1024
     calls_max: int = 4096  # of every kind, health checks too
@@ -76,7 +85,7 @@ class GrpcGateway:
         self._metrics = metrics
         self._admission = admission
         self._clock = clock
-        self._api_keys = ApiKeys(settings.api_keys)
+        self._api_keys = ApiKeys(settings.api_keys, shared_cache_salt=settings.shared_cache_salt)
         self._server: grpc.aio.Server | None = None
         self._health = HealthService(SERVICE_NAME)
         self._health_task: asyncio.Task[None] | None = None
@@ -173,11 +182,11 @@ class GrpcGateway:
         model = self._generator.model()
         if model is None:
             raise Overloaded("no worker is connected yet; try again later")
-        generation = await self._read(call, model)
+        salt = self._api_keys.cache_salt(context.metadata("authorization").encode())
+        generation = await self._read(call, model, cache_salt=salt)
         meter.request_id = generation.request_id
         place.grow(generation.num_choices)
-        num_prompt_tokens = len(generation.prompt)
-        meter.prompted(num_prompt_tokens)
+        meter.prompted(len(generation.prompt))
         num_unfinished = generation.num_choices
         async with aclosing(self._generator.generate(generation)) as updates:
             async for update in updates:
@@ -185,9 +194,7 @@ class GrpcGateway:
                 num_unfinished -= update.finish_reason is not None
                 usage = None
                 if num_unfinished == 0:
-                    usage = Usage(
-                        num_prompt_tokens=num_prompt_tokens, num_completion_tokens=meter.num_completion_tokens
-                    )
+                    usage = meter.usage
                 await self._write(context, update, generation, usage)
 
     async def _write(
@@ -211,7 +218,7 @@ class GrpcGateway:
                 f"the client read nothing for {self._settings.write_seconds_max:g} s"
             ) from None
 
-    async def _read(self, call: GenerateCall, model: ServedModel) -> Generation:
+    async def _read(self, call: GenerateCall, model: ServedModel, *, cache_salt: str) -> Generation:
         """The call as a checked Generation. Raises InvalidRequest naming the message's field."""
         check_model(call.model, model)
         check_num_logit_biases(len(call.logit_bias), field="sampling.logit_bias")
@@ -241,6 +248,7 @@ class GrpcGateway:
             sampling=sampling,
             stop=stops,
             ignore_eos=call.ignore_eos,
+            cache_salt=cache_salt,
         )
 
     async def _encode(self, call: GenerateCall, model: ServedModel) -> tuple[TokenArray, str]:

@@ -60,6 +60,7 @@ class RouterOptions:
     http: tuple[str, int] = ("127.0.0.1", 8000)
     grpc: tuple[str, int] = ("127.0.0.1", 8001)
     api_keys: tuple[str, ...] = ()
+    shared_cache_salt: str = ""
     ready_file: Path | None = None
     requests_max: int = 1024  # a request of several choices counts as that many
     sequences_per_worker_max: int = 1024
@@ -100,6 +101,7 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
         http=parse_address(args.http, option="--http"),
         grpc=parse_address(args.grpc, option="--grpc"),
         api_keys=read_api_keys(args.api_key, args.api_key_file),
+        shared_cache_salt=args.shared_cache_salt,
         ready_file=args.ready_file,
         requests_max=args.requests_max,
         sequences_per_worker_max=args.sequences_per_worker,
@@ -218,6 +220,7 @@ def _gateways(
             host=options.http[0],
             port=options.http[1],
             api_keys=options.api_keys,
+            shared_cache_salt=options.shared_cache_salt,
             drain_seconds_max=options.drain_seconds_max,
         ),
         metrics=metrics,
@@ -231,6 +234,7 @@ def _gateways(
             host=options.grpc[0],
             port=options.grpc[1],
             api_keys=options.api_keys,
+            shared_cache_salt=options.shared_cache_salt,
             drain_seconds_max=options.drain_seconds_max,
         ),
         metrics=metrics,
@@ -324,6 +328,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="keys, one per line, that stand in no process list; repeatable",
+    )
+    add(
+        "--shared-cache-salt",
+        default="",
+        metavar="NAME",
+        help="let clients share what workers keep of prompts, whatever their keys; NAME separates deployments. An"
+        " answer that comes sooner tells that others have asked alike (default: each key by itself; without keys all)",
     )
     add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once a request would be answered")
     add("--requests-max", type=int, default=1024, metavar="N", help="choices at once (default 1024)")

@@ -28,6 +28,7 @@ class SequenceRequest:
     ignore_eos: bool
     sampling: SamplingParams
     source: Source | None = None  # for a decode worker
+    cache_salt: str = ""
 
 
 class Sink(Protocol):

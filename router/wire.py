@@ -15,7 +15,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from rorqual.v1 import generate_pb2
-from router.generation import ChoiceUpdate
+from router.generation import ChoiceUpdate, Usage
 
 SERVICE_NAME = generate_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
 
@@ -35,12 +35,6 @@ class GenerateCall:
     logprobs: int | None
     logit_bias: tuple[tuple[int, float], ...]
     sampling: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    num_prompt_tokens: int
-    num_completion_tokens: int
 
 
 class CallContext:
@@ -143,7 +137,7 @@ def _response(
         else generate_pb2.Usage(
             prompt_tokens=usage.num_prompt_tokens,
             completion_tokens=usage.num_completion_tokens,
-            cached_tokens=0,
+            cached_tokens=usage.num_cached_tokens,
         ),
         seed=seed,
     )

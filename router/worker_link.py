@@ -213,6 +213,7 @@ class WorkerLink:
                 ignore_eos=request.ignore_eos,
                 sampling=request.sampling,
                 source=request.source,
+                cache_salt=request.cache_salt,
             )
         )
         return sequence

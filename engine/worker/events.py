@@ -25,6 +25,7 @@ class TokenEvent:
     logprob: float | None
     alternatives: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
+    cached_tokens: int = 0  # with token 0: of the prompt, those that did not have to be computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,8 @@ Event = ScoresEvent | PagesEvent | TokenEvent | LentEvent
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surrender:
     """A lending sequence has ended or gone on elsewhere. What the host was told of it, all pages of its PagesEvents
-    and the record, is the host's to lend and take back; the rest is free already."""
+    and the record, is the host's to lend; all of it comes back together, by the record. The rest is free already, or
+    kept for others. Other sequences may have pages in common with it, and lend them too."""
 
     key: SequenceKey
     pages: tuple[PageId, ...]
@@ -74,11 +76,14 @@ class Surrender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adoption:
-    """There is room for a sequence whose state comes from elsewhere: it may be written into its first full pages
-    and the record, but not before the result of plan number `after` has been applied."""
+    """There is room for a sequence whose state comes from elsewhere: it may be written into those of its first full
+    pages that are not there yet, and the record, but not before the result of plan number `after` has been applied."""
 
     key: SequenceKey
     slot: SlotId
     pages: tuple[PageId, ...]  # for the prompt and one token more
+    num_present: (
+        int  # the first of them: they are there already, others may use them, and nothing is written there
+    )
     record: RecordId
     after: int  # 0: no plan in flight can be using any of it

@@ -1,34 +1,51 @@
-"""Who holds the worker's pages, slots and records: sequences, readers elsewhere, or reads that may still be running.
+"""Who holds the worker's pages, slots and records: sequences, the prefix cache, readers elsewhere, or reads that may
+still be running.
 
-`engine.worker.scheduler` owns it and is the only one to call it, but for `engine.worker.speculation`, which takes pages
-for drafts by `grow`. A page or record that the host has been told of may have been lent: it comes back by `take_back`
-alone. One that state is read into comes back when the read is settled. Everything of every kind is free or has one
-holder; `check` adds them up.
+`engine.worker.scheduler` owns it; it, `engine.worker.admission` and `engine.worker.speculation`, which takes pages for
+drafts by `grow`, are the only ones to call it. What the host has been told of may have been lent: it comes back by
+`take_back` alone. What state is read into comes back when the read is settled. What the cache keeps and nobody has
+pinned is as good as free: it is evicted when it is needed. Everything of every kind is free or has one holder; `check`
+adds them up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from engine.worker.events import SequenceKey, Surrender
+from engine.worker.prefix_cache import Found, PrefixCache
 from engine.worker.sequences import Sequence
 from kvstore.pages import IdAllocator, PageAllocator
+from kvstore.shadow_radix import Evicted, Pin
 from rorqual.ids import PageId, RecordId, SlotId
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lent:
+    """What is out under one record."""
+
+    pages: tuple[PageId, ...]  # that no index has
+    pin: Pin | None
+
+
 class Holdings:
-    def __init__(self, *, num_pages: int, num_slots: int, num_records: int) -> None:
+    def __init__(
+        self, *, num_pages: int, num_slots: int, num_records: int, cache: PrefixCache | None = None
+    ) -> None:
         self._pages = PageAllocator(num_pages)
         self._slots = IdAllocator(num_slots, make=SlotId)
         self._records = IdAllocator(num_records, make=RecordId)
-        self._lent_pages: set[PageId] = set()
-        self._lent_records: set[RecordId] = set()
+        self._cache = cache
+        self._newest_plan = 0
+        self._lent: dict[RecordId, _Lent] = {}
         self._surrenders: list[Surrender] = []  # not taken yet
         self._quarantined: dict[SequenceKey, tuple[list[PageId], RecordId]] = {}
 
     @property
     def num_pages_free(self) -> int:
-        return self._pages.num_free
+        """Of nobody, or in the cache and to be had."""
+        return self._pages.num_free + (self._cache.num_pages_evictable if self._cache else 0)
 
     @property
     def num_slots_free(self) -> int:
@@ -36,15 +53,13 @@ class Holdings:
 
     @property
     def num_records_free(self) -> int:
-        return self._records.num_free
+        """Of nobody, or tails in the cache and to be had."""
+        return self._records.num_free + (self._cache.num_tails_evictable if self._cache else 0)
 
     @property
     def num_lent_pages(self) -> int:
-        return len(self._lent_pages)
-
-    @property
-    def num_lent_records(self) -> int:
-        return len(self._lent_records)
+        """A page that several sequences lend counts as many times."""
+        return sum(len(item.pages) + (item.pin.num_pages if item.pin else 0) for item in self._lent.values())
 
     @property
     def num_quarantined(self) -> int:
@@ -58,31 +73,50 @@ class Holdings:
     @property
     def is_clear(self) -> bool:
         """Nothing is lent, surrendered or in quarantine."""
-        return not (self._lent_pages or self._lent_records or self._surrenders or self._quarantined)
+        return not (self._lent or self._surrenders or self._quarantined)
 
-    def start(self, sequence: Sequence, *, pages_reserved: int) -> bool:
-        """Give a waiting sequence all it needs to start, leaving `pages_reserved` free; or nothing, and False."""
-        num_pages = sequence.num_pages_to_start
-        if not self._slots.num_free or num_pages + pages_reserved > self._pages.num_free:
+    def planned(self, number: int) -> None:
+        """So many plans have been made: any of them may use what is freed from now on."""
+        self._newest_plan = number
+
+    def start(self, sequence: Sequence, found: Found | None, *, pages_reserved: int) -> bool:
+        """Give a waiting sequence all it needs to start, leaving `pages_reserved` free; or nothing, and False.
+        `found`: what of it the cache has, just now."""
+        start = found.start if found is not None else None
+        num_shared = start.reuse_depth if start is not None else 0
+        num_pages = max(0, sequence.num_pages_to_start - num_shared)
+        num_pages_free, num_records_free = self.num_pages_free, self.num_records_free
+        if self._cache is not None and start is not None:
+            num_pages_free -= self._cache.num_pages_to_hold(sequence, start)
+            num_records_free -= self._cache.is_tail_evictable(sequence, start)
+        if not self._slots.num_free or num_pages + pages_reserved > num_pages_free:
             return False
-        if sequence.needs_record and not self._records.num_free:
+        if sequence.needs_record and not num_records_free:
             return False
         slot = self._slots.allocate()
-        # Bytes from elsewhere are written outside the order of plans: rather where no plan in flight still works.
-        pages = self._pages.allocate(num_pages, cold=sequence.is_adopting)
         assert slot is not None
+        shared = self._cache.pin(sequence, start) if self._cache and start else ()
+        # Bytes from elsewhere are written outside the order of plans: rather where no plan in flight still works.
+        pages = self._take_pages(num_pages, cold=sequence.is_adopting)
         assert pages is not None
-        sequence.start(slot, pages, self._records.allocate() if sequence.needs_record else None)
+        record = self.take_record() if sequence.needs_record else None
+        sequence.start(slot, (*shared, *pages), record, start=start)
         return True
 
+    def take_record(self) -> RecordId | None:
+        """A record that is free, or that the cache can do without best."""
+        if not self._records.num_free and self._cache is not None:
+            self._free_evicted(self._cache.evict_tail())
+        return self._records.allocate()
+
     def last_plan(self, sequence: Sequence) -> int:
-        """Number of the last plan that may use the pages of a sequence that has had no plan itself. Its record needs
-        no look: a record becomes free when no plan reads it any more."""
-        return self._pages.last_plan(sequence.pages)
+        """Number of the last plan that may use the pages of a sequence that has had no plan itself, but for those it
+        shares. Its record needs no look: a record becomes free when no plan reads it any more."""
+        return self._pages.last_plan(sequence.pages[sequence.num_pages_shared :])
 
     def grow(self, sequence: Sequence) -> bool:
-        """One page more, if one is free."""
-        pages = self._pages.allocate(1)
+        """One page more, if one is to be had."""
+        pages = self._take_pages(1)
         if pages is None:
             return False
         sequence.pages.extend(pages)
@@ -94,46 +128,60 @@ class Holdings:
         self._slots.free(slot)
         return slot
 
-    def free_pages(self, sequence: Sequence, *, first: int, last_plan: int) -> None:
-        """Its pages from number `first` on; the host has not been told of them. Plans up to `last_plan` may use
-        them: later ones come after those."""
+    def free_pages(self, sequence: Sequence, *, first: int) -> None:
+        """Its pages from number `first` on, which are its own and which the host has not been told of."""
         assert first >= sequence.num_pages_told
-        self._pages.free(sequence.pages[first:], last_plan=last_plan)
+        assert sequence.pin is None or first >= sequence.pin.num_pages, "a page of the cache is freed"
+        self._pages.free(sequence.pages[first:], last_plan=self._newest_plan)
         del sequence.pages[first:]
 
-    def free_state(self, sequence: Sequence, *, last_plan: int) -> None:
-        """All pages and the record: free, or surrendered where the host has been told of them."""
-        self.free_pages(sequence, first=sequence.num_pages_told, last_plan=last_plan)
+    def free_state(self, sequence: Sequence) -> None:
+        """All pages and the record: free, in the cache, or surrendered where the host has been told of them."""
+        pin, pages = sequence.pin, sequence.pages
+        num_told = sequence.num_pages_told
+        own = [
+            (number, page)
+            for number, page in enumerate(pages)
+            if pin is None or number >= pin.num_pages or pin.pages[number] != page
+        ]
+        assert len(own) == sequence.num_pages_private, "pages are private that the cache owns, or the reverse"
         if sequence.is_told:
-            self._surrender(sequence)
-        elif sequence.record is not None:
-            self._records.free(sequence.record)
+            self._surrender(sequence, tuple(page for number, page in own if number < num_told))
+            own = [(number, page) for number, page in own if number >= num_told]
+        else:
+            if self._cache is not None:
+                self._cache.release(sequence)
+            if sequence.record is not None:
+                self._records.free(sequence.record)
+        self._pages.free((page for _, page in own), last_plan=self._newest_plan)
         sequence.pages = []
         sequence.record = None
 
     def free_record(self, record: RecordId) -> None:
-        """The plan that has read it is done."""
+        """The plan that has used it is done."""
         self._records.free(record)
 
     def take_surrendered(self) -> list[Surrender]:
         taken, self._surrenders = self._surrenders, []
         return taken
 
-    def take_back(self, pages: Iterable[PageId], record: RecordId | None, *, last_plan: int) -> None:
-        """Lent state nobody can be reading any more. Plans up to `last_plan` may use it."""
-        for page in pages:
-            assert page in self._lent_pages, f"page {page} is taken back but not lent"
-            self._lent_pages.remove(page)
-            self._pages.free((page,), last_plan=last_plan)
-        if record is not None:
-            assert record in self._lent_records, f"record {record} is taken back but not lent"
-            self._lent_records.remove(record)
-            self._records.free(record)
+    def take_back(self, record: RecordId) -> None:
+        """Nobody can be reading any more what was lent under this record."""
+        assert record in self._lent, f"record {record} is taken back but not lent"
+        item = self._lent.pop(record)
+        self._pages.free(item.pages, last_plan=self._newest_plan)
+        if item.pin is not None:
+            assert self._cache is not None
+            self._cache.take_back(item.pin)
+        self._records.free(record)
 
     def quarantine(self, sequence: Sequence) -> None:
-        """Pages and record of a sequence into which state may be read still."""
+        """Record and own pages of a sequence into which state may be read still. Nothing is read into shared ones."""
         assert sequence.record is not None
-        self._quarantined[sequence.key] = (sequence.pages, sequence.record)
+        pages = sequence.pages[sequence.num_pages_shared :]
+        if self._cache is not None:
+            self._cache.release(sequence)
+        self._quarantined[sequence.key] = (pages, sequence.record)
         sequence.pages = []
         sequence.record = None
 
@@ -143,27 +191,43 @@ class Holdings:
         self._pages.free(pages)
         self._records.free(record)
 
-    def check(self, sequences: Iterable[Sequence], *, num_records_restoring: int) -> None:
-        """`sequences`: at least those that hold something; `num_records_restoring`: held by plans in flight."""
+    def check(self, sequences: Iterable[Sequence], *, num_records_planned: int) -> None:
+        """`sequences`: at least those that hold something; `num_records_planned`: held by plans in flight, or for
+        when they are done."""
         num_pages = num_slots = num_records = 0
         for sequence in sequences:
-            num_pages += len(sequence.pages)
+            num_pages += sequence.num_pages_private
             num_slots += sequence.slot is not None
-            num_records += sequence.record is not None
-        num_pages += self.num_lent_pages + self.num_quarantined_pages
-        num_records += self.num_lent_records + self.num_quarantined + num_records_restoring
+            num_records += (sequence.record is not None) + (sequence.tail_record is not None)
+        num_pages += sum(len(item.pages) for item in self._lent.values()) + self.num_quarantined_pages
+        num_records += len(self._lent) + self.num_quarantined + num_records_planned
+        if self._cache is not None:
+            num_pages += self._cache.num_pages
+            num_records += self._cache.num_tails
         self._pages.check()
         self._slots.check()
         self._records.check()
-        assert num_pages == self._pages.num_in_use, "pages in use are not those held"
+        assert num_pages == self._pages.num_in_use, (
+            f"{num_pages} pages are held, {self._pages.num_in_use} in use"
+        )
         assert num_slots == self._slots.num_in_use, "slots in use are not the running sequences'"
         assert num_records == self._records.num_in_use, "records in use are not those held"
 
-    def _surrender(self, sequence: Sequence) -> None:
+    def _take_pages(self, count: int, *, cold: bool = False) -> tuple[PageId, ...] | None:
+        num_missing = count - self._pages.num_free
+        if num_missing > 0 and self._cache is not None:
+            self._free_evicted(self._cache.evict_pages(num_missing))
+        return self._pages.allocate(count, cold=cold)
+
+    def _free_evicted(self, evicted: Evicted) -> None:
+        self._pages.free(evicted.pages, last_plan=self._newest_plan)
+        for record in evicted.tails:
+            self._records.free(record)
+
+    def _surrender(self, sequence: Sequence, pages: tuple[PageId, ...]) -> None:
+        """`pages`: those that no index has, of the pages that the host was told of."""
         assert sequence.record is not None
-        assert len(sequence.pages) == sequence.num_pages_told
-        self._lent_pages.update(sequence.pages)
-        self._lent_records.add(sequence.record)
-        self._surrenders.append(
-            Surrender(key=sequence.key, pages=tuple(sequence.pages), record=sequence.record)
-        )
+        told = tuple(sequence.pages[: sequence.num_pages_told])
+        pin = self._cache.surrender(sequence) if self._cache is not None else None
+        self._lent[sequence.record] = _Lent(pages=pages, pin=pin)
+        self._surrenders.append(Surrender(key=sequence.key, pages=told, record=sequence.record))

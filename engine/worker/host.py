@@ -29,20 +29,15 @@ from engine.plan import (
     ToTransfer,
 )
 from engine.worker.drafting import DraftsOption, make_policy
+from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
 from engine.worker.metrics import WorkerMetrics
+from engine.worker.prefix_cache import CacheConfig
 from engine.worker.rank_link import RankLost
 from engine.worker.role import BothRole, RoleHandler
-from engine.worker.scheduler import (
-    Event,
-    LentEvent,
-    PagesEvent,
-    Scheduler,
-    SchedulerConfig,
-    ScoresEvent,
-    SequenceKey,
-    TokenEvent,
-)
+from engine.worker.scheduler import Scheduler, SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
+from kvstore.pages import pages_for
+from kvstore.shadow_radix import Costs
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS
@@ -88,6 +83,7 @@ class HostConfig(SessionBounds):
     sessions_max: int = 64
     step_seconds_max: float = 600.0
     drafts: DraftsOption = 0
+    prefix_cache: bool = True
 
 
 class Host:
@@ -129,6 +125,7 @@ class Host:
             num_preemptions=lambda: self._scheduler.num_preemptions,
             num_records=ready.num_records,
             num_records_free=lambda: self._scheduler.num_records_free,
+            cache=self._scheduler.cache_state,
         )
 
     @property
@@ -371,6 +368,7 @@ class Host:
                 ignore_eos=command.ignore_eos,
                 sampling=command.sampling,
                 adopt=self._handler.role is Role.DECODE,
+                salt=command.cache_salt,
             )
         except InvalidRequest as error:
             self._refuse(session, command, ErrorCode.INVALID, str(error))
@@ -519,6 +517,22 @@ def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.
         num_page_components=ready.num_page_components,
         # A prefill worker keeps the state that drafts are made from, and makes none.
         drafts_max=0 if role is Role.PREFILL or config.drafts == 0 else ready.drafts_max,
+        cache=cache_config(ready) if config.prefix_cache else None,
+    )
+
+
+def cache_config(ready: RankReady) -> CacheConfig:
+    """What page keys start from, and what pages, tails and a rebuild cost on this rank."""
+    return CacheConfig(
+        fingerprint=ready.model_fingerprint,
+        numerics=ready.numerics,
+        wire_id=ready.wire_id,
+        costs=Costs(
+            # A model of window-only layers has pages that cost nothing.
+            page_bytes=max(1, ready.page_bytes),
+            tail_bytes=max(1, ready.record_bytes),
+            rebuild_pages=max(1, pages_for(ready.rebuild_tokens)),
+        ),
     )
 
 
@@ -541,6 +555,7 @@ def _token_report(sequence_id: SequenceId, tokens: Sequence[TokenEvent]) -> Sequ
         logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
         alternatives=tuple(alternatives_of(token.alternatives) for token in tokens) if has_logprobs else (),
         finish_reason=tokens[-1].finish_reason,
+        cached_tokens=tokens[0].cached_tokens,
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from engine.worker.prefix_cache import CacheState
+from kvstore.shadow_radix import StartKind
 from rorqual.session import Load
 
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -79,6 +81,7 @@ class WorkerMetrics:
         num_preemptions: Callable[[], int],
         num_records: int,
         num_records_free: Callable[[], int],
+        cache: Callable[[], CacheState],
     ) -> None:
         """Export the scheduler's own counts, read when scraped."""
         records = Gauge("rorqual_worker_records_total", "Hand-over records.", registry=self.registry)
@@ -102,7 +105,41 @@ class WorkerMetrics:
         ):
             gauge = Gauge(f"rorqual_worker_{name}", text, registry=self.registry)
             gauge.set_function(lambda field=field: float(getattr(load(), field)))
+        self._watch_cache(cache)
         preemptions = Gauge(
             "rorqual_worker_preemptions", "Preemptions by recompute so far.", registry=self.registry
         )
         preemptions.set_function(lambda: float(num_preemptions()))
+
+    def _watch_cache(self, cache: Callable[[], CacheState]) -> None:
+        def show(name: str, text: str, value: Callable[[CacheState], float], **labels: str) -> None:
+            gauge = gauges.get(name)
+            if gauge is None:
+                gauge = Gauge(f"rorqual_worker_{name}", text, list(labels), registry=self.registry)
+                gauges[name] = gauge
+            (gauge.labels(**labels) if labels else gauge).set_function(lambda: float(value(cache())))
+
+        gauges: dict[str, Gauge] = {}
+        show("pages_cached", "Pages kept of prefixes, in use or not.", lambda state: state.num_pages)
+        show("tails_cached", "Records kept to resume from.", lambda state: state.num_tails)
+        for kind in StartKind:
+            show(
+                "pages_hit",
+                "Full pages of prompts so far that were not computed, by how it was resumed.",
+                lambda state, kind=kind: state.counts.pages_hit.get(kind, 0),
+                kind=kind.value,
+            )
+        show(
+            "pages_missed",
+            "Full pages of prompts so far that were computed, replayed ones too.",
+            lambda state: state.counts.pages_missed,
+        )
+        show("pages_evicted", "Pages evicted so far.", lambda state: state.counts.pages_evicted)
+        show("tails_evicted", "Tails evicted so far.", lambda state: state.counts.tails_evicted)
+        for kind in ("reused", "computed"):
+            show(
+                "prompt_tokens",
+                "Tokens of prompts started so far, by whether they had to be computed.",
+                lambda state, kind=kind: getattr(state.counts, f"tokens_{kind}"),
+                kind=kind,
+            )

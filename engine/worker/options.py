@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.worker.drafting import DraftsOption
 from engine.worker.rank_link import RANK_COMMAND
+from kvstore.budget import TAIL_SHARE
 from kvstore.layout import DRAFTS_MAX
 from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS
@@ -42,8 +43,11 @@ class WorkerOptions:
     plans_inflight_max: int = 2
     rank_command: Sequence[str] = RANK_COMMAND
     transfer: str = "auto"  # engine of one-sided reads; for workers of one role
-    num_records: int | None = None  # hand-over records; None: as the role needs
+    num_records: int | None = (
+        None  # hand-over records and tails; None: as the role needs, and a share of memory
+    )
     drafts: DraftsOption = 0
+    prefix_cache: bool = True
 
 
 def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
@@ -56,7 +60,9 @@ def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
 
 def worker_options(args: argparse.Namespace) -> WorkerOptions:
     """What `worker_parser` has parsed, checked. Raises ConfigError naming the option."""
-    check_above_zero(args, "pages", "slots", "prefill_tokens", "threads", "drain_seconds", "step_seconds")
+    check_above_zero(
+        args, "records", "pages", "slots", "prefill_tokens", "threads", "drain_seconds", "step_seconds"
+    )
     if args.prefill_tokens % PAGE_TOKENS:
         raise ConfigError(f"--prefill-tokens must be a multiple of {PAGE_TOKENS}, not {args.prefill_tokens}")
     if args.exact and args.threads > 1:
@@ -80,8 +86,9 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         drain_seconds_max=args.drain_seconds,
         step_seconds_max=args.step_seconds,
         transfer=getattr(args, "transfer", "auto"),
-        num_records=getattr(args, "records", None),
+        num_records=args.records,
         drafts="auto" if args.drafts == "auto" else int(args.drafts),
+        prefix_cache=args.prefix_cache == "on",
     )
 
 
@@ -116,6 +123,20 @@ def worker_parser(
         or "tokens drafted for each sequence in each step, with the checkpoint's MTP block; auto: as many as pay, up to"
         f" {DRAFTS_MAX}. Answers are those without; with --exact to the bit, else up to rounding (default 0)",
     )
+    add(
+        "--prefix-cache",
+        choices=["on", "off"],
+        default="on",
+        help="keep the state of what was computed, for prompts that begin with the same tokens (default on)",
+    )
+    add(
+        "--records",
+        type=int,
+        metavar="N",
+        help="records of a sequence's state besides its full pages: for sequences under way between two workers, and"
+        " tails, from which kept prefixes go on. Default: 2 a slot where state is handed over, else 1, and with"
+        f" --prefix-cache on, tails in {TAIL_SHARE:.0%}% of the memory for pages",
+    )
     add("--metrics-port", type=int, default=0, metavar="PORT", help="port of /metrics (default: any)")
     add("--ready-file", type=Path, metavar="FILE", help="written, as JSON, once the worker is ready")
     add("--worker-id", default="", metavar="NAME", help="name in logs (default: host name and process id)")
@@ -133,12 +154,6 @@ def add_transfer_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "nixl", "shm"],
         default="auto",
         help="engine of one-sided reads (default auto: nixl where it loads, else shm, which needs one host)",
-    )
-    add(
-        "--records",
-        type=int,
-        metavar="N",
-        help="hand-over records, one for each sequence under way between two workers (default: 2 a slot)",
     )
     add(
         "--transfer-seconds",

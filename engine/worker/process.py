@@ -26,6 +26,7 @@ from engine.worker.options import WorkerOptions, parse_options
 from engine.worker.rank_link import RankLost, RankProcess, start_rank
 from engine.worker.role import BothRole, RoleHandler
 from engine.worker.session_server import SessionServer
+from kvstore.budget import TAIL_SHARE
 from kvstore.layout import DRAFTS_MAX
 from rorqual.errors import ConfigError
 from rorqual.ids import WorkerId, draw_incarnation
@@ -133,6 +134,13 @@ async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
 
 def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> RankSettings:
     is_single = role is not Role.BOTH
+    num_records = options.num_records
+    tail_share = TAIL_SHARE if options.prefix_cache and num_records is None else 0.0
+    if num_records is None:
+        # Where nothing is handed over records are tails only, one of which each decoding sequence may hold.
+        num_records = 2 * options.num_slots if is_single else options.num_slots * options.prefix_cache
+    elif not (is_single or options.prefix_cache):
+        num_records = 0
     return RankSettings(
         model=str(options.model),
         numerics=options.numerics,
@@ -144,7 +152,8 @@ def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> Ran
         threads=options.threads,
         kernels=options.kernels,
         transfer=options.transfer if is_single else "",
-        num_records=(options.num_records or 2 * options.num_slots) if is_single else 0,
+        num_records=num_records,
+        tail_share=tail_share,
         agent=f"{config.worker_id}#{config.incarnation:x}",
         drafts_max=DRAFTS_MAX if options.drafts == "auto" else options.drafts,
         drafts_required=options.drafts not in ("auto", 0),
@@ -223,4 +232,5 @@ def _host_config(options: WorkerOptions) -> HostConfig:
         plans_inflight_max=options.plans_inflight_max,
         step_seconds_max=options.step_seconds_max,
         drafts=options.drafts,
+        prefix_cache=options.prefix_cache,
     )

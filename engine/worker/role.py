@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection
 from typing import Protocol
 
 from engine.plan import FromTransfer, ToTransfer
-from engine.worker.scheduler import LentEvent, PagesEvent, Scheduler, SequenceKey
+from engine.worker.events import LentEvent, PagesEvent, SequenceKey
+from engine.worker.scheduler import Scheduler
 from rorqual.errors import InvalidRequest
 from rorqual.session import Credit, ErrorCode, Offer, Open, Role, Take
 

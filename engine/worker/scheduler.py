@@ -38,30 +38,32 @@ and record in quarantine until the host settles them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from itertools import chain
 
 import msgspec
 
-from engine.plan import Lent, PromptScores, Sampled, StepPlan, StepResult
+from engine.plan import Sampled, StepPlan, StepResult
+from engine.worker.admission import Admission
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
 from engine.worker.events import (
     Adoption,
     Event,
-    LentEvent,
-    PagesEvent,
-    ScoresEvent,
     SequenceKey,
     Surrender,
     TokenEvent,
 )
 from engine.worker.holdings import Holdings
+from engine.worker.prefix_cache import CacheConfig, CacheState, PrefixCache
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
-from rorqual.errors import InvalidRequest, Overloaded
-from rorqual.ids import PageId, RecordId, SlotId
+from engine.worker.tails import Tails, digests_by_slot
+from engine.worker.telling import lent_event, pages_events, score_events
+from rorqual.errors import InvalidRequest
+from rorqual.ids import RecordId, SlotId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
 from rorqual.session import Load, Role, TokenArray, check_sequence, credit_pages
@@ -83,6 +85,7 @@ class SchedulerConfig:
     num_page_components: int = 0  # digests of a lent page
     drafts_max: int = 0  # of a decode
     draft_rows_max: int = 256  # of all decodes of a step: rows that the rank computes on top of one for each
+    cache: CacheConfig | None = None  # None: nothing is kept of a sequence that has ended
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens_max > 0
@@ -98,8 +101,23 @@ class Scheduler:
         self.num_preemptions = 0
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
+        self._cache = PrefixCache(config.cache) if config.cache is not None else None
         self._holdings = Holdings(
-            num_pages=config.num_pages, num_slots=config.num_slots, num_records=config.num_records
+            num_pages=config.num_pages,
+            num_slots=config.num_slots,
+            num_records=config.num_records,
+            cache=self._cache,
+        )
+        self._admission = Admission(
+            self._holdings,
+            self._cache,
+            sequences_waiting_max=config.sequences_waiting_max,
+            tokens_waiting_max=config.tokens_waiting_max,
+        )
+        self._tails = Tails(
+            self._holdings,
+            self._cache,
+            num_held_max=config.num_records - (config.num_slots if config.role is Role.DECODE else 0),
         )
         self._speculation = Speculation(
             policy or FixedDrafts(config.drafts_max),
@@ -108,13 +126,10 @@ class Scheduler:
             rows_max=config.draft_rows_max,
         )
         self._sequences: dict[SequenceKey, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()  # oldest first
-        self._tokens_waiting = 0  # of those, prompt and generated; does not change while they wait
-        self._tokens_awaited = 0  # of those, what is computed elsewhere
         self._running: dict[SequenceKey, Sequence] = {}  # oldest first
         self._adopting: dict[SequenceKey, Sequence] = {}
         self._adoptions: dict[SequenceKey, Adoption] = {}  # of those, not taken yet
-        self._lending: dict[SequenceKey, Sequence] = {}  # landing, with what they lend
+        self._landing: dict[SequenceKey, Sequence] = {}  # those with pages
         self._closes: list[SlotId] = []  # slots to close on the rank with the next plan
         self._inflight: deque[Step] = deque()
         self._next_number = 1
@@ -148,9 +163,11 @@ class Scheduler:
         ignore_eos: bool,
         sampling: SamplingParams,
         adopt: bool = False,
+        salt: str = "",
     ) -> None:
-        """Queue a sequence; with `adopt` one whose prompt is computed elsewhere, and scored there. Raises
-        InvalidRequest if it can never be served here, Overloaded if the queue is full."""
+        """Queue a sequence; with `adopt` one whose prompt is computed elsewhere, and scored there. It shares pages with
+        those of the same `salt`. Raises InvalidRequest if it can never be served here, Overloaded if the queue is full.
+        """
         assert key not in self._sequences, f"sequence {key} opened twice"
         assert not adopt or self.config.role is Role.DECODE
         check_sequence(
@@ -162,12 +179,7 @@ class Scheduler:
         )
         if adopt and max_tokens < 2:
             raise InvalidRequest("a sequence of one token ends where its prompt is", field="max_tokens")
-        if len(self._waiting) >= self.config.sequences_waiting_max or (
-            self._waiting and self._tokens_waiting + len(prompt) > self.config.tokens_waiting_max
-        ):
-            raise Overloaded(
-                f"{len(self._waiting)} sequences with {self._tokens_waiting} tokens are waiting already"
-            )
+        self._admission.check_room(len(prompt))
         if adopt:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         sequence = Sequence(
@@ -179,9 +191,10 @@ class Scheduler:
             is_lending=self.config.role is Role.PREFILL and max_tokens > 1,
             is_adopting=adopt,
         )
+        if self._cache is not None:
+            self._cache.open(sequence, salt=salt)
         self._sequences[key] = sequence
-        self._waiting.append(sequence)
-        self._count_waiting(sequence, +1)
+        self._admission.add(sequence)
 
     def cancel(self, key: SequenceKey) -> bool:
         """End a sequence now; its pages and slot are free for the next plan, but for what others may be reading or
@@ -200,7 +213,7 @@ class Scheduler:
         """The next step to send; None when there is nothing to do or enough is in flight."""
         if len(self._inflight) >= self.config.plans_inflight_max:
             return None
-        step = Step(number=self._next_number)
+        step = Step(number=self._next_number, digest=self._keeps_digests)
         self.is_starved = False
         self._plan_decodes(step)
         self._admit()
@@ -216,6 +229,7 @@ class Scheduler:
         )
         self._closes.clear()
         self._next_number += 1
+        self._holdings.planned(step.number)
         self._inflight.append(step)
         for sequence in step.sequences.values():
             sequence.num_inflight += 1
@@ -239,19 +253,26 @@ class Scheduler:
         self.last_applied = step.number
         for sequence in step.sequences.values():
             sequence.num_inflight -= 1
-        for record in step.restoring:
-            self._holdings.free_record(record)
+        self._free_read(step)
         events: list[Event] = []
         if result.prompt_scores:
-            events.extend(self._score(step, result.prompt_scores))
+            events.extend(score_events(step, result.prompt_scores))
+        self._tails.note(step, result)
+        self._absorb_chunks(step, result)
         for slot, item in lent.items():
-            events.extend(self._tell(step, slot, item))
+            events.extend(
+                pages_events(
+                    step, slot, item, cache=self._cache, num_components=self.config.num_page_components
+                )
+            )
         for slot, items in sampled.items():
             sequence = step.sequences[slot]
             tokens = self._land(sequence, items, drafts=step.sampling[slot])
             events.extend(tokens)
             if tokens and sequence.is_lending and tokens[-1].finish_reason is None:
-                events.append(self._lend(sequence, lent[slot]))
+                events.append(lent_event(sequence, lent[slot]))
+                self._end(sequence)
+        self._tails.settle(step)
         self._speculation.learn(step, result)
         self._check()
         return events
@@ -259,11 +280,10 @@ class Scheduler:
     def load(self) -> Load:
         holdings = self._holdings
         remaining = (sequence.num_remaining for sequence in self._running.values())
-        tokens_waiting = self._tokens_waiting - self._tokens_awaited
         return Load(
             sequences_running=len(self._running) + len(self._adopting),
-            sequences_waiting=len(self._waiting),
-            tokens_waiting=tokens_waiting + sum(count for count in remaining if count > 1),
+            sequences_waiting=self._admission.num_waiting,
+            tokens_waiting=self._admission.tokens_waiting + sum(count for count in remaining if count > 1),
             pages_free=holdings.num_pages_free,
             pages_total=self.config.num_pages,
             slots_free=holdings.num_slots_free,
@@ -276,9 +296,10 @@ class Scheduler:
         """Sequences that have left lent state to the host since the last time: after `apply` and cancels."""
         return self._holdings.take_surrendered()
 
-    def take_back(self, pages: Collection[PageId], record: RecordId | None) -> None:
-        """Surrendered state nobody can be reading any more: free for the next plan."""
-        self._holdings.take_back(pages, record, last_plan=self._newest_number)
+    def take_back(self, record: RecordId) -> None:
+        """Nobody can be reading any more what was surrendered under this record: its own pages are free for the next
+        plan, shared ones if no other uses them."""
+        self._holdings.take_back(record)
         self._check()
 
     def take_adoptions(self) -> list[Adoption]:
@@ -300,6 +321,7 @@ class Scheduler:
         del self._adopting[key]
         sequence.adopt(token_ids)
         self._running[key] = sequence
+        self._absorb(sequence)
         self._check()
 
     def settle(self, key: SequenceKey) -> None:
@@ -313,10 +335,20 @@ class Scheduler:
         found = (sequence for key in keys if (sequence := self._sequences.get(key)) is not None)
         return sum(max(0, len(item.pages) - credit_pages(len(item.prompt))) for item in found)
 
+    def cache_state(self) -> CacheState:
+        return self._cache.state if self._cache is not None else CacheState()
+
+    def check_all(self) -> None:
+        """Assert that everything adds up, also what takes long to add up: for tests."""
+        self._check()
+        self._admission.check()
+        if self._cache is not None:
+            self._cache.check()
+
     @property
-    def _newest_number(self) -> int:
-        """Of the plans made so far."""
-        return self._next_number - 1
+    def _keeps_digests(self) -> bool:
+        """Of the pages that it may lend later."""
+        return self._cache is not None and self.config.role is Role.PREFILL
 
     def _plan_decodes(self, step: Step) -> None:
         """One token for every running sequence whose next token is the only one missing, and drafts behind it. Oldest
@@ -328,22 +360,17 @@ class Scheduler:
             if self._grow(sequence) and sequence.num_remaining == 1:
                 decoding.append(sequence)
         for sequence, drafts in zip(decoding, self._speculation.choose(decoding), strict=True):
-            step.add(sequence, 1, drafts=self._speculation.fit(sequence, drafts))
+            fitting = self._speculation.fit(sequence, drafts)
+            self._tails.give(sequence, self._running.values(), drafts=fitting)
+            step.add(sequence, 1, drafts=fitting)
 
     def _admit(self) -> None:
-        """Start waiting sequences, first come first served, while slots, pages and records last."""
-        if not self._waiting:
+        """Start waiting sequences while slots, pages and records last."""
+        if not self._admission.num_waiting:
             return
         holders = chain(self._running.values(), self._adopting.values())
         reserve = sum(1 for sequence in holders if sequence.is_near_page_end)
-        while self._waiting:
-            sequence = self._waiting[0]
-            if sequence.num_inflight:
-                return  # preempted: tokens it will resume from are still on their way
-            if not self._holdings.start(sequence, pages_reserved=reserve):
-                return
-            self._waiting.popleft()
-            self._count_waiting(sequence, -1)
+        while (sequence := self._admission.start_next(pages_reserved=reserve)) is not None:
             if sequence.is_adopting:
                 self._adopt_from_now(sequence)
             else:
@@ -359,6 +386,7 @@ class Scheduler:
             key=sequence.key,
             slot=sequence.slot,
             pages=tuple(sequence.pages),
+            num_present=sequence.num_pages_shared,
             record=sequence.record,
             after=last_plan if last_plan > self.last_applied else 0,
         )
@@ -374,20 +402,24 @@ class Scheduler:
             raise InvalidRequest(text, field="token_ids")
 
     def _plan_chunks(self, step: Step) -> None:
-        """The next chunk of every running sequence that is still in its prompt, as far as the budget goes."""
-        unfinished = [
-            sequence
-            for sequence in self._running.values()
-            if sequence.slot not in step.sequences and sequence.is_paged
-        ]
+        """The next chunk of every running sequence that is still in its prompt, as far as the budget goes; of one whose
+        state was there to its last token, the next token."""
+        unfinished: list[Sequence] = []
+        for sequence in self._running.values():
+            if sequence.slot in step.sequences or not sequence.is_paged:
+                continue
+            if sequence.num_remaining:
+                unfinished.append(sequence)
+            else:
+                step.add(sequence, 0)
         counts = chunk_counts(
-            [sequence.num_remaining for sequence in unfinished],
+            [sequence.num_chunkable for sequence in unfinished],
             budget=self.config.prefill_tokens_max,
             step_number=step.number,
         )
         for sequence, count in zip(unfinished, counts, strict=True):
             if count:
-                step.add(sequence, count)
+                step.add(sequence, count, tails=self._tails.take(sequence, count))
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the known tokens, at the cost of the youngest if need be. False when that was the sequence,
@@ -395,7 +427,7 @@ class Scheduler:
         while not sequence.is_paged:
             if self._holdings.grow(sequence):
                 continue
-            if sequence.num_drafting:
+            if sequence.num_drafting or any(item.pages for item in self._landing.values()):
                 return False
             victim = self._running[next(reversed(self._running))]
             if victim is sequence and (self._adopting or self._holdings.num_quarantined):
@@ -407,14 +439,13 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take everything away and requeue at the head. Prompt and generated tokens are computed anew later;
+        """Take everything away and requeue at the head. What of it nobody has kept until then is computed anew;
         since sampling is a function of the position, the answer stays the same."""
         assert not sequence.is_lending, "a lending sequence has all its pages from the start"
         self._vacate(sequence)
-        self._holdings.free_state(sequence, last_plan=self._newest_number)
+        self._leave(sequence)
         sequence.phase = Phase.WAITING
-        self._waiting.appendleft(sequence)
-        self._count_waiting(sequence, +1)
+        self._admission.add_preempted(sequence)
         self.num_preemptions += 1
 
     def _vacate(self, sequence: Sequence) -> None:
@@ -426,69 +457,44 @@ class Scheduler:
             self._closes.append(slot)
 
     def _land_soon(self, sequence: Sequence) -> None:
-        """Its last token is planned. What it lends it keeps; the rows of a page that is not full are in the record
-        before a later plan can overwrite them."""
+        """Its last token is planned. The pages that will be full it keeps until it has landed, if there is use for
+        them then; the rows of one that will not are, where it lends, in the record before a later plan can overwrite
+        them."""
         self._vacate(sequence)
-        if sequence.is_lending:
-            self._holdings.free_pages(sequence, first=sequence.num_full_pages, last_plan=self._newest_number)
-            self._lending[sequence.key] = sequence
-        else:
-            self._holdings.free_state(sequence, last_plan=self._newest_number)
+        num_kept = sequence.num_full_pages_max if sequence.is_lending or self._cache is not None else 0
+        self._holdings.free_pages(sequence, first=min(num_kept, len(sequence.pages)))
+        self._landing[sequence.key] = sequence
         sequence.phase = Phase.LANDING
 
-    def _score(self, step: Step, items: Iterable[PromptScores]) -> list[ScoresEvent]:
-        """One event for each sequence whose scores are news: the rank sends them in small parts."""
-        parts: dict[int, list[PromptScores]] = {}
-        for item in items:
-            parts.setdefault(item.slot, []).append(item)
-        events: list[ScoresEvent] = []
-        for slot, own in parts.items():
-            sequence = step.sequences[SlotId(slot)]
-            if sequence.phase is Phase.ENDED:
-                continue
-            found = sequence.take_scores(own)
-            if found is not None:
-                events.append(ScoresEvent(key=sequence.key, prompt_logprobs=found))
-        return events
+    def _free_read(self, step: Step) -> None:
+        """The rank has read what the step restored sequences from."""
+        for record in step.restoring:
+            self._holdings.free_record(record)
+        if self._cache is not None:
+            for pin in step.resuming:
+                self._cache.resumed(pin)
 
-    def _tell(self, step: Step, slot: SlotId, item: Lent) -> list[PagesEvent]:
-        """The full pages that a segment has completed, if any. From now on others may be reading them."""
-        sequence, segment = step.sequences[slot], step.lending[slot]
-        first, end = segment.start // PAGE_TOKENS, (segment.start + segment.count) // PAGE_TOKENS
-        num_digests = (end - first) * self.config.num_page_components
-        assert len(item.page_digests) == num_digests, f"{len(item.page_digests)} digests, not {num_digests}"
-        assert (item.record_bytes > 0) == (segment.record >= 0), "a record was packed that was not planned"
-        if sequence.phase is Phase.ENDED or first == end:
-            return []
-        assert sequence.num_pages_told == first
-        assert sequence.record is not None
-        sequence.num_pages_told = end
-        sequence.is_told = True
-        pages = tuple(sequence.pages[first:end])
-        return [
-            PagesEvent(
-                key=sequence.key,
-                record=sequence.record,
-                first_page=first,
-                pages=pages,
-                digests=item.page_digests,
-            )
-        ]
+    def _absorb_chunks(self, step: Step, result: StepResult) -> None:
+        """What the step has computed for good, however many drafts were accepted; and the tails it has taken."""
+        digests = digests_by_slot(result, per_page=self.config.num_page_components)
+        for segment in step.segments:
+            slot = SlotId(segment.slot)
+            sequence = step.sequences[slot]
+            if sequence.phase is not Phase.ENDED:
+                sequence.note_landed(segment.start + segment.count)
+                self._absorb(sequence, digests.get(slot, ()))
+        self._tails.keep(step)
 
-    def _lend(self, sequence: Sequence, item: Lent) -> LentEvent:
-        """It goes on elsewhere, from what the host is told of now at the latest."""
-        assert sequence.record is not None
-        assert sequence.num_pages_told == sequence.num_full_pages
-        sequence.is_told = True
-        event = LentEvent(
-            key=sequence.key,
-            record=sequence.record,
-            num_tokens=len(sequence.prompt),
-            record_bytes=item.record_bytes,
-            record_digest=item.record_digest,
-        )
-        self._end(sequence)
-        return event
+    def _absorb(self, sequence: Sequence, digests: Several[tuple[int, ...]] = ()) -> None:
+        if self._cache is not None:
+            self._cache.absorb(sequence, digests)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """It holds nothing any more but what plans in flight may write a tail into."""
+        self._tails.part(sequence)
+        if self._cache is not None:
+            self._cache.leave(sequence)
+        self._holdings.free_state(sequence)
 
     def _land(self, sequence: Sequence, items: list[Sampled], *, drafts: int) -> list[TokenEvent]:
         """What a step has sampled of a sequence, in order, until it ends."""
@@ -497,11 +503,13 @@ class Scheduler:
         assert sequence.is_scored, f"a token came after {sequence.num_scored} of the prompt's scores"
         is_waiting = sequence.phase is Phase.WAITING
         if is_waiting:
-            self._count_waiting(sequence, -1)
+            self._admission.count(sequence, -1)
         sequence.land(len(items), drafts=drafts)
         events = sequence.take_tokens(items, self.config.eos_token_ids)
         if is_waiting:
-            self._count_waiting(sequence, +1)
+            self._admission.count(sequence, +1)
+        sequence.note_landed(len(sequence.prompt) + len(sequence.generated) - 1)
+        self._absorb(sequence)
         if events[-1].finish_reason is not None:
             self._end(sequence)
         elif sequence.phase is Phase.RUNNING and sequence.is_planned_to_the_end:
@@ -512,16 +520,17 @@ class Scheduler:
         key = sequence.key
         match sequence.phase:
             case Phase.WAITING:
-                self._waiting.remove(sequence)
-                self._count_waiting(sequence, -1)
+                self._admission.remove(sequence)
+                if self._cache is not None:
+                    self._cache.leave(sequence)
             case Phase.ADOPTING:
                 self._abandon(sequence)
             case Phase.RUNNING:
                 self._vacate(sequence)
-                self._holdings.free_state(sequence, last_plan=self._newest_number)
+                self._leave(sequence)
             case Phase.LANDING:
-                if self._lending.pop(key, None) is not None:
-                    self._holdings.free_state(sequence, last_plan=self._newest_number)
+                del self._landing[key]
+                self._leave(sequence)
             case Phase.ENDED:
                 raise AssertionError(f"sequence {key} ended twice")
         sequence.phase = Phase.ENDED
@@ -535,16 +544,11 @@ class Scheduler:
         if self._adoptions.pop(sequence.key, None) is None:
             self._holdings.quarantine(sequence)
         else:
-            self._holdings.free_state(sequence, last_plan=0)
-
-    def _count_waiting(self, sequence: Sequence, sign: int) -> None:
-        self._tokens_waiting += sign * sequence.num_known
-        if sequence.is_adopting:
-            self._tokens_awaited += sign * sequence.num_known
+            self._holdings.free_state(sequence)
 
     def _check(self) -> None:
-        assert not self._tokens_waiting or self._waiting, "tokens wait without a sequence"
         self._holdings.check(
-            chain(self._running.values(), self._adopting.values(), self._lending.values()),
-            num_records_restoring=sum(len(step.restoring) for step in self._inflight),
+            chain(self._running.values(), self._adopting.values(), self._landing.values()),
+            num_records_planned=self._tails.num_parting
+            + sum(len(step.restoring) + len(step.tails) for step in self._inflight),
         )

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.worker.events import SequenceKey
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.scheduler import SequenceKey
 from rorqual.errors import RorqualError
 from rorqual.feed import Subscribe
 from rorqual.ids import SequenceId

@@ -101,6 +101,22 @@ class ShadowRadix:
         is_branch = last.num_children > 0 and num_pages > 0
         return Match(num_pages=num_pages, tail_depths=tuple(tails), is_branch=is_branch)
 
+    def num_pages_to_hold(self, keys: Sequence[PageKey], *, num_pages: int) -> int:
+        """Pages that can be evicted now, and could not with a pin on the first `num_pages` of these keys."""
+        node = self._nodes[keys[num_pages - 1]] if num_pages else self._root
+        count = 0
+        while node is not self._root and not node.num_holds:
+            count += 1
+            assert node.parent is not None
+            node = node.parent
+        return count
+
+    def is_tail_pinned(self, key: PageKey) -> bool:
+        """Of a key that has a tail."""
+        tail = self._nodes[key].tail
+        assert tail is not None, "no tail at this key"
+        return tail.num_pins > 0
+
     def pin(self, keys: Sequence[PageKey], *, num_pages: int, tail_depth: int = 0) -> Pin:
         """Hold the first `num_pages` pages and the tail at `tail_depth` (0: none); a `match` has just shown them.
 

@@ -139,7 +139,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling", "source")
+    __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling", "source", "cache_salt")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class Open(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     prompt: bytes
@@ -154,7 +155,8 @@ class Open(_message.Message):
     ignore_eos: bool
     sampling: bytes
     source: Source
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., sampling: _Optional[bytes] = ..., source: _Optional[_Union[Source, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., sampling: _Optional[bytes] = ..., source: _Optional[_Union[Source, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("sequence_id",)
@@ -283,7 +285,7 @@ class Digest(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., number: _Optional[int] = ..., num_entries: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class SequenceReport(_message.Message):
-    __slots__ = ("sequence_id", "first_index", "token_ids", "logprobs", "alternatives", "finish_reason", "error", "prompt_logprobs", "error_code", "offer", "bound")
+    __slots__ = ("sequence_id", "first_index", "token_ids", "logprobs", "alternatives", "finish_reason", "error", "prompt_logprobs", "error_code", "offer", "bound", "cached_tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -295,6 +297,7 @@ class SequenceReport(_message.Message):
     ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     BOUND_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -306,7 +309,8 @@ class SequenceReport(_message.Message):
     error_code: str
     offer: Offer
     bound: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error_code: _Optional[str] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., bound: _Optional[bool] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, sequence_id: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error_code: _Optional[str] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., bound: _Optional[bool] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Alternatives(_message.Message):
     __slots__ = ("token_ids", "logprobs")

@@ -11,8 +11,8 @@ from typing import Any
 
 from router.gateway.logprobs import chat_logprobs
 from router.gateway.requests import AnswerStyle, ChatJob
-from router.gateway.writers import EventTemplate, to_json, usage
-from router.generation import ChoiceUpdate, Generation, PromptSource, finish_name
+from router.gateway.writers import EventTemplate, to_json, usage_json
+from router.generation import ChoiceUpdate, Generation, PromptSource, Usage, finish_name
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,10 +71,10 @@ class ChatWriter:
             fields += b',"token_ids":' + to_json([token.token_id for token in update.tokens])
         return self._template.event(update.choice, fields)
 
-    def last_event(self, num_prompt_tokens: int, num_completion_tokens: int) -> bytes:
+    def last_event(self, used: Usage) -> bytes:
         if not self.style.include_usage:
             return b""
-        return self._template.usage_event(usage(num_prompt_tokens, num_completion_tokens))
+        return self._template.usage_event(usage_json(used))
 
     def add(self, prompt: int, update: ChoiceUpdate) -> None:
         choice = self._choices[update.choice]
@@ -87,7 +87,7 @@ class ChatWriter:
         if update.finish_reason is not None:
             choice.finish_reason = finish_name(update.finish_reason)
 
-    def body(self, num_prompt_tokens: int, num_completion_tokens: int) -> bytes:
+    def body(self, used: Usage) -> bytes:
         return to_json(
             {
                 "id": self.style.request_id,
@@ -95,7 +95,7 @@ class ChatWriter:
                 "created": self._created,
                 "model": self.style.model_name,
                 "choices": [self._whole(index, choice) for index, choice in enumerate(self._choices)],
-                "usage": usage(num_prompt_tokens, num_completion_tokens),
+                "usage": usage_json(used),
             }
         )
 

@@ -7,14 +7,14 @@ has index p * n + c, as in OpenAI's API.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rorqual.session import FinishReason
 from router.gateway.logprobs import CompletionLogprobs
 from router.gateway.requests import AnswerStyle, CompletionJob
-from router.gateway.writers import EventTemplate, to_json, usage
-from router.generation import ChoiceUpdate, Generation, PromptSource, TokenOut, finish_name
+from router.gateway.writers import EventTemplate, to_json, usage_json
+from router.generation import ChoiceUpdate, Generation, PromptSource, TokenOut, Usage, finish_name
 
 _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -72,10 +72,10 @@ class CompletionWriter:
             fields += b',"token_ids":' + to_json(piece.token_ids)
         return self._template.event(index, fields)
 
-    def last_event(self, num_prompt_tokens: int, num_completion_tokens: int) -> bytes:
+    def last_event(self, used: Usage) -> bytes:
         if not self.style.include_usage:
             return b""
-        return self._template.usage_event(self._usage(num_prompt_tokens, num_completion_tokens))
+        return self._template.usage_event(self._usage(used))
 
     def add(self, prompt: int, update: ChoiceUpdate) -> None:
         choice = self._choices[prompt * self.style.num_choices + update.choice]
@@ -88,7 +88,7 @@ class CompletionWriter:
         if piece.finish_reason is not None:
             choice.finish_reason = piece.finish_reason
 
-    def body(self, num_prompt_tokens: int, num_completion_tokens: int) -> bytes:
+    def body(self, used: Usage) -> bytes:
         return to_json(
             {
                 "id": self.style.request_id,
@@ -96,12 +96,12 @@ class CompletionWriter:
                 "created": self._created,
                 "model": self.style.model_name,
                 "choices": [self._whole(index, choice) for index, choice in enumerate(self._choices)],
-                "usage": self._usage(num_prompt_tokens, num_completion_tokens),
+                "usage": self._usage(used),
             }
         )
 
-    def _usage(self, num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
-        return usage(num_prompt_tokens, 0 if self._job.prompt_only else num_completion_tokens)
+    def _usage(self, used: Usage) -> dict[str, Any]:
+        return usage_json(replace(used, num_completion_tokens=0) if self._job.prompt_only else used)
 
     def _piece(self, prompt: int, choice: _Choice, update: ChoiceUpdate) -> _Piece:
         shown: tuple[TokenOut, ...] = () if self._job.prompt_only else update.tokens

@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -41,7 +41,7 @@ from router.gateway.requests import (
 from router.gateway.schema import ChatBody, CompletionBody, TokenizeBody, decode_body
 from router.gateway.writers import DONE, AnswerWriter, to_json
 from router.gateway_metrics import GatewayMetrics, RequestMeter
-from router.generation import Generator, PromptSource, ServedModel
+from router.generation import Generation, Generator, PromptSource, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ STREAM_HEADERS: Headers = ((b"cache-control", b"no-cache"), (b"x-accel-buffering
 class HttpSettings:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
+    shared_cache_salt: str = ""  # see `rorqual.api_keys.ApiKeys`
     api_keys: tuple[str, ...] = ()  # none: open to everyone who can connect
     request_seconds_max: float = 6 * 3600.0  # a million tokens at 50 a second
     drain_seconds_max: float = 30.0
@@ -100,7 +101,7 @@ class HttpGateway:
         self._admission = admission
         self._clock = clock
         self._draw_seed = draw_seed
-        self._api_keys = ApiKeys(settings.api_keys)
+        self._api_keys = ApiKeys(settings.api_keys, shared_cache_salt=settings.shared_cache_salt)
         self._server = HttpServer(
             self._handle,
             on_head=self._look_at_head,
@@ -241,13 +242,19 @@ class HttpGateway:
 
     async def _read_chat(self, exchange: _Exchange) -> ChatJob:
         body = decode_body(_CHAT_DECODER, exchange.request.take_body())
-        return await read_chat(body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed)
+        job = await read_chat(body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed)
+        return replace(job, generation=self._salted(exchange, job.generation))
 
     async def _read_completion(self, exchange: _Exchange) -> CompletionJob:
         body = decode_body(_COMPLETION_DECODER, exchange.request.take_body())
-        return await read_completion(
+        job = await read_completion(
             body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed
         )
+        return replace(job, generations=tuple(self._salted(exchange, item) for item in job.generations))
+
+    def _salted(self, exchange: _Exchange, generation: Generation) -> Generation:
+        salt = self._api_keys.cache_salt(exchange.request.headers.get(b"authorization", b""))
+        return replace(generation, cache_salt=salt)
 
     async def _generate(self, exchange: _Exchange, writer: AnswerWriter) -> None:
         """Drive the generations into the answer. Cancelled with its client, it closes them before it ends."""
@@ -268,13 +275,13 @@ class HttpGateway:
             async for prompt, update in updates:
                 if not reply.started:  # not before: a failure until here still has its own status
                     reply.start(200, content_type=EVENT_STREAM, headers=headers)
-                meter.saw(update, choice=prompt * num_choices + update.choice)
+                meter.saw(update, choice=prompt * num_choices + update.choice, prompt=prompt)
                 events = writer.events(prompt, update)
                 if events:
                     reply.write(events)
                     await reply.drain()
         assert reply.started, "a generation ended without an update"
-        reply.write(writer.last_event(meter.num_prompt_tokens, meter.num_completion_tokens) + DONE)
+        reply.write(writer.last_event(meter.usage) + DONE)
         reply.finish()
 
     async def _collect(self, exchange: _Exchange, writer: AnswerWriter) -> None:
@@ -282,9 +289,9 @@ class HttpGateway:
         num_choices = writer.style.num_choices
         async with aclosing(updates_of(self._generator, writer.generations)) as updates:
             async for prompt, update in updates:
-                meter.saw(update, choice=prompt * num_choices + update.choice)
+                meter.saw(update, choice=prompt * num_choices + update.choice, prompt=prompt)
                 writer.add(prompt, update)
-        body = writer.body(meter.num_prompt_tokens, meter.num_completion_tokens)
+        body = writer.body(meter.usage)
         exchange.reply.send(200, body, content_type=JSON, headers=_id_header(exchange.meter.request_id))
 
     def _model(self) -> ServedModel:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from router.gateway.requests import AnswerStyle
-from router.generation import ChoiceUpdate, Generation
+from router.generation import ChoiceUpdate, Generation, Usage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -32,21 +32,21 @@ class AnswerWriter(Protocol):
         """The server-sent events for an update of the prompt with this number; may be empty."""
         ...
 
-    def last_event(self, num_prompt_tokens: int, num_completion_tokens: int) -> bytes:
+    def last_event(self, used: Usage) -> bytes:
         """The usage event, if the client asked for one."""
         ...
 
     def add(self, prompt: int, update: ChoiceUpdate) -> None: ...
 
-    def body(self, num_prompt_tokens: int, num_completion_tokens: int) -> bytes: ...
+    def body(self, used: Usage) -> bytes: ...
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
+def usage_json(used: Usage) -> dict[str, Any]:
     return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": num_prompt_tokens + num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens": used.num_prompt_tokens,
+        "completion_tokens": used.num_completion_tokens,
+        "total_tokens": used.num_prompt_tokens + used.num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.num_cached_tokens},
     }
 
 

@@ -12,16 +12,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import msgspec
+from fake_state import (
+    EOS,
+    NUM_PAGE_COMPONENTS,
+    PAGE_BYTES,
+    PAGE_TOKENS,
+    POSITIONS_MAX,
+    REBUILD_TOKENS,
+    RECORD_BYTES,
+    VOCAB_SIZE,
+    WIRE_ID,
+    WIRE_ID_DRAFTS,
+    Rows,
+    Slot,
+    digest,
+    is_drafted_well,
+    logprob_of,
+    next_token,
+    num_pages_of,
+    page_digests,
+)
 
 from engine.frames import join_host, read_frame, write_frame
 from engine.plan import (
+    Completed,
     Expose,
     Fetch,
     Fetched,
@@ -43,110 +63,12 @@ from engine.plan import (
     SlotOpen,
     StepPlan,
     StepResult,
+    Tailed,
     ToTransfer,
     Verified,
 )
 from kvstore.transfer.contract import Endpoint
 from rorqual.sampling import SamplingParams
-
-PAGE_TOKENS = 256
-VOCAB_SIZE = 97
-EOS = 1
-POSITIONS_MAX = 4096
-NUM_PAGE_COMPONENTS = 2
-WIRE_ID = "fake-wire"
-WIRE_ID_DRAFTS = "fake-wire-drafts"
-ROOT = b"root"  # what comes before a sequence's first page
-
-Rows = tuple[bytes, bytes]
-"""Content of a page: a hash of all tokens before it, and its own tokens, little-endian int32."""
-
-
-def next_token(last: int, position: int, sampling: SamplingParams) -> int:
-    """The token at `position`, which follows `last`. One in 97 ends the sequence."""
-    value = (last * 1_000_003 + position * 7919 + sampling.seed * 104_729 + sampling.choice * 31 + 17) % 2**32
-    value ^= value >> 15
-    value = value * 2_246_822_519 % 2**32
-    value ^= value >> 13
-    return value % VOCAB_SIZE
-
-
-def is_drafted_well(position: int, sampling: SamplingParams) -> bool:
-    """Whether the draft for `position` is the token itself: two of three are, in no simple order."""
-    return next_token(5, position, sampling) % 3 != 0
-
-
-def logprob_of(token: int, position: int) -> float:
-    """A power of two times a small integer: exact in float32, which is what crosses the wire."""
-    return -(token + position % 8 + 1) / 16
-
-
-def answer(
-    prompt: list[int], max_tokens: int, sampling: SamplingParams, *, ignore_eos: bool = False
-) -> list[int]:
-    """The whole completion, one token after another."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(next_token(tokens[-1], len(tokens), sampling))
-        if tokens[-1] == EOS and not ignore_eos:
-            break
-    return tokens[len(prompt) :]
-
-
-def digest(*parts: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "big")
-
-
-def page_digests(rows: Rows) -> tuple[int, ...]:
-    """Of a page one for each component."""
-    return tuple(digest(*rows, bytes([component])) for component in range(NUM_PAGE_COMPONENTS))
-
-
-def next_hash(rows: Rows) -> bytes:
-    """What comes before the page that follows a full one."""
-    assert len(rows[1]) == 4 * PAGE_TOKENS
-    return hashlib.blake2b(b"".join(rows), digest_size=8).digest()
-
-
-def num_pages_of(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_TOKENS)
-
-
-@dataclass
-class Slot:
-    tokens: list[int]
-    num_prompt: int
-    sampling: SamplingParams
-    tokens_max: int
-    num_computed: int = 0
-    has_drafted: bool = False  # from then on the host knows bounds of where it is
-    pages: list[int] = field(default_factory=list)
-    rows: list[Rows] = field(default_factory=list)  # what `pages` must hold
-    lends: bool | None = None  # known with the first segment
-    has_left: bool = False  # its state is packed: it goes on elsewhere
-
-    def rows_before(self) -> bytes:
-        """Of the page that comes next."""
-        return next_hash(self.rows[-1]) if self.rows else ROOT
-
-    def compute(self, count: int) -> list[int]:
-        """Numbers within the sequence of the pages that have changed."""
-        start, end = self.num_computed, self.num_computed + count
-        changed = list(range(start // PAGE_TOKENS, num_pages_of(end)))
-        for number in changed:
-            if number == len(self.rows):
-                self.rows.append((self.rows_before(), b""))
-            before, old = self.rows[number]
-            new = self.tokens[number * PAGE_TOKENS + len(old) // 4 : min(end, (number + 1) * PAGE_TOKENS)]
-            self.rows[number] = (before, old + struct.pack(f"<{len(new)}i", *new))
-        self.num_computed = end
-        return changed
-
-    def pack(self) -> bytes:
-        """All state but the full pages. Its length differs from sequence to sequence."""
-        is_partial = self.num_computed % PAGE_TOKENS > 0
-        before, tokens = self.rows[-1] if is_partial else (self.rows_before(), b"")
-        return msgspec.msgpack.encode((self.num_computed, before, tokens))
 
 
 class FakeRank:
@@ -174,14 +96,16 @@ class FakeRank:
         self.slots: dict[int, Slot] = {}
         self.memory: list[Rows | None] = [None] * num_pages
         self.records: list[bytes | None] = [None] * num_records
-        self.lent_pages: set[int] = set()  # others may read them: whoever tests says so, with `lend`
+        self.lent_pages: Counter[int] = Counter()  # others may read them: whoever tests says so, with `lend`
         self.lent_records: set[int] = set()
         self.fetches: dict[int, Fetch] = {}  # begun, not ended
         self.peers: dict[int, str] = {}  # agent names
         self.is_exposed = False
+        self.owners: Counter[int] = Counter()  # of pages, in the step
         self.num_steps = 0
         self.num_tokens_computed = 0
         self.num_tokens_restored = 0
+        self.num_tokens_replayed = 0  # of those computed
 
     def ready(self) -> RankReady:
         transfer = {}
@@ -206,6 +130,9 @@ class FakeRank:
             has_mtp=self.drafts_max > 0,
             drafts_max=self.drafts_max,
             notices=() if self.drafts_max else ("no MTP weights: served without drafts",),
+            page_bytes=PAGE_BYTES,
+            record_bytes=RECORD_BYTES,
+            rebuild_tokens=REBUILD_TOKENS,
             **transfer,
         )
 
@@ -227,14 +154,18 @@ class FakeRank:
         for segment in plan.segments:
             self._map(segment)
         self._check_pages(plan)
-        sampled, scores, lent, verified = [], [], [], []
+        sampled, scores, lent, verified, completed, tailed = [], [], [], [], [], []
         for segment in plan.segments:
+            first = self.slots[segment.slot].num_computed
             if segment.drafts or self.slots[segment.slot].has_drafted:
                 self._verify(segment, sampled, verified)
-                continue
-            self._compute(segment, sampled, scores)
+            else:
+                self._compute(segment, sampled, scores)
             if segment.lend:
                 lent.append(self._lend(segment))
+            if segment.digest:
+                completed += self._completed(segment, first)
+            tailed += self._take_tails(segment, first)
         return StepResult(
             number=plan.number,
             sampled=tuple(sampled),
@@ -242,6 +173,8 @@ class FakeRank:
             step_ms=1.0,
             lent=tuple(lent),
             verified=tuple(verified),
+            completed=tuple(completed),
+            tailed=tuple(tailed),
         )
 
     def transfer(self, message: ToTransfer, owners: Mapping[str, FakeRank]) -> FromTransfer | None:
@@ -271,7 +204,9 @@ class FakeRank:
         assert message.source_pages or message.record, "a fetch of nothing"
         targets = set(message.target_pages)
         assert len(targets) == len(message.target_pages), "a page is read into twice"
-        assert not targets & (self._fetched_pages() | self.lent_pages), "a page is read into while in use"
+        assert not targets & (self._fetched_pages() | self.lent_pages.keys()), (
+            "a page is read into while in use"
+        )
         assert all(0 <= page < self.num_pages for page in targets), "a page beyond the pool"
         if message.record is not None:
             self._check_record(message.record.target)
@@ -299,14 +234,14 @@ class FakeRank:
 
     def lend(self, pages: tuple[int, ...], record: int | None = None) -> None:
         """Others may read these from now on, until they are taken back: nothing may be written there."""
-        assert not self.lent_pages & set(pages), "a page is lent twice"
         self.lent_pages.update(pages)
         if record is not None:
             assert record not in self.lent_records, f"record {record} is lent twice"
             self.lent_records.add(record)
 
     def take_back(self, pages: tuple[int, ...], record: int | None = None) -> None:
-        self.lent_pages.difference_update(pages)
+        self.lent_pages.subtract(pages)
+        self.lent_pages = +self.lent_pages
         self.lent_records.discard(record if record is not None else -1)
 
     def _fetch_record(self, item: RecordFetch, owner: FakeRank) -> str:
@@ -318,10 +253,10 @@ class FakeRank:
     def _fetched_pages(self) -> set[int]:
         return {page for fetch in self.fetches.values() for page in fetch.target_pages}
 
-    def _check_record(self, record: int) -> None:
-        """It may be written into."""
+    def _check_record(self, record: int, *, to_write: bool = True) -> None:
+        """It may be written into, or read."""
         assert 0 <= record < self.num_records, f"record {record} of {self.num_records}"
-        assert record not in self.lent_records, f"record {record} is written while it is lent"
+        assert not to_write or record not in self.lent_records, f"record {record} is written while it is lent"
         targets = {fetch.record.target for fetch in self.fetches.values() if fetch.record is not None}
         assert record not in targets, f"record {record} is used while it is read into"
 
@@ -338,14 +273,20 @@ class FakeRank:
             self._restore(slot, item.restore)
 
     def _restore(self, slot: Slot, restore: Restore) -> None:
-        assert restore.num_computed == slot.num_prompt < len(slot.tokens)
+        is_boundary = restore.num_computed % PAGE_TOKENS == 0
+        assert is_boundary or restore.num_computed == slot.num_prompt < len(slot.tokens)
+        assert restore.num_computed <= len(slot.tokens)
         assert len(restore.pages) == num_pages_of(restore.num_computed)
         assert slot.sampling.prompt_logprobs is None, "scores of a prompt that was computed elsewhere"
         slot.compute(restore.num_computed)
         slot.pages = list(restore.pages)
-        self._check_record(restore.record)
-        assert self.records[restore.record] == slot.pack(), "the record holds another state"
-        if restore.num_computed % PAGE_TOKENS:
+        if restore.record < 0:
+            assert is_boundary, "an empty window within a page"
+            slot.exact_from = restore.num_computed + REBUILD_TOKENS if restore.num_computed else 0
+        else:
+            self._check_record(restore.record, to_write=False)
+            assert self.records[restore.record] == slot.pack(), "the record holds another state"
+        if not is_boundary:
             self._write(restore.pages[-1], slot.rows[-1])
         self._check_memory(slot)
         self.num_tokens_restored += restore.num_computed
@@ -354,12 +295,17 @@ class FakeRank:
         slot = self.slots[segment.slot]
         self._check_memory(slot)
         slot.pages.extend(segment.pages)
+        end = segment.start + segment.count
+        results = [point.num_tokens for point in segment.tails]
+        results += [end] if segment.sample or segment.record >= 0 else []
+        assert min(results, default=slot.exact_from) >= slot.exact_from, "something came of an empty window"
+        assert segment.replay or segment.start >= slot.exact_from, "a page is made with an empty window"
+        assert all(segment.start < point.num_tokens <= end for point in segment.tails), "a tail outside"
         if segment.drafts or slot.has_drafted:
             self._check_decode(slot, segment)
             return
-        end = segment.start + segment.count
         assert segment.start == slot.num_computed, f"start {segment.start}, computed {slot.num_computed}"
-        assert segment.count >= 1
+        assert segment.count >= 1 or (segment.sample and not slot.has_sampled), "computes nothing"
         assert end <= len(slot.tokens), "computes tokens that are not known"
         assert len(slot.pages) == num_pages_of(end), f"{len(slot.pages)} pages for {end} tokens"
         assert end % PAGE_TOKENS == 0 or end == len(slot.tokens), (
@@ -367,8 +313,9 @@ class FakeRank:
         )
         assert segment.sample == (end == len(slot.tokens)), "sample flag is wrong"
         assert not slot.has_left, "a sequence goes on here and elsewhere"
-        assert slot.lends in (None, segment.lend), "a sequence lends a part of its prompt"
-        slot.lends = segment.lend
+        if not segment.replay:
+            assert slot.lends in (None, segment.lend), "a sequence lends a part of its prompt"
+            slot.lends = segment.lend
         assert (segment.record >= 0) == (segment.lend and segment.sample), "a record at the wrong time"
 
     def _check_decode(self, slot: Slot, segment: Segment) -> None:
@@ -387,13 +334,17 @@ class FakeRank:
 
     def _check_pages(self, plan: StepPlan) -> None:
         owned = [page for slot in self.slots.values() for page in slot.pages]
-        assert len(owned) == len(set(owned)), "a page belongs to two sequences"
+        self.owners = Counter(owned)
+        assert all(len(slot.pages) == len(set(slot.pages)) for slot in self.slots.values()), "a page twice"
         assert all(0 <= page < self.num_pages for page in owned), "a page beyond the pool"
         used = {page for segment in plan.segments for page in self.slots[segment.slot].pages}
         assert not used & self._fetched_pages(), "a page is used while it is read into"
-        records = [segment.record for segment in plan.segments if segment.record >= 0]
-        records += [item.restore.record for item in plan.opens if item.restore is not None]
-        assert len(records) == len(set(records)), "a record is used twice"
+        written = [segment.record for segment in plan.segments if segment.record >= 0]
+        written += [segment.tail_record for segment in plan.segments if segment.tail_record >= 0]
+        written += [point.record for segment in plan.segments for point in segment.tails]
+        assert len(written) == len(set(written)), "a record is written twice"
+        restored = {item.restore.record for item in plan.opens if item.restore is not None}
+        assert not restored & set(written), "a record is read and written"
 
     def _check_memory(self, slot: Slot) -> None:
         # With drafts there may be pages for tokens that were rejected.
@@ -402,6 +353,7 @@ class FakeRank:
 
     def _write(self, page: int, rows: Rows) -> None:
         assert page not in self.lent_pages, f"page {page} is written while it is lent"
+        assert self.owners[page] <= 1, f"page {page} is written while two sequences have it"
         self.memory[page] = rows
 
     def _lend(self, segment: Segment) -> Lent:
@@ -422,12 +374,44 @@ class FakeRank:
             record_digest=digest(packed),
         )
 
+    def _completed(self, segment: Segment, first: int) -> list[Completed]:
+        """The pages that the segment has filled, which had `first` tokens computed before."""
+        slot = self.slots[segment.slot]
+        numbers = range(first // PAGE_TOKENS, slot.num_computed // PAGE_TOKENS)
+        digests = tuple(item for number in numbers for item in page_digests(slot.rows[number]))
+        return [Completed(slot=segment.slot, first=numbers.start, page_digests=digests)] if digests else []
+
+    def _take_tails(self, segment: Segment, first: int) -> list[Tailed]:
+        slot = self.slots[segment.slot]
+        points = [(point.num_tokens, point.record) for point in segment.tails]
+        boundary = slot.num_computed // PAGE_TOKENS * PAGE_TOKENS
+        if segment.tail_record >= 0:
+            assert (segment.count, segment.sample, segment.lend) == (1, True, False), "a tail of no decode"
+            self._check_record(segment.tail_record)
+            if first < boundary:
+                points.append((boundary, segment.tail_record))
+        tailed = []
+        for num_tokens, record in points:
+            self._check_record(record)
+            self.records[record] = packed = slot.pack(num_tokens)
+            tailed.append(
+                Tailed(slot=segment.slot, num_tokens=num_tokens, num_bytes=len(packed), digest=digest(packed))
+            )
+        return tailed
+
     def _compute(self, segment: Segment, sampled: list[Sampled], scores: list[PromptScores]) -> None:
         slot = self.slots[segment.slot]
         end = segment.start + segment.count
         self.num_tokens_computed += segment.count
         for number in slot.compute(segment.count):
-            self._write(slot.pages[number], slot.rows[number])
+            if segment.replay:
+                held = self.memory[slot.pages[number]]
+                assert held == slot.rows[number], (
+                    f"page {slot.pages[number]} is shared and holds something else"
+                )
+            else:
+                self._write(slot.pages[number], slot.rows[number])
+        self.num_tokens_replayed += segment.count * segment.replay
         wanted = slot.sampling.prompt_logprobs
         last_scored = min(end + 1, slot.num_prompt)
         if wanted is not None and segment.start + 1 < last_scored:
@@ -448,6 +432,7 @@ class FakeRank:
     def _sample(self, number: int) -> Sampled:
         slot = self.slots[number]
         position = len(slot.tokens)
+        slot.has_sampled = True
         token = next_token(slot.tokens[-1], position, slot.sampling)
         slot.tokens.append(token)
         count = slot.sampling.logprobs

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from fake_rank import EOS, PAGE_TOKENS, POSITIONS_MAX, VOCAB_SIZE, answer, logprob_of
+from fake_state import EOS, PAGE_TOKENS, POSITIONS_MAX, VOCAB_SIZE, answer, logprob_of
 
 from rorqual.ids import Incarnation, LeaseName, SequenceId, WorkerId
 from rorqual.session import (

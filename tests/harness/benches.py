@@ -8,28 +8,56 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-from fake_rank import EOS, NUM_PAGE_COMPONENTS, VOCAB_SIZE, FakeRank
+from fake_rank import FakeRank
+from fake_state import (
+    EOS,
+    NUM_PAGE_COMPONENTS,
+    PAGE_BYTES,
+    PAGE_TOKENS,
+    REBUILD_TOKENS,
+    RECORD_BYTES,
+    VOCAB_SIZE,
+)
 
 from engine.plan import Fetch, RecordFetch, StepPlan
 from engine.worker.drafting import DraftPolicy
-from engine.worker.scheduler import (
+from engine.worker.events import (
     Adoption,
     Event,
     LentEvent,
     PagesEvent,
-    Scheduler,
-    SchedulerConfig,
     ScoresEvent,
     SequenceKey,
     Surrender,
     TokenEvent,
 )
+from engine.worker.prefix_cache import CacheConfig
+from engine.worker.scheduler import Scheduler, SchedulerConfig
+from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
 
 
 def a_prompt(key: int, length: int) -> list[int]:
     return random.Random(key).choices(range(VOCAB_SIZE), k=length)
+
+
+def a_related_prompt(key: int, length: int) -> list[int]:
+    """One of three families; members of one have the beginning in common, and part after 0 to 3 pages and a bit."""
+    shared = a_prompt(-1 - key % 3, PAGE_TOKENS * (key // 3 % 4) + 100 * (key % 2))
+    return (shared + a_prompt(key, length))[:length]
+
+
+def a_cache(**policy: int) -> CacheConfig:
+    return CacheConfig(
+        fingerprint="fake",
+        numerics="float32",
+        wire_id="fake-wire",
+        costs=Costs(
+            page_bytes=PAGE_BYTES, tail_bytes=RECORD_BYTES, rebuild_pages=REBUILD_TOKENS // PAGE_TOKENS
+        ),
+        policy=TailPolicy(**policy),
+    )
 
 
 class Bench:
@@ -44,6 +72,7 @@ class Bench:
         role: Role = Role.BOTH,
         num_records: int = 0,
         policy: DraftPolicy | None = None,
+        cache: CacheConfig | None = None,
         **options: int,
     ) -> None:
         tokens_max = options.pop("sequence_tokens_max", num_pages * 256)
@@ -58,6 +87,7 @@ class Bench:
                 role=role,
                 num_records=num_records,
                 num_page_components=NUM_PAGE_COMPONENTS if num_records else 0,
+                cache=cache,
                 **options,
             ),
             policy,
@@ -87,6 +117,7 @@ class Bench:
         *,
         ignore_eos: bool = False,
         adopt: bool = False,
+        salt: str = "",
         **sampling: int,
     ) -> SamplingParams:
         params = SamplingParams(**{"seed": key, **sampling})
@@ -97,6 +128,7 @@ class Bench:
             ignore_eos=ignore_eos,
             sampling=params,
             adopt=adopt,
+            salt=salt,
         )
         self.events[key] = []
         self.first_index[key] = 0
@@ -133,6 +165,7 @@ class Bench:
                     self.lent[event.key] = event
                     self.rank.lend((), event.record)
         self.take_surrendered()
+        self.scheduler.check_all()
         return events
 
     def cancel(self, key: int) -> bool:
@@ -150,7 +183,7 @@ class Bench:
         """Nobody reads what was lent of a sequence any more."""
         item = self.surrendered.pop(key)
         self.rank.take_back(item.pages, item.record)
-        self.scheduler.take_back(item.pages, item.record)
+        self.scheduler.take_back(item.record)
 
     def take_adoptions(self) -> list[Adoption]:
         found = self.scheduler.take_adoptions()
@@ -208,11 +241,11 @@ class Bench:
         self.rank.lend(event.pages)
 
 
-def lending(**options: int) -> Bench:
+def lending(**options) -> Bench:
     return Bench(**{"num_records": 4, **options}, role=Role.PREFILL)
 
 
-def adopting(**options: int) -> Bench:
+def adopting(**options) -> Bench:
     return Bench(**{"num_records": 4, **options}, role=Role.DECODE)
 
 
@@ -256,7 +289,8 @@ class Pair:
         if reading is None or reading.fetch or reading.adoption.after > self.decode.scheduler.last_applied:
             return False
         offered = self.prefill.pages[key]
-        pages = tuple(page for event in offered for page in event.pages)[reading.num_pages :]
+        first = max(reading.num_pages, reading.adoption.num_present)
+        pages = tuple(page for event in offered for page in event.pages)[first:]
         digests = tuple(item for event in offered for item in event.digests)
         lent = self.prefill.lent.get(key)
         if not pages and lent is None:
@@ -270,8 +304,8 @@ class Pair:
                 peer=1,
                 seconds=10.0,
                 source_pages=pages,
-                target_pages=reading.adoption.pages[reading.num_pages : reading.num_pages + len(pages)],
-                digests=digests[reading.num_pages * NUM_PAGE_COMPONENTS :],
+                target_pages=reading.adoption.pages[first : first + len(pages)],
+                digests=digests[first * NUM_PAGE_COMPONENTS :],
                 record=None
                 if lent is None
                 else RecordFetch(
@@ -283,7 +317,7 @@ class Pair:
                 ),
             )
         )
-        reading.num_pages += len(pages)
+        reading.num_pages = first + len(pages)
         return True
 
     def end(self, key: int) -> bool:

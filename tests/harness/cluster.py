@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 from fake_link import FakeLink
-from fake_rank import EOS, VOCAB_SIZE, FakeRank, answer
+from fake_rank import FakeRank
 from fake_split import FakeDecode, FakeLenders, FakePrefill
+from fake_state import EOS, VOCAB_SIZE, answer
 from fake_transport import FakeTransport
 from prometheus_client import CollectorRegistry
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from fake_rank import FakeRank, answer
+from fake_rank import FakeRank
 from fake_reads import ReadingLink
+from fake_state import answer
 
 from decode_worker.borrowing import Borrower, BorrowerConfig
 from decode_worker.lenders import LendingFailed, LendingRefused
@@ -54,14 +55,19 @@ class WatchedLender(Lender):
     def __init__(self, rank: FakeRank, config: LenderConfig, **parts: Any) -> None:
         super().__init__(config, **parts)
         self._rank = rank
+        self._lent: dict[int, list[int]] = {}  # pages that are out, by record
 
     def attach(self, host: HandlerHost) -> None:
-        super().attach(_Watched(host, take_back=self._rank.take_back))
+        super().attach(_Watched(host, take_back=self._hear))
+
+    def _hear(self, record: int) -> None:
+        self._rank.take_back(tuple(self._lent.pop(record, ())), record)
 
     def lend(self, event: PagesEvent | LentEvent) -> Offer | None:
         offer = super().lend(event)
         if offer is not None:
             self._rank.lend(offer.pages, offer.record.record if offer.record is not None else None)
+            self._lent.setdefault(offer.lease.lease_id, []).extend(offer.pages)
         return offer
 
 
@@ -79,9 +85,9 @@ class _Watched:
     def scheduler(self) -> Any:
         return _Watched(self._watched.scheduler, take_back=self._hear)
 
-    def take_back(self, pages: Iterable[int], record: int | None) -> None:
-        self._hear(tuple(pages), record)
-        self._watched.take_back(pages, record)
+    def take_back(self, record: int) -> None:
+        self._hear(record)
+        self._watched.take_back(record)
 
 
 @dataclass

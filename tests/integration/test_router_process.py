@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import httpx
 import pytest
-from fake_rank import answer
+from fake_state import answer
 
 from rorqual.sampling import SamplingParams
 from rorqual.v1 import generate_pb2 as pb

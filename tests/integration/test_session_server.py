@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from fake_link import FakeLink
-from fake_rank import FakeRank, answer
+from fake_rank import FakeRank
+from fake_state import answer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_rank import VOCAB_SIZE, answer
+from fake_state import VOCAB_SIZE, answer
 from prometheus_client import CollectorRegistry
 
 from rorqual.errors import RorqualError, WorkerLost

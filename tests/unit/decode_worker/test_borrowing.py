@@ -8,7 +8,7 @@ import itertools
 from typing import Any
 
 import pytest
-from fake_rank import PAGE_TOKENS, VOCAB_SIZE
+from fake_state import PAGE_TOKENS, VOCAB_SIZE
 
 from rorqual.ids import Incarnation, LeaseName, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS as PAGE
@@ -499,6 +499,7 @@ async def test_pages_that_sequences_have_grown_into_are_not_promised_again() -> 
             full,
             Credit(sequences=2, pages=9),
             Credit(sequences=2, pages=8),
+            Credit(sequences=2, pages=9),  # its last token is on its way: full pages are still to be kept
             full,
         ]
         await pair.check_handed_over(prompt)

@@ -7,7 +7,7 @@ import random
 from contextlib import aclosing
 
 import pytest
-from fake_rank import EOS, VOCAB_SIZE, logprob_of
+from fake_state import EOS, VOCAB_SIZE, logprob_of
 
 from rorqual.errors import InvalidRequest, Overloaded, StageTimedOut
 from rorqual.session import (

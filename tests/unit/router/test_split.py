@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
-from fake_rank import EOS, logprob_of
+from fake_state import EOS, logprob_of
 
 from rorqual.errors import StageTimedOut
 from rorqual.session import FinishReason, Open, Role, Take, credit_pages

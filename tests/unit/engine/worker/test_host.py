@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_link import FakeLink
-from fake_rank import FakeRank, answer, logprob_of
+from fake_rank import FakeRank
+from fake_state import answer, logprob_of
 
 from engine.plan import RankProgress
 from engine.worker.host import Host, HostConfig, scheduler_config

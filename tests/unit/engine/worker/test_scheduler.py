@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from fake_rank import EOS, answer, logprob_of
+from fake_state import EOS, answer, logprob_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan import StepPlan
-from engine.worker.scheduler import SequenceKey
+from engine.worker.events import SequenceKey
 from rorqual.errors import InvalidRequest, Overloaded
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason

@@ -4,10 +4,10 @@ of it. The state comes from a prefill worker's scheduler; both ranks are strict.
 from __future__ import annotations
 
 import pytest
-from fake_rank import answer
+from fake_state import answer
 
 from engine.plan import Fetch, Restore
-from engine.worker.scheduler import SequenceKey
+from engine.worker.events import SequenceKey
 from rorqual.errors import InvalidRequest
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason

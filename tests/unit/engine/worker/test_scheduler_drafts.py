@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from fake_rank import EOS, answer, is_drafted_well
+from fake_state import EOS, answer, is_drafted_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan import Sampled, StepPlan, Verified
 from engine.worker.drafting import DraftRoom, FixedDrafts, Outcome
-from engine.worker.scheduler import SequenceKey
+from engine.worker.events import SequenceKey
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason
 from tests.harness.benches import Bench, Pair, a_prompt, adopting, lending

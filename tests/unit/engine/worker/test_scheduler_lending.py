@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from fake_rank import EOS, answer, digest, logprob_of, page_digests
+from fake_state import EOS, answer, digest, logprob_of, page_digests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.worker.scheduler import LentEvent, PagesEvent, ScoresEvent, TokenEvent
+from engine.worker.events import LentEvent, PagesEvent, ScoresEvent, TokenEvent
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason
 from tests.harness.benches import Bench, a_prompt, lending
@@ -234,20 +234,6 @@ def test_a_lending_sequence_keeps_no_page_from_others() -> None:
     bench.run()
 
 
-def test_parts_of_what_is_lent_can_be_taken_back_before_the_rest() -> None:
-    bench = lending()
-    bench.open(1, a_prompt(1, 600), 10, ignore_eos=True)
-    bench.drain()
-    item = bench.surrendered.pop(1)
-    bench.rank.take_back(item.pages, item.record)
-    bench.scheduler.take_back(item.pages[1:], None)
-    assert bench.scheduler.num_lent_pages == 1
-    assert bench.scheduler.num_records_free == 3
-    assert not bench.scheduler.is_idle
-    bench.scheduler.take_back(item.pages[:1], item.record)
-    bench.run()
-
-
 def test_taking_back_what_is_not_lent_is_a_broken_invariant() -> None:
     bench = lending()
     bench.open(1, a_prompt(1, 300), 10, ignore_eos=True)
@@ -255,9 +241,7 @@ def test_taking_back_what_is_not_lent_is_a_broken_invariant() -> None:
     item = bench.surrendered[1]
     bench.take_back(1)
     with pytest.raises(AssertionError, match="not lent"):
-        bench.scheduler.take_back(item.pages, item.record)
-    with pytest.raises(AssertionError, match="not lent"):
-        bench.scheduler.take_back((), item.record)
+        bench.scheduler.take_back(item.record)
 
 
 def test_a_result_that_lends_other_than_planned_is_a_broken_invariant() -> None:

@@ -1,0 +1,284 @@
+"""What a worker's scheduler keeps of finished prefixes, and who is computing which: pure, and no ids of its own.
+
+`engine.worker.holdings` owns it; `engine.worker.admission` asks it where a sequence can start, and the scheduler tells
+it what has been computed. It puts sequences' full pages into the index (`kvstore.shadow_radix`) once their results are
+in, and so only what is certain: no draft, nothing that is still on its way. It holds pages and tails for sequences by
+pins, and never frees an id: what is evicted goes back through `holdings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+
+from engine.worker.sequences import Sequence
+from kvstore.keys import page_keys, root_key
+from kvstore.shadow_radix import (
+    Costs,
+    Evicted,
+    InProgress,
+    Match,
+    Pin,
+    ShadowRadix,
+    Start,
+    StartKind,
+    TailKind,
+    TailPolicy,
+    cheapest_start,
+    plan_tails,
+)
+from rorqual.ids import PageId, RecordId
+from rorqual.model_config import PAGE_TOKENS
+
+_NOTHING = Match(num_pages=0, tail_depths=(), is_branch=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Root ingredients of page keys, what keeping costs, and which tails are taken."""
+
+    fingerprint: str
+    numerics: str
+    wire_id: str
+    costs: Costs
+    policy: TailPolicy = field(default_factory=TailPolicy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Where a sequence can start, as long as nothing is evicted."""
+
+    match: Match
+    start: Start
+
+
+@dataclass(slots=True, kw_only=True)
+class CacheCounts:
+    """Since the worker started. Pages are full pages of prompts, and of what preempted sequences had generated."""
+
+    pages_hit: dict[StartKind, int] = field(
+        default_factory=dict[StartKind, int]
+    )  # not computed, by kind of start
+    pages_missed: int = 0
+    tokens_reused: int = 0
+    tokens_computed: int = 0  # of prompts: replayed ones too
+    pages_evicted: int = 0
+    tails_evicted: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheState:
+    """For whoever watches a worker. Of a cache that is off: nothing."""
+
+    num_pages: int = 0
+    num_tails: int = 0
+    counts: CacheCounts = field(default_factory=CacheCounts)
+
+
+class PrefixCache:
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        self.counts = CacheCounts()
+        self._index = ShadowRadix(costs=config.costs)
+        self._in_progress: InProgress[Sequence] = InProgress()
+        self._digests: dict[PageId, tuple[int, ...]] = {}  # of pages in the index, where they are known
+        self._orphans: set[Pin] = set()  # whose sequences are gone while a plan reads their tails
+
+    @property
+    def state(self) -> CacheState:
+        return CacheState(num_pages=self.num_pages, num_tails=self.num_tails, counts=self.counts)
+
+    @property
+    def num_pages(self) -> int:
+        return self._index.num_pages
+
+    @property
+    def num_tails(self) -> int:
+        return self._index.num_tails
+
+    @property
+    def num_pages_evictable(self) -> int:
+        return self._index.num_pages_evictable
+
+    @property
+    def num_tails_evictable(self) -> int:
+        return self._index.num_tails_evictable
+
+    @property
+    def num_pins(self) -> int:
+        """Of sequences, of what is lent, and of plans in flight."""
+        return self._index.num_pins
+
+    def open(self, sequence: Sequence, *, salt: str) -> None:
+        """Before it waits: the keys of its prompt, apart from those of every other salt."""
+        config = self.config
+        sequence.root = root_key(
+            fingerprint=config.fingerprint, numerics=config.numerics, wire_id=config.wire_id, salt=salt
+        )
+        _extend_keys(sequence, len(sequence.prompt))
+
+    def find(self, sequence: Sequence) -> Found:
+        """Its cheapest start. Changes nothing but its keys, for tokens it has generated before it was preempted."""
+        num_known = sequence.num_known
+        _extend_keys(sequence, num_known)
+        match = self._index.match(sequence.keys) if sequence.can_share else _NOTHING
+        if sequence.is_adopting:
+            shared = min(match.num_pages, sequence.num_full_pages)
+            start = Start(
+                kind=StartKind.COLD, tail_depth=0, from_depth=0, reuse_depth=shared, num_tokens_computed=0
+            )
+        else:
+            start = cheapest_start(match, num_tokens=num_known, rebuild_pages=self.config.costs.rebuild_pages)
+        return Found(match=match, start=start)
+
+    def follows(self, sequence: Sequence, found: Found) -> bool:
+        """Whether it had better wait, since another is computing the page it would compute first. If not, the pages
+        that it misses are its own to compute, until `leave`."""
+        if sequence.is_adopting or not sequence.can_share:
+            return False
+        sequence.is_following = (
+            self._in_progress.ask(sequence, sequence.keys[found.start.reuse_depth :]) is not None
+        )
+        return sequence.is_following
+
+    def leave(self, sequence: Sequence) -> None:
+        """It computes nothing more, or waits for nothing any more. Whoever has waited for it may go on."""
+        sequence.is_following = False
+        _wake(self._in_progress.end(sequence))
+
+    def num_pages_to_hold(self, sequence: Sequence, start: Start) -> int:
+        """Pages that can be evicted now and could not if it were pinned there."""
+        return self._index.num_pages_to_hold(sequence.keys, num_pages=start.reuse_depth)
+
+    def is_tail_evictable(self, sequence: Sequence, start: Start) -> bool:
+        """Whether the tail it would start from counts among those evictable now."""
+        return bool(start.tail_depth) and not self._index.is_tail_pinned(sequence.keys[start.tail_depth - 1])
+
+    def pin(self, sequence: Sequence, start: Start) -> tuple[PageId, ...]:
+        """Hold for it the pages it shares, which are returned, and the tail it starts from."""
+        assert sequence.pin is None
+        sequence.pin = self._index.pin(
+            sequence.keys, num_pages=start.reuse_depth, tail_depth=start.tail_depth
+        )
+        return tuple(sequence.pin.pages)
+
+    def started(self, sequence: Sequence, found: Found, *, num_tails_free: int) -> None:
+        """It runs from now on: which tails are worth taking, and what starting here was worth."""
+        start, counts = found.start, self.counts
+        if sequence.is_adopting:
+            return
+        num_pages = sequence.num_known // PAGE_TOKENS
+        plans = plan_tails(
+            num_pages=num_pages,
+            match=found.match,
+            start=start,
+            policy=self.config.policy,
+            num_tails_free=num_tails_free,
+        )
+        sequence.tails_planned = {plan.depth: plan.kind for plan in plans}
+        counts.pages_hit[start.kind] = counts.pages_hit.get(start.kind, 0) + start.from_depth
+        counts.pages_missed += num_pages - start.from_depth
+        counts.tokens_reused += start.from_depth * PAGE_TOKENS
+        counts.tokens_computed += start.num_tokens_computed
+
+    def tails_within(self, sequence: Sequence, first: int, end: int) -> list[tuple[int, TailKind]]:
+        """Depths, in pages, at which a chunk of tokens first .. end-1 should leave a tail, ascending."""
+        wanted = dict(sequence.tails_planned)
+        for key in self._in_progress.tails_wanted(sequence):
+            wanted.setdefault(sequence.keys.index(key) + 1, TailKind.BRANCH)
+        return sorted((depth, kind) for depth, kind in wanted.items() if first < depth * PAGE_TOKENS <= end)
+
+    def absorb(self, sequence: Sequence, digests: Several[tuple[int, ...]] = ()) -> None:
+        """Take its full pages whose results are in into the index. Where others have put the same content there it
+        keeps its own page besides. `digests`: of the newest of these pages, one for each."""
+        pin = sequence.pin
+        if pin is None:
+            return
+        num_pages = sequence.num_landed // PAGE_TOKENS
+        first = pin.num_pages
+        if num_pages <= first:
+            return
+        _extend_keys(sequence, num_pages * PAGE_TOKENS)
+        for depth in range(first, num_pages):
+            key, page = sequence.keys[depth], sequence.pages[depth]
+            if self._index.extend(pin, key, page) == page:
+                sequence.num_pages_cached += 1
+                number = depth - num_pages + len(digests)
+                if number >= 0 and digests:
+                    self._digests[page] = digests[number]
+            _wake(self._in_progress.completed(sequence, key))
+
+    def digests_of(self, sequence: Sequence, first: int, end: int) -> tuple[int, ...]:
+        """Of its shared pages number first .. end-1, in order."""
+        return tuple(digest for page in sequence.pages[first:end] for digest in self._digests[page])
+
+    def keep_tail(
+        self, sequence: Sequence, depth: int, record: RecordId, *, kind: TailKind
+    ) -> RecordId | None:
+        """The record holds the state at this boundary of the sequence. Returns it where it is of no use."""
+        if depth > len(sequence.keys) or depth * PAGE_TOKENS > sequence.num_landed:
+            return record
+        return self._index.insert_tail(sequence.keys[depth - 1], record, kind=kind)
+
+    def release(self, sequence: Sequence) -> None:
+        """It holds nothing of the index any more. A tail that a plan in flight reads stays pinned until `resumed`."""
+        pin, sequence.pin = sequence.pin, None
+        sequence.num_pages_cached = 0
+        if pin is None:
+            return
+        if pin.tail is not None and sequence.is_opened:
+            self._orphans.add(pin)
+        else:
+            self._index.release(pin)
+
+    def resumed(self, pin: Pin) -> None:
+        """The plan that has read its tail is done."""
+        if pin in self._orphans:
+            self._orphans.remove(pin)
+            self._index.release(pin)
+        else:
+            self._index.release_tail(pin)
+
+    def surrender(self, sequence: Sequence) -> Pin | None:
+        """Its pin is the caller's from now on, who releases it by `take_back`."""
+        pin, sequence.pin = sequence.pin, None
+        sequence.num_pages_cached = 0
+        assert pin is None or pin.tail is None, "state is lent while a plan reads what it was made from"
+        return pin
+
+    def take_back(self, pin: Pin) -> None:
+        self._index.release(pin)
+
+    def evict_pages(self, count: int) -> Evicted:
+        evicted = self._index.evict_pages(count)
+        self.counts.pages_evicted += len(evicted.pages)
+        self.counts.tails_evicted += len(evicted.tails)
+        for page in evicted.pages:
+            self._digests.pop(page, None)
+        return evicted
+
+    def evict_tail(self) -> Evicted:
+        evicted = self._index.evict_tails(1)
+        self.counts.tails_evicted += len(evicted.tails)
+        return evicted
+
+    def check(self) -> None:
+        """Assert that everything adds up. O(pages): for tests."""
+        self._index.check()
+        self._in_progress.check()
+
+
+def _extend_keys(sequence: Sequence, num_tokens: int) -> None:
+    """Keys of all full pages among its first tokens, which are known."""
+    assert sequence.root is not None
+    first, end = len(sequence.keys), num_tokens // PAGE_TOKENS
+    if end > first:
+        parent = sequence.keys[-1] if sequence.keys else sequence.root
+        tokens = sequence.tokens_of(first * PAGE_TOKENS, end * PAGE_TOKENS)
+        sequence.keys.extend(page_keys(parent, tokens))
+
+
+def _wake(sequences: Iterable[Sequence]) -> None:
+    for sequence in sequences:
+        sequence.is_following = False

@@ -1,0 +1,134 @@
+"""A scheduler that keeps prefixes over a real rank in this process, with memory that is NaN until it is written.
+
+Called by the tests that hold what is reused to what is computed, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.drafter import MtpDrafter
+from engine.kernels.registry import choose
+from engine.model.forward import Model
+from engine.plan import StepPlan
+from engine.rank import Rank
+from engine.runner import Runner
+from engine.sampler import Sampler
+from engine.worker.drafting import FixedDrafts
+from engine.worker.events import SequenceKey, TokenEvent
+from engine.worker.prefix_cache import CacheConfig
+from engine.worker.scheduler import Scheduler, SchedulerConfig
+from kvstore.handover import rebuild_tokens
+from kvstore.pages import pages_for
+from kvstore.shadow_radix import Costs, TailPolicy
+from rorqual.model_config import PAGE_TOKENS
+from rorqual.sampling import SamplingParams
+
+Answer = list[tuple[int, float | None]]
+"""Tokens and their logprobs."""
+
+
+class Reusing:
+    """One worker of both roles. With `keeps` False nothing is kept, and the same is the measure of the others."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_pages: int = 24,
+        num_slots: int = 3,
+        num_records: int = 6,
+        prefill_tokens_max: int = 512,
+        drafts: int = 0,
+        keeps: bool = True,
+        policy: TailPolicy | None = None,
+    ) -> None:
+        vocab_size = model.config.vocab_size
+        self.runner = Runner(
+            model,
+            num_pages=num_pages,
+            num_slots=num_slots,
+            num_records=num_records,
+            drafts=drafts > 0,
+        )
+        self.runner.pools.fill(0xFF)
+        self.runner.records.fill_(0xFF)
+        kernels = choose("cpu", {})
+        sampler = Sampler(vocab_size=vocab_size, device=torch.device("cpu"), kernels=kernels)
+        self.rank = Rank(
+            self.runner,
+            sampler=sampler,
+            page_digest=kernels["page_digest"].function,
+            drafter=MtpDrafter(self.runner, sampler) if drafts else None,
+        )
+        layout = self.runner.layout
+        cache = CacheConfig(
+            fingerprint="model",
+            numerics=model.numerics.value,
+            wire_id="",
+            costs=Costs(
+                page_bytes=max(1, layout.page_bytes),
+                tail_bytes=self.runner.records.shape[1],
+                rebuild_pages=pages_for(rebuild_tokens(layout)),
+            ),
+            policy=policy or TailPolicy(),
+        )
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_pages=num_pages,
+                num_slots=num_slots,
+                vocab_size=vocab_size,
+                sequence_tokens_max=min(model.config.max_position_embeddings, num_pages * PAGE_TOKENS),
+                eos_token_ids=frozenset(),
+                prefill_tokens_max=prefill_tokens_max,
+                num_records=num_records,
+                num_page_components=2,
+                drafts_max=drafts,
+                cache=cache if keeps else None,
+            ),
+            FixedDrafts(drafts),
+        )
+        self.answers: dict[int, Answer] = {}
+        self.cached: dict[int, int] = {}
+        self._pipe: deque[StepPlan] = deque()
+
+    def open(
+        self, prompt: Sequence[int], num_tokens: int, *, sampling: SamplingParams, salt: str = ""
+    ) -> int:
+        key = len(self.answers)
+        self.answers[key] = []
+        self.scheduler.open(
+            SequenceKey(key),
+            prompt=np.array(prompt, dtype=np.int32),
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            sampling=sampling,
+            salt=salt,
+        )
+        return key
+
+    def step(self) -> bool:
+        """Plan as far ahead as may be, and let the rank do one plan. False when there is nothing to do."""
+        while (plan := self.scheduler.plan()) is not None:
+            self._pipe.append(plan)
+        if not self._pipe:
+            return False
+        for event in self.scheduler.apply(self.rank.step(self._pipe.popleft())):
+            if isinstance(event, TokenEvent):
+                self.answers[event.key].append((event.token_id, event.logprob))
+        self.scheduler.check_all()
+        return True
+
+    def run(self) -> None:
+        while self.step():
+            pass
+        assert self.scheduler.is_idle
+
+    def answer(self, prompt: Sequence[int], num_tokens: int, *, sampling: SamplingParams) -> Answer:
+        key = self.open(prompt, num_tokens, sampling=sampling)
+        self.run()
+        return self.answers[key]
