@@ -168,8 +168,8 @@ class Runner:
         has just returned, and is not kept yet. `firsts` are the items' first indices where those before are not wanted:
         a later one than start-1, or one past the last, start+len-1.
 
-        Returns the block's streams [indices, S, D] of each item, whose `draft_logits` at index i predict token i+2. With
-        `rows_only` they are empty: only the rows that later drafts see are made.
+        Returns the block's streams [indices, S, D] of each item, whose `draft_logits` at index i predict token i+2.
+        With `rows_only` they are empty: only the rows that later drafts see are made.
         """
         latest = self._latest
         assert latest is not None, "nothing was computed"

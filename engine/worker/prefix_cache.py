@@ -216,8 +216,9 @@ class PrefixCache:
     def keep_tail(
         self, sequence: Sequence, depth: int, record: RecordId, *, kind: TailKind
     ) -> RecordId | None:
-        """The record holds the state at this boundary of the sequence. Returns it where it is of no use."""
-        if depth > len(sequence.keys) or depth * PAGE_TOKENS > sequence.num_landed:
+        """The record holds the state at this boundary of the sequence. Returns it where it is of no use: the page
+        before it is not kept, or the boundary lies behind the sequence's end."""
+        if depth > len(sequence.keys):
             return record
         return self._index.insert_tail(sequence.keys[depth - 1], record, kind=kind)
 

@@ -62,6 +62,7 @@ class FakeGenerator:
         self.seen: list[Generation] = []
         self.num_open = 0
         self.num_tokens = 0
+        self.cached_tokens = 0  # of each prompt, as its first choice says; the others say more
         self.num_closed_early = 0
 
     def model(self) -> ServedModel | None:
@@ -125,6 +126,9 @@ class FakeGenerator:
             if choice.stopped
             else self.last_reason,
             prompt_logprobs=_prompt_logprobs(choice.generation) if first_index == 0 else None,
+            cached_tokens=self.cached_tokens + choice.number
+            if first_index == 0 and self.cached_tokens
+            else 0,
         )
 
 

@@ -78,3 +78,12 @@ def test_a_file_that_gives_no_key_is_refused_by_name_rather_than_opening_the_doo
 def test_a_key_that_no_client_could_send_is_refused(key):
     with pytest.raises(ConfigError, match="--api-key: a key must be"):
         read_api_keys((key,), ())
+
+
+def test_a_salt_is_a_function_of_the_key_that_does_not_show_it():
+    keys = ApiKeys(("alpha", "beta"))
+    assert keys.cache_salt(b"Bearer alpha") == ApiKeys(("alpha",)).cache_salt(b"bearer  alpha ")
+    assert keys.cache_salt(b"Bearer alpha") != keys.cache_salt(b"Bearer beta")
+    assert "alpha" not in keys.cache_salt(b"Bearer alpha")
+    assert ApiKeys().cache_salt(b"Bearer alpha") == ""
+    assert ApiKeys(("alpha",), shared_cache_salt="all").cache_salt(b"Bearer alpha") == "all"

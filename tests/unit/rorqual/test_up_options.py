@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rorqual.errors import ConfigError
-from rorqual.up_options import parse_options, plan_workers, threads_per_worker, worker_arguments
+from rorqual.up_options import (
+    parse_options,
+    plan_workers,
+    router_arguments,
+    threads_per_worker,
+    worker_arguments,
+)
 
 
 def counts(*argv: str) -> tuple[int, int, int]:
@@ -121,3 +127,13 @@ def test_threads_never_outnumber_the_cores_unless_the_workers_do(num_cores, num_
 def test_exact_workers_have_one_thread_each_however_many_cores_there_are():
     options = parse_options(["--model", "m", "--exact"])
     assert [plan.threads for plan in plan_workers(options, num_cores=16)] == [1, 1]
+
+
+def test_all_workers_keep_prefixes_or_none_and_the_router_hears_of_a_shared_salt(tmp_path):
+    argv = ["--model", "m", "--prefix-cache", "off", "--shared-cache-salt", "public"]
+    options = parse_options(argv)
+    for plan in plan_workers(options, num_cores=8):
+        arguments = worker_arguments(options, plan, ready_file=tmp_path / "ready")
+        assert arguments[arguments.index("--prefix-cache") + 1] == "off"
+    arguments = router_arguments(options, addresses=["a:1"], ready_file=tmp_path / "ready", api_key_file=None)
+    assert arguments[arguments.index("--shared-cache-salt") + 1] == "public"

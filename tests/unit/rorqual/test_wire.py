@@ -133,6 +133,7 @@ def sequence_reports(draw: st.DrawFn) -> SequenceReport:
         finish_reason=FinishReason.ERROR if error else draw(st.none() | st.sampled_from(FinishReason)),
         error=draw(st.text(max_size=20)) if error else "",
         error_code=error,
+        cached_tokens=draw(st.integers(0, 2**31)),
         prompt_logprobs=draw(
             st.none()
             | st.builds(
@@ -148,7 +149,13 @@ def sequence_reports(draw: st.DrawFn) -> SequenceReport:
 
 
 @given(
-    ids, st.lists(tokens, max_size=50), st.integers(0, 2**31), st.booleans(), samplings, st.none() | sources
+    ids,
+    st.lists(tokens, max_size=50),
+    st.integers(0, 2**31),
+    st.booleans(),
+    samplings,
+    st.none() | sources,
+    st.text(max_size=20),
 )
 def test_an_open_survives_the_wire(
     sequence_id: SequenceId,
@@ -157,6 +164,7 @@ def test_an_open_survives_the_wire(
     ignore_eos: bool,
     sampling: SamplingParams,
     source: Source | None,
+    salt: str,
 ) -> None:
     command = Open(
         sequence_id=sequence_id,
@@ -166,6 +174,7 @@ def test_an_open_survives_the_wire(
         ignore_eos=ignore_eos,
         sampling=sampling,
         source=source,
+        cache_salt=salt,
     )
     back = decode_command(encode_command(command))
     assert isinstance(back, Open)

@@ -339,3 +339,12 @@ async def test_two_hundred_mixed_requests_with_random_closes_leave_nothing_behin
             for number in range(200):
                 tasks.create_task(one(number))
         await cluster.empty()
+
+
+async def test_how_much_of_a_prompt_was_kept_comes_with_its_first_token() -> None:
+    async with a_cluster("a") as cluster:
+        for cached in (0, 256):  # of three pages: without a record for a tail two are replayed
+            (got,) = await collect(cluster, a_generation(length=800, max_tokens=5))
+            assert [update.cached_tokens for update in got.updates] == [cached] + [0] * (len(got.updates) - 1)
+        (got,) = await collect(cluster, a_generation(length=800, max_tokens=5, cache_salt="other"))
+        assert got.updates[0].cached_tokens == 0

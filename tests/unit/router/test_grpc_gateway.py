@@ -436,3 +436,9 @@ async def test_stopping_lets_a_running_call_finish(served):
     await until(lambda: served.generator.num_open == 1)
     await served.gateway.stop()
     assert len(await running) == 8
+
+
+async def test_the_usage_says_how_much_of_the_prompt_was_kept(served):
+    served.generator.cached_tokens = 4
+    responses = await served.responses(text="hello", max_tokens=2, n=2)
+    assert responses[-1].usage.cached_tokens == 4

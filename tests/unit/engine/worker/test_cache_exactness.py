@@ -44,11 +44,11 @@ def test_a_prompt_resumed_at_any_boundary_gives_the_bits_that_computing_gives(
 ) -> None:
     off = Reusing(model, drafts=drafts, keeps=False)
     on = Reusing(model, drafts=drafts, policy=TailPolicy(every_pages=1, num_tails_max=8))
-    prompt = a_prompt(1, 3 * PAGE - 20)
-    turn = off.answer(prompt, 40, sampling=SAMPLED)
-    assert on.answer(prompt, 40, sampling=SAMPLED) == turn
+    prompt = a_prompt(1, 2 * PAGE + 20)
+    turn = off.answer(prompt, 300, sampling=SAMPLED)
+    assert on.answer(prompt, 300, sampling=SAMPLED) == turn
     history = prompt + tokens_of(turn)
-    assert len(history) == 3 * PAGE + 20
+    assert len(history) == 3 * PAGE + 64
     for length in (PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1, 3 * PAGE, 3 * PAGE + 1, len(history)):
         asked = history[:length]
         assert on.answer(asked, 4, sampling=SAMPLED) == off.answer(asked, 4, sampling=SAMPLED), length

@@ -1,4 +1,4 @@
-"""The command lines of workers: how many drafts they ask their ranks for."""
+"""The command lines of workers: how many drafts and records they ask their ranks for."""
 
 from __future__ import annotations
 
@@ -38,3 +38,29 @@ def test_other_numbers_of_drafts_are_refused(value: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         parse_options(["--model", "m", f"--drafts={value}"])
     assert "--drafts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("role", "argv", "num_records", "has_tails"),
+    [
+        (Role.BOTH, (), 16, True),
+        (Role.BOTH, ("--prefix-cache", "off"), 0, False),
+        (Role.BOTH, ("--prefix-cache", "off", "--records", "5"), 0, False),
+        (Role.BOTH, ("--records", "5"), 5, False),
+        (Role.PREFILL, ("--slots", "4"), 8, True),
+        (Role.DECODE, ("--slots", "4", "--prefix-cache", "off"), 8, False),
+        (Role.DECODE, ("--records", "5"), 5, False),
+    ],
+)
+def test_records_are_there_for_hand_overs_and_slots_and_a_share_of_memory_for_tails(
+    role: Role, argv: tuple[str, ...], num_records: int, has_tails: bool
+) -> None:
+    options, _ = parse_options(["--model", "m", *argv])
+    settings = rank_settings(options, CONFIG, role)
+    assert (settings.num_records, settings.tail_share > 0) == (num_records, has_tails)
+
+
+def test_the_help_says_what_records_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    assert "tails in 25% of the memory" in " ".join(capsys.readouterr().out.split())

@@ -254,3 +254,27 @@ async def test_the_real_encoder_serves_chats_and_names_bad_messages(serve, v4_to
     response = await served.http.post(CHAT, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("messages[1].content")
+
+
+async def test_cached_tokens_are_those_that_no_choice_had_to_have_computed(serve):
+    served = await serve()
+    served.generator.cached_tokens = 3
+    body = {"prompt": [[5, 6, 7, 8, 9], [5, 6, 7, 8]], "max_tokens": 2, "n": 2}
+    answer = (await served.http.post("/v1/completions", json=body)).json()
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 6}
+    assert served.value("rorqual_router_cached_tokens_total", route="/v1/completions") == 6
+
+
+async def test_clients_share_what_is_kept_by_their_keys_or_as_the_deployment_says(serve):
+    async def salts(**settings) -> list[str]:
+        served = await serve(**settings)
+        for key in ("alpha", "alpha", "beta"):
+            body = {"prompt": [5, 6], "max_tokens": 1}
+            await served.http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+        return [generation.cache_salt for generation in served.generator.seen]
+
+    first, second, third = await salts(api_keys=("alpha", "beta"))
+    assert first == second != third
+    assert "alpha" not in first
+    assert await salts(api_keys=("alpha", "beta"), shared_cache_salt="public") == ["public"] * 3
+    assert await salts() == [""] * 3
