@@ -16,10 +16,14 @@ result is back. What is known of a sequence meanwhile has a lower bound, which s
 upper bound, which it holds pages for. Nobody is preempted for the sake of drafts: without a free page there are
 fewer, and a sequence whose upper bound alone wants a page waits for its results first.
 
-Admission takes the head of the queue; it looks at slots, pages and records alone, and the rank hears of a
-sequence with its first chunk. A preempted sequence, the youngest running one (that started to run last), returns
-to the head. The oldest one can thus always get the pages it needs. How prompts share a step is told in
-`engine.worker.chunks`.
+Who starts next is told in `engine.worker.admission`; how prompts share a step, in `engine.worker.chunks`. A preempted
+sequence, the youngest running one (that started to run last), returns to the head of the queue. The oldest one can
+thus always get the pages it needs.
+
+With a cache (`engine.worker.prefix_cache`), full pages stay when their sequence has ended, and so do the tails it has
+left (`engine.worker.tails`). A page enters the cache when the result that completes it is in: only then are its tokens
+certain. So a landing sequence keeps its full pages until its last token is here. Sequences that begin alike share
+pages, which nobody writes; what starts between a tail and the end of what is shared replays it.
 
 On a prefill worker a sequence **lends**: its first token is its last one here. The host is told of every full page
 as it is computed and, with the token, of the record that holds the rest of the state. What the host has been told of
