@@ -37,6 +37,10 @@ RACES = {
         "bench.transfer",
         "reads of a hand-over between two processes beside plain NIXL (1 minute)",
     ),
+    "turns": (
+        "bench.turns",
+        "conversations through prefill and decode workers: computed and moved, beside the least (2 minutes)",
+    ),
 }
 
 

@@ -58,6 +58,7 @@ class UpOptions:
     prefix_cache: str | None = None
     transfer: str | None = None
     bind_early_tokens: int | None = None
+    placement: str | None = None
     credit_seconds: float | None = None
     hand_over_seconds: float | None = None
     api_keys: tuple[str, ...] = ()
@@ -118,6 +119,7 @@ def parse_options(argv: list[str]) -> UpOptions:
         prefix_cache=args.prefix_cache,
         transfer=args.transfer,
         bind_early_tokens=args.bind_early_tokens,
+        placement=args.placement,
         credit_seconds=args.credit_seconds,
         hand_over_seconds=args.hand_over_seconds,
         api_keys=read_api_keys(args.api_key, args.api_key_file),
@@ -212,6 +214,7 @@ def router_arguments(
         ("--log-level", options.log_level),
         ("--drain-seconds", options.drain_seconds),
         ("--bind-early-tokens", options.bind_early_tokens),
+        ("--placement", options.placement),
         ("--credit-seconds", options.credit_seconds),
         ("--hand-over-seconds", options.hand_over_seconds),
         ("--api-key-file", api_key_file),
@@ -349,6 +352,11 @@ def _add_router_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="let clients share what workers keep of prompts, whatever their keys; NAME separates deployments (default:"
         " each key by itself; without keys all)",
+    )
+    add(
+        "--placement",
+        metavar="NAME",
+        help="the router's rule of who computes a prompt; rorqual router --help names them (default rorqual)",
     )
     add(
         "--bind-early-tokens",

@@ -37,7 +37,17 @@ from router.credit import Ticket
 from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
 from router.generation import ChoiceUpdate, Generation, ServedModel, TokenOut
-from router.placement import Demand, Placement, Split, Whole, WorkerView, candidates, missing_roles
+from router.placement import (
+    Demand,
+    Placement,
+    Predicted,
+    Split,
+    Whole,
+    WorkerView,
+    candidates,
+    missing_roles,
+)
+from router.prompt_keys import PromptKeys
 from router.sequences import Mailbox, SequenceRequest
 from router.split import SplitSequence
 from router.text import TextDelta
@@ -138,11 +148,12 @@ class Dispatcher:
             for number, text in enumerate(self._make_texts(generation))
         ]
         assert len(choices) == generation.num_choices
+        keys = PromptKeys(generation.prompt, salt=generation.cache_salt)
         try:
             while live := [choice for choice in choices if not choice.is_finished]:
                 for choice in live:
                     if choice.sequence is None:
-                        self._place(choice, generation, mailbox)
+                        self._place(choice, generation, mailbox, keys)
                 await self._wait_for_news(live, mailbox)
                 for number, reports in _by_choice(mailbox.take()).items():
                     choice = choices[number]
@@ -155,8 +166,9 @@ class Dispatcher:
             for choice in choices:
                 choice.cancel()
                 choice.give_credit_back(self._fleet)
+                self._keep_promise(choice)
 
-    def _place(self, choice: _Choice, generation: Generation, mailbox: Mailbox) -> None:
+    def _place(self, choice: _Choice, generation: Generation, mailbox: Mailbox, keys: PromptKeys) -> None:
         """Open the choice on its workers, or let it wait: for a worker to connect that has not failed it yet, or for
         credit. Raises Overloaded when waiting cannot help."""
         workers = self._fleet.view()
@@ -170,8 +182,13 @@ class Dispatcher:
             tokens_max=generation.max_tokens,
             charged=ticket.address if ticket is not None else "",
             is_queueing=self._fleet.credit.num_waiting > 0,
+            keys=keys.of(self._fleet.welcomes()) if self._placement.uses_keys else {},
+            session=f"{generation.cache_salt} {generation.session_key}" if generation.session_key else "",
         )
-        match self._placement.choose(able, demand):
+        self._keep_promise(choice)
+        placed = self._placement.choose(able, demand)
+        choice.predicted = placed.predicted if placed is not None else None
+        match placed:
             case Whole(worker=worker):
                 choice.give_credit_back(self._fleet)
                 request = _request(choice, generation)
@@ -180,13 +197,24 @@ class Dispatcher:
             case Split(prefill=prefill, decode=decode):
                 if ticket is None:
                     ticket = self._ask_for_credit(choice, generation, mailbox, decode)
+                    if ticket.is_granted and decode is None:
+                        # It came at once: now it can be said who computes the prompt.
+                        self._place(choice, generation, mailbox, keys)
+                        return
                 if ticket.is_granted:
                     self._open_split(choice, generation, mailbox, prefill.address)
                 else:
+                    self._keep_promise(choice)
                     self._enter(choice, Stage.CREDIT)
             case None:
                 self._check_waiting_helps(choice, workers)
                 self._enter(choice, Stage.PLACE)
+
+    def _keep_promise(self, choice: _Choice) -> None:
+        """The prompt of a choice that was placed has been computed, or is not computed there any more."""
+        if choice.predicted is not None:
+            self._placement.finished(choice.predicted)
+            choice.predicted = None
 
     def _ask_for_credit(
         self, choice: _Choice, generation: Generation, mailbox: Mailbox, decode: WorkerView | None
@@ -303,6 +331,7 @@ class Dispatcher:
         assert choice.sequence is not None
         update = choice.take(reports)
         if update is not None and update.tokens:
+            self._keep_promise(choice)
             self._enter(choice, Stage.HAND_OVER if choice.sequence.is_handing_over else Stage.NEXT_TOKEN)
         failure = _failure(reports[-1])
         if failure is None or choice.is_finished:
@@ -347,6 +376,7 @@ class _Choice:
     ticket: Ticket | None = None  # until a split sequence has it
     is_urgent: bool = False  # it had credit and lost it: others who wait come after it
     sequence: OpenSequence | None = None
+    predicted: Predicted | None = None  # where it was placed, until its prompt is computed
     num_tokens: int = 0
     cached_tokens: int = 0  # of the prompt
     is_finished: bool = False
@@ -419,6 +449,7 @@ def _request(choice: _Choice, generation: Generation) -> SequenceRequest:
         max_tokens=generation.max_tokens,
         ignore_eos=generation.ignore_eos,
         sampling=msgspec.structs.replace(generation.sampling, choice=choice.number),
+        tokens_reused=choice.predicted.tokens_reused if choice.predicted is not None else 0,
         cache_salt=generation.cache_salt,
     )
 

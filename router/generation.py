@@ -30,6 +30,7 @@ class Generation:
     ignore_eos: bool = False
     split_reasoning: bool = False  # text up to </think> is reasoning
     cache_salt: str = ""  # workers share what they keep of prompts among equal salts alone
+    session_key: str = ""  # said by the client: requests of one session begin alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

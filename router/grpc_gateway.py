@@ -40,6 +40,7 @@ from router.limits import (
     check_model,
     check_num_choices,
     check_num_logit_biases,
+    check_session_key,
     check_stops,
     token_array,
     token_budget,
@@ -249,6 +250,7 @@ class GrpcGateway:
             stop=stops,
             ignore_eos=call.ignore_eos,
             cache_salt=cache_salt,
+            session_key=check_session_key(call.session_key, field="session_key"),
         )
 
     async def _encode(self, call: GenerateCall, model: ServedModel) -> tuple[TokenArray, str]:

@@ -19,6 +19,7 @@ COMPLETION_TOKENS_DEFAULT = 16  # of a completion; a chat takes what fits
 LOGIT_BIASES_MAX = 1024
 STOP_STRINGS_MAX = 16
 STOP_CHARS_MAX = 4096  # of all stop strings of a request; the matcher takes about 250 bytes for each
+SESSION_KEY_CHARS_MAX = 256
 
 
 def token_array(ids: Sequence[int], *, vocab_size: int, field: str) -> TokenArray:
@@ -89,6 +90,14 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
             f"stop may hold at most {STOP_CHARS_MAX} characters, got {num_chars}", field="stop"
         )
     return tuple(stops)
+
+
+def check_session_key(key: str, *, field: str) -> str:
+    if len(key) > SESSION_KEY_CHARS_MAX:
+        raise InvalidRequest(
+            f"{field} may hold at most {SESSION_KEY_CHARS_MAX} characters, got {len(key)}", field=field
+        )
+    return key
 
 
 def check_model(asked: str | None, model: ServedModel) -> None:

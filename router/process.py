@@ -24,6 +24,8 @@ from prometheus_client import CollectorRegistry
 from rorqual.api_keys import read_api_keys
 from rorqual.clock import Clock, SystemClock
 from rorqual.errors import ConfigError, RorqualError
+from rorqual.model_config import load_model_config
+from rorqual.performance import FLASH, HARDWARE, model_costs
 from rorqual.service import (
     StopSignals,
     check_above_zero,
@@ -44,7 +46,7 @@ from router.gateway.server import HttpGateway, HttpSettings
 from router.gateway_metrics import GatewayMetrics
 from router.generation import Generation
 from router.grpc_gateway import GrpcGateway, GrpcSettings
-from router.placement import LeastPredictedWait
+from router.placement.policies import NAMES, WorkerModel, make_placement
 from router.prompt import PromptEncoder
 from router.session_client import GrpcTransport
 from router.text import ChoiceText, StopStrings
@@ -66,6 +68,9 @@ class RouterOptions:
     sequences_per_worker_max: int = 1024
     credit_queue_max: int = 1024
     bind_early_tokens: int = 8192
+    placement: str = "rorqual"
+    hardware: str = ""  # of workers, for predictions; empty: not known
+    devices_per_worker: int = 1
     start_seconds_max: float = 30.0  # until enough workers are connected to answer a request
     connect_seconds_max: float = 10.0
     silence_seconds_max: float = 8.0
@@ -107,6 +112,9 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
         sequences_per_worker_max=args.sequences_per_worker,
         credit_queue_max=args.credit_queue,
         bind_early_tokens=args.bind_early_tokens,
+        placement=args.placement,
+        hardware=args.hardware,
+        devices_per_worker=args.devices_per_worker,
         start_seconds_max=args.start_seconds,
         connect_seconds_max=args.connect_seconds,
         silence_seconds_max=args.silence_seconds,
@@ -196,10 +204,20 @@ def build_dispatcher(
         next_token_seconds_max=options.next_token_seconds_max,
         bind_early_tokens=options.bind_early_tokens,
     )
+    placement = make_placement(options.placement, caches=fleet.picture, workers=_worker_model(options))
     dispatcher = Dispatcher(
-        fleet=fleet, placement=LeastPredictedWait(), make_texts=make_texts, config=config, metrics=metrics
+        fleet=fleet, placement=placement, make_texts=make_texts, config=config, metrics=metrics
     )
     return fleet, dispatcher
+
+
+def _worker_model(options: RouterOptions) -> WorkerModel:
+    """What predictions of times are made from. A directory with a tokenizer alone stands for a released model."""
+    has_config = (options.model / "config.json").is_file()
+    config = load_model_config(options.model) if has_config else FLASH
+    return WorkerModel(
+        costs=model_costs(config), hardware=options.hardware, num_devices=options.devices_per_worker
+    )
 
 
 def _gateways(
@@ -290,6 +308,7 @@ _ABOVE_0 = (
     "requests_max",
     "sequences_per_worker",
     "credit_queue",
+    "devices_per_worker",
     "start_seconds",
     "connect_seconds",
     "silence_seconds",
@@ -340,9 +359,37 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests-max", type=int, default=1024, metavar="N", help="choices at once (default 1024)")
     add("--sequences-per-worker", type=int, default=1024, metavar="N", help="sequences open on one worker")
     add_log_options(parser)
+    _add_placement_options(parser)
     _add_split_options(parser)
     _add_deadlines(parser)
     return parser
+
+
+def _add_placement_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("placement")
+    group.add_argument(
+        "--placement",
+        choices=NAMES,
+        default="rorqual",
+        help="who computes a prompt. rorqual: whoever gives the first token soonest, by what workers keep and have to"
+        " do (-nofetch: workers read nothing from each other); least_wait: by load alone; the others are rules of other"
+        " routers, to compare with (default rorqual)",
+    )
+    group.add_argument(
+        "--hardware",
+        choices=("", *HARDWARE),
+        default="",
+        metavar="NAME",
+        help="what workers run on, for predictions until they have measured something"
+        f" ({', '.join(HARDWARE)}; default: not known)",
+    )
+    group.add_argument(
+        "--devices-per-worker",
+        type=int,
+        default=1,
+        metavar="N",
+        help="accelerators of one worker (default 1)",
+    )
 
 
 def _add_split_options(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ class SequenceRequest:
     ignore_eos: bool
     sampling: SamplingParams
     source: Source | None = None  # for a decode worker
+    tokens_reused: int = 0  # of the prompt, that the worker is predicted not to compute
     cache_salt: str = ""
 
 
@@ -122,7 +123,9 @@ class RemoteSequence:
         self.num_received = 1 if is_decode else 0
         self._num_tokens_max = 1 if role is Role.PREFILL else request.max_tokens
         self._prompt_tokens = 0 if is_decode else len(request.prompt)
-        self._num_offered = 0  # prompt tokens in pages that have been offered: computed
+        self._num_ready = (
+            0 if is_decode else request.tokens_reused
+        )  # of the prompt: kept, or computed and offered
         self._num_scored = 0  # prompt tokens whose logprobs have come
         wants_scores = request.sampling.prompt_logprobs is not None and not is_decode
         self._num_scores_wanted = len(request.prompt) - 1 if wants_scores else 0
@@ -138,7 +141,12 @@ class RemoteSequence:
 
     @property
     def prompt_tokens_outstanding(self) -> int:
-        return 0 if self.num_received else self._prompt_tokens - self._num_offered
+        return 0 if self.num_received else self._prompt_tokens - self._num_ready
+
+    @property
+    def prompt_tokens_sent(self) -> int:
+        """The same, as if the worker kept nothing and had offered nothing."""
+        return 0 if self.num_received else self._prompt_tokens
 
     @property
     def tokens_outstanding(self) -> int:
@@ -169,7 +177,8 @@ class RemoteSequence:
             self._num_scored += len(report.prompt_logprobs.logprobs)
         if report.offer is not None:
             num_pages = report.offer.first_page + len(report.offer.pages)
-            self._num_offered = min(num_pages * PAGE_TOKENS, self._prompt_tokens)
+            num_offered = min(num_pages * PAGE_TOKENS, self._prompt_tokens)
+            self._num_ready = max(self._num_ready, num_offered)
 
     def deliver(self, report: SequenceReport) -> bool:
         """False when nobody wants to hear more."""

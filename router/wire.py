@@ -31,6 +31,7 @@ class GenerateCall:
     num_choices: int | None
     stops: tuple[str, ...]
     ignore_eos: bool
+    session_key: str
     seed: int | None
     logprobs: int | None
     logit_bias: tuple[tuple[int, float], ...]
@@ -94,6 +95,7 @@ def _call(request: generate_pb2.GenerateRequest) -> GenerateCall:
         num_choices=request.n or None,
         stops=tuple(request.stop),
         ignore_eos=request.ignore_eos,
+        session_key=request.session_key,
         seed=sampling.seed if sampling.HasField("seed") else None,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         logit_bias=tuple(sorted(sampling.logit_bias.items())),

@@ -40,8 +40,10 @@ from rorqual.session import (
 from rorqual.telemetry import fields
 from router.credit import CreditLedger, CreditUse
 from router.fleet_metrics import FleetMetrics
+from router.picture import Picture
 from router.placement import WorkerView
 from router.sequences import RemoteSequence, SequenceRequest, Sink, without_first
+from router.worker_feed import WorkerFeed
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class Owner(Protocol):
     router_id: str
     randomness: random.Random
     credit: CreditLedger
+    picture: Picture
 
     def check_model(self, address: str, welcome: Welcome) -> None:
         """Raises SessionLost when the worker does not answer as the others do."""
@@ -101,6 +104,10 @@ class Owner(Protocol):
 
     def announce_change(self) -> None:
         """A worker has connected, left, or changed its mind about draining."""
+        ...
+
+    def tend(self) -> None:
+        """The picture of caches has changed."""
         ...
 
 
@@ -126,7 +133,9 @@ class WorkerLink:
         self._have_commands = asyncio.Event()
         self._tokens_outstanding = 0
         self._prompt_tokens_outstanding = 0
+        self._prompt_tokens_sent = 0
         metrics = owner.metrics
+        self.feed = WorkerFeed(owner.picture.join(), address=address, metrics=metrics)
         self._sessions_lost = metrics.sessions_lost.labels(address)
         metrics.sequences_outstanding.labels(address).set_function(lambda: float(len(self._sequences)))
         metrics.tokens_outstanding.labels(address).set_function(lambda: float(self._tokens_outstanding))
@@ -151,9 +160,12 @@ class WorkerLink:
             sequences_outstanding_max=self._owner.config.sequences_per_worker_max,
             tokens_outstanding=self._tokens_outstanding,
             prompt_tokens_outstanding=self._prompt_tokens_outstanding,
+            prompt_tokens_sent=self._prompt_tokens_sent,
             sequences_max=self.welcome.sequences_max,
             load=self._load,
             credit=self._owner.credit.use_of(self._address),
+            index=self.feed.index,
+            pages_cached=self.feed.reader.num_entries,
         )
 
     async def run(self) -> None:
@@ -201,8 +213,7 @@ class WorkerLink:
             tag=tag,
         )
         self._sequences[sequence_id] = sequence
-        self._tokens_outstanding += sequence.tokens_outstanding
-        self._prompt_tokens_outstanding += sequence.prompt_tokens_outstanding
+        self._count(sequence, +1)
         self._owner.metrics.sequences_opened.labels(self._address).inc()
         self._send(
             Open(
@@ -256,7 +267,12 @@ class WorkerLink:
             await self._greet(channel)
             tasks = [
                 asyncio.create_task(work)
-                for work in (self._read(channel), self._write(channel), self._keep_renewing())
+                for work in (
+                    self._read(channel),
+                    self._write(channel),
+                    self._keep_renewing(),
+                    self.feed.keep(self._send),
+                )
             ]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -291,6 +307,7 @@ class WorkerLink:
         if welcome.role is Role.DECODE:
             self._watch_credit()
             self._grant(welcome.credit)
+        self._send(self.feed.begin(welcome.incarnation))
         self._owner.metrics.sessions_opened.labels(self._address).inc()
         log.info(
             "connected to a worker %s",
@@ -351,6 +368,10 @@ class WorkerLink:
         if report.number != self._num_reports:
             raise SessionLost(f"{self._address} sent report {report.number} as number {self._num_reports}")
         self._load = report.load
+        if report.feed:
+            # Before its sequences: who is told of a first token can count on the pages before it.
+            self.feed.take(report.feed)
+            self._owner.tend()
         if report.draining != self._draining:
             self._draining = report.draining
             log.info("saw a worker drain %s", fields(worker=self._address, draining=report.draining))
@@ -394,11 +415,9 @@ class WorkerLink:
         if num_duplicate > 0 and report.token_ids:
             self._owner.metrics.tokens_duplicate.inc(min(num_duplicate, len(report.token_ids)))
             report = without_first(report, num_duplicate)
-        self._tokens_outstanding -= sequence.tokens_outstanding
-        self._prompt_tokens_outstanding -= sequence.prompt_tokens_outstanding
+        self._count(sequence, -1)
         sequence.count(report)
-        self._tokens_outstanding += sequence.tokens_outstanding
-        self._prompt_tokens_outstanding += sequence.prompt_tokens_outstanding
+        self._count(sequence, +1)
         # Before it is delivered, since the sink may cancel it.
         if report.finish_reason is not None:
             self._drop(sequence)
@@ -410,8 +429,13 @@ class WorkerLink:
     def _drop(self, sequence: RemoteSequence) -> None:
         del self._sequences[sequence.sequence_id]
         self._leases.pop(sequence.sequence_id, None)
-        self._tokens_outstanding -= sequence.tokens_outstanding
-        self._prompt_tokens_outstanding -= sequence.prompt_tokens_outstanding
+        self._count(sequence, -1)
+
+    def _count(self, sequence: RemoteSequence, sign: int) -> None:
+        """Around what changes it."""
+        self._tokens_outstanding += sign * sequence.tokens_outstanding
+        self._prompt_tokens_outstanding += sign * sequence.prompt_tokens_outstanding
+        self._prompt_tokens_sent += sign * sequence.prompt_tokens_sent
 
     def _lose(self) -> None:
         """The session is over: so is all that was open on it."""
@@ -419,6 +443,7 @@ class WorkerLink:
         self.welcome = self._load = self._credit = None
         self._commands.clear()
         self._have_commands.clear()
+        self.feed.end()
         # Before its sequences hear of it: they may ask for credit, and it has none to give.
         self._owner.credit.drop(self._address)
         while self._sequences:
@@ -427,6 +452,7 @@ class WorkerLink:
             sequence.deliver(sequence.failure(f"worker {self._address} was lost: {self.failure}"))
         assert self._tokens_outstanding == 0, "tokens are outstanding on a session that is over"
         assert self._prompt_tokens_outstanding == 0, "a prompt is outstanding on a session that is over"
+        assert self._prompt_tokens_sent == 0, "a prompt is outstanding on a session that is over"
         if was_connected:
             self._owner.announce_change()
 

@@ -28,6 +28,7 @@ from engine.plan import (
     ToRank,
     ToTransfer,
 )
+from engine.worker.cache_feed import CacheFeed
 from engine.worker.drafting import DraftsOption, make_policy
 from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
 from engine.worker.metrics import WorkerMetrics
@@ -39,6 +40,7 @@ from engine.worker.session import Session, SessionBounds, SessionRefused
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError
+from rorqual.feed import Subscribe
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import (
@@ -107,6 +109,7 @@ class Host:
             scheduler_config(ready, config, role=self._handler.role),
             make_policy(config.drafts, drafts_max=ready.drafts_max),
         )
+        self._feed = CacheFeed(self._scheduler.cache, incarnation=config.incarnation, metrics=metrics)
         self._sessions: set[Session] = set()
         self._owners: dict[SequenceKey, _Owner] = {}
         self._next_key = 1
@@ -141,6 +144,11 @@ class Host:
     def scheduler(self) -> Scheduler:
         """For the role handler."""
         return self._scheduler
+
+    @property
+    def feed(self) -> CacheFeed:
+        """What routers are told of the prefix cache."""
+        return self._feed
 
     def load(self) -> Load:
         return replace(self._scheduler.load(), prefill_tokens_per_second=self._prefill_rate.tokens_per_second)
@@ -238,6 +246,9 @@ class Host:
     def take(self, session: Session, command: Take) -> None:
         self.enqueue(lambda: self._take_offer(session, command))
 
+    def subscribe(self, session: Session, command: Subscribe) -> None:
+        self.enqueue(lambda: session.follow(self._feed.subscribe(command)))
+
     def forget(self, session: Session) -> None:
         """The session has ended, however it ended: so does every sequence opened on it."""
         if session not in self._sessions:
@@ -328,6 +339,9 @@ class Host:
                 self._set_step_deadline()
             self._count(plan)
             self._handler.turned()  # what the plan has freed may give room
+        if self._feed.publish():
+            for session in self._sessions:
+                session.note_feed()
 
     def _set_step_deadline(self) -> None:
         if self._step_deadline is None:

@@ -72,6 +72,18 @@ class WorkerMetrics:
             "Sessions closed because the router did not read.",
             registry=registry,
         )
+        self.feed_items = Counter(
+            "rorqual_worker_feed_items",
+            "Descriptions of the prefix cache sent to routers, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+        self.feed_snapshots = Counter(
+            "rorqual_worker_feed_snapshots", "Whole descriptions begun, for all routers.", registry=registry
+        )
+        self.feed_number = Gauge(
+            "rorqual_worker_feed_number", "Changes of the prefix cache published.", registry=registry
+        )
         self.draining = Gauge("rorqual_worker_draining_bool", "1 while draining.", registry=registry)
 
     def watch(

@@ -8,13 +8,14 @@ pins, and never frees an id: what is evicted goes back through `holdings`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 from engine.worker.sequences import Sequence
-from kvstore.keys import page_keys, root_key
+from kvstore.keys import PageKey, page_keys, root_key
 from kvstore.shadow_radix import (
+    Changes,
     Costs,
     Evicted,
     InProgress,
@@ -263,6 +264,14 @@ class PrefixCache:
         evicted = self._index.evict_tails(1)
         self.counts.tails_evicted += len(evicted.tails)
         return evicted
+
+    def take_changes(self) -> Changes:
+        """For the feed: what is different from the last time this was called."""
+        return self._index.take_changes()
+
+    def contents(self) -> Iterator[tuple[PageKey, bool]]:
+        """Every page, and whether it has a tail. The cache must not change meanwhile."""
+        return self._index.contents()
 
     def check(self) -> None:
         """Assert that everything adds up. O(pages): for tests."""

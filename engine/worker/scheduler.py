@@ -339,6 +339,11 @@ class Scheduler:
         found = (sequence for key in keys if (sequence := self._sequences.get(key)) is not None)
         return sum(max(0, len(item.pages) - credit_pages(len(item.prompt))) for item in found)
 
+    @property
+    def cache(self) -> PrefixCache | None:
+        """For the feed, which looks only. None where it is off."""
+        return self._cache
+
     def cache_state(self) -> CacheState:
         return self._cache.state if self._cache is not None else CacheState()
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.worker.cache_feed import FeedCursor
 from engine.worker.events import SequenceKey
 from engine.worker.metrics import WorkerMetrics
 from rorqual.errors import RorqualError
-from rorqual.feed import Subscribe
+from rorqual.feed import FeedItem, Subscribe
 from rorqual.ids import SequenceId
 from rorqual.session import (
     Cancel,
@@ -47,10 +48,11 @@ class SessionBounds:
     session_values_max: int = 2 * 1024 * 1024  # of those reports, tokens and alternatives: 150 MB
     message_values_max: int = 32 * 1024  # of one message, or one report: 0.3 MB, 25 ms to encode
     heartbeat_seconds: float = 1.0
+    feed_seconds_max: float = 0.05  # news of the cache waits so long for a report to travel with
 
 
 class SessionHost(Protocol):
-    """What a session asks of the host. The four commands are queued, never carried out at once."""
+    """What a session asks of the host. Commands are queued, never carried out at once."""
 
     @property
     def draining(self) -> bool: ...
@@ -66,6 +68,8 @@ class SessionHost(Protocol):
     def renew(self, session: Session, command: Renew) -> None: ...
 
     def take(self, session: Session, command: Take) -> None: ...
+
+    def subscribe(self, session: Session, command: Subscribe) -> None: ...
 
     def forget(self, session: Session) -> None: ...
 
@@ -89,6 +93,8 @@ class Session:
         self._outbox: deque[SequenceReport] = deque()
         self._num_values = 0  # in the outbox
         self._news = asyncio.Event()
+        self._feed: FeedCursor | None = None
+        self._feed_due: asyncio.TimerHandle | None = None
         self._number = 0
         self.closed_because = ""
         self.closed = asyncio.Event()
@@ -110,33 +116,38 @@ class Session:
             case Take():
                 self._host.take(self, command)
             case Subscribe():
-                pass  # this host keeps no prefixes yet: there is nothing to describe
+                self._host.subscribe(self, command)
 
     async def next_report(self) -> StepReport:
         """What happened since the last one. Waits for news at most a heartbeat: then it carries the load
         alone.
         """
+        is_heartbeat = False
         if not self._outbox:
             self.flushed.set()
             try:
                 async with asyncio.timeout(self._bounds.heartbeat_seconds):
                     await self._news.wait()
             except TimeoutError:
-                pass
+                is_heartbeat = True
         self._news.clear()
         self._number += 1
+        feed = self._take_feed(with_digest=is_heartbeat)
         return StepReport(
             number=self._number,
             sequences=self._take_reports(),
             load=self._host.load(),
             draining=self._host.draining,
             credit=self._host.credit(self),
+            feed=feed,
         )
 
     def close(self) -> None:
         """End the session and cancel everything opened on it. May be called twice."""
         self._outbox.clear()
         self._num_values = 0
+        self._feed = None
+        self._cancel_feed_timer()
         self.flushed.set()
         self.closed.set()
         self._host.forget(self)
@@ -169,8 +180,35 @@ class Session:
         self.flushed.clear()
         self._news.set()
 
+    def follow(self, cursor: FeedCursor) -> None:
+        """From the host: the router is told of the cache from now on, beginning at once."""
+        if not self.closed.is_set():
+            self._feed = cursor
+            self._news.set()
+
+    def note_feed(self) -> None:
+        """From the host: the cache has changed. The news goes with the next report, or alone a little later: a message
+        costs the same whatever it carries."""
+        if self._feed is not None and self._feed_due is None:
+            loop = asyncio.get_running_loop()
+            self._feed_due = loop.call_later(self._bounds.feed_seconds_max, self._news.set)
+
     def release(self, sequence_id: SequenceId) -> None:
         self._open_ids.discard(sequence_id)
+
+    def _take_feed(self, *, with_digest: bool) -> tuple[FeedItem, ...]:
+        self._cancel_feed_timer()
+        if self._feed is None:
+            return ()
+        items = self._feed.take(with_digest=with_digest)
+        if not self._feed.is_current:
+            self._news.set()  # the rest leaves with the next message, which does not wait
+        return items
+
+    def _cancel_feed_timer(self) -> None:
+        if self._feed_due is not None:
+            self._feed_due.cancel()
+            self._feed_due = None
 
     def _take_reports(self) -> tuple[SequenceReport, ...]:
         """The oldest reports, as many as one message may carry, and one at least. The rest leaves with the

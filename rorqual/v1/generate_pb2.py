@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19rorqual/v1/generate.proto\x12\nrorqual.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.rorqual.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\t\n\x01n\x18\x05 \x01(\r\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.rorqual.v1.Sampling\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\x08\n\x06promptB\r\n\x0b_max_tokens\"\xdb\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x37\n\nlogit_bias\x18\x08 \x03(\x0b\x32#.rorqual.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"y\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12-\n\x0c\x61lternatives\x18\x04 \x03(\x0b\x32\x17.rorqual.v1.AlternativeB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xae\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12!\n\x06tokens\x18\x03 \x03(\x0b\x32\x11.rorqual.v1.Token\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.rorqual.v1.Usage\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x32U\n\nGeneration\x12G\n\x08Generate\x12\x1b.rorqual.v1.GenerateRequest\x1a\x1c.rorqual.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19rorqual/v1/generate.proto\x12\nrorqual.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf7\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.rorqual.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\t\n\x01n\x18\x05 \x01(\r\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.rorqual.v1.Sampling\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x13\n\x0bsession_key\x18\t \x01(\tB\x08\n\x06promptB\r\n\x0b_max_tokens\"\xdb\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x37\n\nlogit_bias\x18\x08 \x03(\x0b\x32#.rorqual.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"y\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12-\n\x0c\x61lternatives\x18\x04 \x03(\x0b\x32\x17.rorqual.v1.AlternativeB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xae\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12!\n\x06tokens\x18\x03 \x03(\x0b\x32\x11.rorqual.v1.Token\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.rorqual.v1.Usage\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x32U\n\nGeneration\x12G\n\x08Generate\x12\x1b.rorqual.v1.GenerateRequest\x1a\x1c.rorqual.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,19 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=41
   _globals['_TOKENIDS']._serialized_end=64
   _globals['_GENERATEREQUEST']._serialized_start=67
-  _globals['_GENERATEREQUEST']._serialized_end=293
-  _globals['_SAMPLING']._serialized_start=296
-  _globals['_SAMPLING']._serialized_end=771
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=589
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=637
-  _globals['_ALTERNATIVE']._serialized_start=773
-  _globals['_ALTERNATIVE']._serialized_end=821
-  _globals['_TOKEN']._serialized_start=823
-  _globals['_TOKEN']._serialized_end=944
-  _globals['_USAGE']._serialized_start=946
-  _globals['_USAGE']._serialized_end=1026
-  _globals['_GENERATERESPONSE']._serialized_start=1029
-  _globals['_GENERATERESPONSE']._serialized_end=1203
-  _globals['_GENERATION']._serialized_start=1205
-  _globals['_GENERATION']._serialized_end=1290
+  _globals['_GENERATEREQUEST']._serialized_end=314
+  _globals['_SAMPLING']._serialized_start=317
+  _globals['_SAMPLING']._serialized_end=792
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=610
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=658
+  _globals['_ALTERNATIVE']._serialized_start=794
+  _globals['_ALTERNATIVE']._serialized_end=842
+  _globals['_TOKEN']._serialized_start=844
+  _globals['_TOKEN']._serialized_end=965
+  _globals['_USAGE']._serialized_start=967
+  _globals['_USAGE']._serialized_end=1047
+  _globals['_GENERATERESPONSE']._serialized_start=1050
+  _globals['_GENERATERESPONSE']._serialized_end=1224
+  _globals['_GENERATION']._serialized_start=1226
+  _globals['_GENERATION']._serialized_end=1311
 # @@protoc_insertion_point(module_scope)

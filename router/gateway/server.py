@@ -42,6 +42,10 @@ from router.gateway.schema import ChatBody, CompletionBody, TokenizeBody, decode
 from router.gateway.writers import DONE, AnswerWriter, to_json
 from router.gateway_metrics import GatewayMetrics, RequestMeter
 from router.generation import Generation, Generator, PromptSource, ServedModel
+from router.limits import check_session_key
+
+SESSION_HEADER = b"x-session-id"
+"""Requests of one session begin alike. Nothing is asked of a client that sends none."""
 
 log = logging.getLogger(__name__)
 
@@ -243,18 +247,25 @@ class HttpGateway:
     async def _read_chat(self, exchange: _Exchange) -> ChatJob:
         body = decode_body(_CHAT_DECODER, exchange.request.take_body())
         job = await read_chat(body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed)
-        return replace(job, generation=self._salted(exchange, job.generation))
+        return replace(job, generation=self._of_client(exchange, job.generation))
 
     async def _read_completion(self, exchange: _Exchange) -> CompletionJob:
         body = decode_body(_COMPLETION_DECODER, exchange.request.take_body())
         job = await read_completion(
             body, model=self._model(), prompts=self._prompts, draw_seed=self._draw_seed
         )
-        return replace(job, generations=tuple(self._salted(exchange, item) for item in job.generations))
+        return replace(job, generations=tuple(self._of_client(exchange, item) for item in job.generations))
 
-    def _salted(self, exchange: _Exchange, generation: Generation) -> Generation:
-        salt = self._api_keys.cache_salt(exchange.request.headers.get(b"authorization", b""))
-        return replace(generation, cache_salt=salt)
+    def _of_client(self, exchange: _Exchange, generation: Generation) -> Generation:
+        """With what its headers say: whose state it may share, and which requests it belongs with."""
+        headers = exchange.request.headers
+        salt = self._api_keys.cache_salt(headers.get(b"authorization", b""))
+        session_key = headers.get(SESSION_HEADER, b"").decode("latin-1")
+        return replace(
+            generation,
+            cache_salt=salt,
+            session_key=check_session_key(session_key, field=SESSION_HEADER.decode()),
+        )
 
     async def _generate(self, exchange: _Exchange, writer: AnswerWriter) -> None:
         """Drive the generations into the answer. Cancelled with its client, it closes them before it ends."""

@@ -1,8 +1,9 @@
 """Which workers get a sequence: pure functions of what the router knows.
 
-`least_wait` is what `router.dispatch` calls today: it knows load and credit. `cache` is the interface of policies that
-also know what every worker keeps, `soonest` our own, `simple`, `cache_aware` and `overlap_cost` the ones it is
-measured against in `rorqual bench route`. Policies see a picture of the fleet and never the fleet; no clock, no I/O.
+`least_wait` has what `router.dispatch` asks, and a policy that knows load and credit alone. `by_cache` answers it by a
+policy that also knows what every worker keeps: `cache` is their interface, `soonest` our own, `simple`, `cache_aware`
+and `overlap_cost` the ones it is measured against in `rorqual bench route`; `policies` makes them by name. Policies see
+a picture of the fleet and never the fleet; no clock, no I/O.
 """
 
 from router.placement.least_wait import (
@@ -10,6 +11,7 @@ from router.placement.least_wait import (
     Demand,
     LeastPredictedWait,
     Placement,
+    Predicted,
     Split,
     Whole,
     WorkerView,
@@ -23,6 +25,7 @@ __all__ = [
     "Demand",
     "LeastPredictedWait",
     "Placement",
+    "Predicted",
     "Split",
     "Whole",
     "WorkerView",

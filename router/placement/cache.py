@@ -99,6 +99,8 @@ class FleetPicture:
     tree_pages_W: Int32s  # pages kept
     decode_sequences_W: Int32s
     work_seconds_W: Float64s  # computed there so far, or lately
+    slowness_W: Float64s | None = None  # what predicted seconds of computing are multiplied with; None: 1
+    readable_W: Bools | None = None  # whose memory others can read; None: everybody's
 
     def __post_init__(self) -> None:
         assert self.can_prefill_W.any(), "somebody computes prompts"
@@ -106,6 +108,10 @@ class FleetPicture:
     @property
     def num_workers(self) -> int:
         return len(self.can_prefill_W)
+
+    def corrected(self, seconds_W: Float64s) -> Float64s:
+        """Predicted seconds of computing, by what each worker has measured."""
+        return seconds_W if self.slowness_W is None else seconds_W * self.slowness_W
 
     @property
     def prefill_W(self) -> Bools:

@@ -97,9 +97,8 @@ class SoonestFirstToken:
         self._remember(request, worker, num_present=int(pages_W[worker]))
         context = int(way.depth_W[worker]) * PAGE_TOKENS
         tokens = max(request.num_tokens - context, 1)
-        alone = float(
-            self._model.prefill_seconds(tokens, context) - self._model.work_seconds(tokens, context)
-        )
+        alone = self._model.prefill_seconds(tokens, context) - self._model.work_seconds(tokens, context)
+        alone_W = fleet.corrected(np.full(fleet.num_workers, float(alone)))
         return Decision(
             prefill=worker,
             decode=fleet.decode_worker(),
@@ -110,7 +109,7 @@ class SoonestFirstToken:
                 num_pages=request.num_pages,
                 has_own_tail=0 < way.depth_W[worker] == tail_W[worker],
             ),
-            predicted_seconds=float(seconds_W[worker]) + alone,
+            predicted_seconds=float(seconds_W[worker] + alone_W[worker]),
         )
 
     def finished(self, number: int) -> None:
@@ -120,7 +119,7 @@ class SoonestFirstToken:
         self, fleet: FleetPicture, request: CacheDemand, pages_W: Int32s, tail_W: Int32s
     ) -> _Starts:
         depth_W = np.maximum(tail_W, pages_W - self._rebuild_pages)
-        seconds_W = fleet.wait_seconds_W + self._compute(request, depth_W)
+        seconds_W = fleet.wait_seconds_W + fleet.corrected(self._compute(request, depth_W))
         return _Starts(depth_W, seconds_W, -1, 0, False)
 
     def _from_peers(
@@ -128,6 +127,8 @@ class SoonestFirstToken:
     ) -> list[_Starts]:
         """Two ways: with the deepest tail of all workers, and with the most pages and a rebuild."""
         ways: list[_Starts] = []
+        if fleet.readable_W is not None:
+            found = Found(pages_W=found.pages_W * fleet.readable_W, tail_W=found.tail_W * fleet.readable_W)
         tail_peer, pages_peer = int(found.tail_W.argmax()), int(found.pages_W.argmax())
         tail, pages = int(found.tail_W[tail_peer]), int(found.pages_W[pages_peer])
         least_own = int(own_W.min())
@@ -159,7 +160,7 @@ class SoonestFirstToken:
         num_bytes_W = missing_W * float(self._page_bytes) + (self._tail_bytes if has_tail else 0.0)
         depth_W = np.full(fleet.num_workers, depth, np.int32)
         seconds_W = np.maximum(fleet.wait_seconds_W, self._model.fetch_seconds(num_bytes_W))
-        seconds_W = seconds_W + self._compute(request, depth_W[:1])
+        seconds_W = seconds_W + fleet.corrected(self._compute(request, depth_W))
         seconds_W[peer] = np.inf  # nobody reads from itself
         return _Starts(depth_W, seconds_W, peer, reach, has_tail)
 
@@ -173,8 +174,8 @@ class SoonestFirstToken:
         self, fleet: FleetPicture, request: CacheDemand, seconds_W: Float64s, pages_W: Int32s
     ) -> Float64s:
         config = self._config
-        copies_W = int(pages_W.max()) - pages_W
-        score_W = seconds_W + config.copy_share * self._page_seconds * copies_W
+        copies_W = (int(pages_W.max()) - pages_W).astype(np.float64)
+        score_W = seconds_W + fleet.corrected(copies_W * (config.copy_share * self._page_seconds))
         work_W = fleet.work_seconds_W
         score_W += config.balance_share * (work_W - work_W.min())
         home = self._sessions.get(request.session, -1) if request.session else -1

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from rorqual.ids import Incarnation, RequestId, WorkerId
+from rorqual.performance import FLASH, model_costs
 from rorqual.sampling import SamplingParams
 from rorqual.session import (
     FinishReason,
@@ -29,7 +30,7 @@ from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig
 from router.fleet_metrics import FleetMetrics
 from router.generation import ChoiceUpdate, Generation
-from router.placement import LeastPredictedWait
+from router.placement.policies import WorkerModel, make_placement
 from router.text import ChoiceText, StopStrings
 
 
@@ -86,14 +87,18 @@ class Cluster:
         *,
         num_pages: int = 16,
         num_slots: int = 4,
+        num_records: int = 0,
         numerics: str = "float32",
+        incarnation: int = 1,
         **options: float,
     ) -> Host:
-        rank = FakeRank(num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512)
+        rank = FakeRank(
+            num_pages=num_pages, num_slots=num_slots, prefill_tokens_max=512, num_records=num_records
+        )
         self.links[address] = FakeLink(rank)
         config = HostConfig(
             worker_id=WorkerId(address),
-            incarnation=Incarnation(1),
+            incarnation=Incarnation(incarnation),
             exact=False,
             prefill_tokens_max=512,
             heartbeat_seconds=0.02,
@@ -136,6 +141,7 @@ async def a_cluster(
     start: bool = True,
     seconds_max: float = 30.0,
     fleet: FleetConfig | None = None,
+    placement: str = "least_wait",
     **stages: float,
 ) -> AsyncIterator[Cluster]:
     registry = CollectorRegistry()
@@ -151,7 +157,9 @@ async def a_cluster(
     )
     dispatcher = Dispatcher(
         fleet=the_fleet,
-        placement=LeastPredictedWait(),
+        placement=make_placement(
+            placement, caches=the_fleet.picture, workers=WorkerModel(costs=model_costs(FLASH))
+        ),
         make_texts=make_texts,
         config=DispatchConfig(served_name="fake", created=5, **stages),
         metrics=metrics,
