@@ -87,7 +87,7 @@ class MtpDrafter:
                 firsts.append(end - 1)
             progress = self._slots[item.slot]
             progress.kept_first = max(progress.kept_first, end - DRAFTS_MAX - 1)
-        self._runner.advance_drafts(work, streams_TSD, firsts=firsts)
+        self._runner.advance_drafts(work, streams_TSD, firsts=firsts, rows_only=True)
 
     def draft(self, wishes: Sequence[DraftWish]) -> list[tuple[int, ...]]:
         """Nothing of a sequence of one token: no streams have been computed."""

@@ -156,7 +156,12 @@ class Runner:
 
     @torch.inference_mode()
     def advance_drafts(
-        self, work: Sequence[SegmentTokens], streams_TSD: Tensor, *, firsts: Sequence[int] | None = None
+        self,
+        work: Sequence[SegmentTokens],
+        streams_TSD: Tensor,
+        *,
+        firsts: Sequence[int] | None = None,
+        rows_only: bool = False,
     ) -> list[Tensor]:
         """Take MTP block 0 to where the main model is, one index behind: of each item the indices start-1 ..
         start+len-2, since index i takes the streams at i and the token at i+1. `streams_TSD` is what `streams(work)`
@@ -164,6 +169,7 @@ class Runner:
         a later one than start-1, or one past the last, start+len-1.
 
         Returns the block's streams [indices, S, D] of each item, whose `draft_logits` at index i predict token i+2.
+        With `rows_only` they are empty: only the rows that later drafts see are made.
         """
         latest = self._latest
         assert latest is not None, "nothing was computed"
@@ -186,9 +192,10 @@ class Runner:
             tails = [latest.tails[index] for index in advancing]
             for tail in (tail for found in tails for tail in found):
                 begin_draft_rows(self.tables, tail)
-            found = self._draft(indices, torch.cat(inputs), tails).split(counts)
-            for index, part in zip(advancing, found, strict=True):
-                drafted[index] = part
+            made = self._draft(indices, torch.cat(inputs), tails, rows_only=rows_only)
+            if made is not None:
+                for index, part in zip(advancing, made.split(counts), strict=True):
+                    drafted[index] = part
         return drafted
 
     @torch.inference_mode()
@@ -196,12 +203,19 @@ class Runner:
         """MTP block 0 over indices start .. start+len-1 of each item, whose tokens are those one position on, that is
         start+1 .. start+len. `inputs_TSD` holds the streams that they take, item by item, and so does what is returned
         the block's streams [T, S, D]."""
-        return self._draft(indices, inputs_TSD, [()] * len(indices))
+        made = self._draft(indices, inputs_TSD, [()] * len(indices))
+        assert made is not None
+        return made
 
     def _draft(
-        self, indices: Sequence[SegmentTokens], inputs_TSD: Tensor, tails: Sequence[Sequence[Tail]]
-    ) -> Tensor:
-        """`tails` of each item, to which this pass adds the rows of the draft window."""
+        self,
+        indices: Sequence[SegmentTokens],
+        inputs_TSD: Tensor,
+        tails: Sequence[Sequence[Tail]],
+        *,
+        rows_only: bool = False,
+    ) -> Tensor | None:
+        """`tails` of each item, to which this pass adds the rows of the draft window. None with `rows_only`."""
         batch, places = _lay_out(indices)
         every = [
             replace(tail, place=place) for place, found in zip(places, tails, strict=True) for tail in found
@@ -209,7 +223,11 @@ class Runner:
         order_T = torch.tensor([row for place in places for row in range(place.row, place.row + place.count)])
         inputs = torch.empty_like(inputs_TSD).index_copy_(0, order_T, inputs_TSD)
         state = self._state(batch, tails=every)
-        streams = self.model.draft(self.model.begin(batch, state), 0, inputs, batch.tokens_T)
+        run = self.model.begin(batch, state)
+        if rows_only:
+            self.model.keep_draft_rows(run, 0, inputs, batch.tokens_T)
+            return None
+        streams = self.model.draft(run, 0, inputs, batch.tokens_T)
         return streams.index_select(0, order_T)
 
     @torch.inference_mode()

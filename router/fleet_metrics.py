@@ -46,9 +46,41 @@ class HandOverMetrics:
         )
 
 
-class FleetMetrics(HandOverMetrics):
+class FeedMetrics:
+    """Of feeds and the picture that is made of them."""
+
     def __init__(self, registry: CollectorRegistry) -> None:
-        super().__init__(registry)
+        self.feed_items = Counter(
+            "rorqual_router_feed_items",
+            "Descriptions of workers' prefix caches taken in.",
+            registry=registry,
+        )
+        self.feed_faults = Counter(
+            "rorqual_router_feed_faults",
+            "Feeds that could not be followed any further, and were asked for anew.",
+            ["worker", "reason"],
+            registry=registry,
+        )
+        self.feed_pages = Gauge(
+            "rorqual_router_feed_pages",
+            "Pages that a worker is known to hold.",
+            ["worker"],
+            registry=registry,
+        )
+        self.picture_pairs = Gauge(
+            "rorqual_router_picture_pairs",
+            "Pages of workers, one for each that holds it, in the picture of all caches.",
+            registry=registry,
+        )
+        self.picture_bytes = Gauge(
+            "rorqual_router_picture_bytes", "Memory of the picture of all caches.", registry=registry
+        )
+
+
+class FleetMetrics(HandOverMetrics, FeedMetrics):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        HandOverMetrics.__init__(self, registry)
+        FeedMetrics.__init__(self, registry)
         self.workers_connected = Gauge(
             "rorqual_router_workers_connected", "Workers with a session.", registry=registry
         )

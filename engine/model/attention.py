@@ -31,11 +31,8 @@ def attention(
     config, rounding = run.config, run.rounding
     num_rows, eps = x_TD.shape[0], config.norm_eps
     angles = run.angles(item.kind)
-    low = rounding.act(run.linear(rounding.matmul_input(x_TD), weights.from_x))
-    c_q = rounding.act(run.kernels.rms_norm(low[:, : config.q_lora_rank], weights.q_norm, eps))
-    kv = low[:, config.q_lora_rank :].unsqueeze(1)
-    kv = rounding.norm_rope(kv, weights.kv_norm, angles, eps=eps).squeeze(1)
-    kv_Td = rounding.kv_rows(kv, config.nope_head_dim)
+    low_Tq, kv_Td = _from_x(run, weights, x_TD, angles)
+    c_q = rounding.act(run.kernels.rms_norm(low_Tq, weights.q_norm, eps))
     wide = rounding.act(run.linear(rounding.matmul_input(c_q), weights.from_cq))
     q_width = config.num_heads * config.head_dim
     q = wide[:, :q_width].view(num_rows, config.num_heads, config.head_dim)
@@ -62,6 +59,22 @@ def attention(
         window_rows = torch.cat((past, kv_Td[segment.rows]))
         outputs += _attend_chunk(run, layer, item, weights, q_THd, queries, segment, window_rows)
     return _project(run, weights, outputs[0] if len(outputs) == 1 else torch.cat(outputs), angles)
+
+
+def keep_window(
+    run: Pass, layer: int, item: LayerConfig, weights: AttentionWeights, x_TD: Tensor, window: Component
+) -> None:
+    """Put the window rows that `attention` would put, and compute nothing else."""
+    run.state.put_window(window, layer, _from_x(run, weights, x_TD, run.angles(item.kind))[1])
+
+
+def _from_x(run: Pass, weights: AttentionWeights, x_TD: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Low-rank queries before their norm [T, q], and window rows [T, d]."""
+    config, rounding = run.config, run.rounding
+    low = rounding.act(run.linear(rounding.matmul_input(x_TD), weights.from_x))
+    kv = low[:, config.q_lora_rank :].unsqueeze(1)
+    kv = rounding.norm_rope(kv, weights.kv_norm, angles, eps=config.norm_eps).squeeze(1)
+    return low[:, : config.q_lora_rank], rounding.kv_rows(kv, config.nope_head_dim)
 
 
 def _project(run: Pass, weights: AttentionWeights, o_THd: Tensor, angles: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.kernels.suite import Kernels
-from engine.model.attention import attention
+from engine.model.attention import attention, keep_window
 from engine.model.batch import RaggedBatch
 from engine.model.context import Observer, Pass, PickHook, rotary_frequencies
 from engine.model.moe import moe
@@ -82,6 +82,23 @@ class Model:
     def draft(self, run: Pass, block: int, streams_TSD: Tensor, next_tokens_T: Tensor) -> Tensor:
         """One MTP block over a batch: row t holds index t's streams and the token at t+1. Returns the block's streams
         [T, S, D]; `draft_logits` of them predict the token at t+2."""
+        joined = self._joined(block, streams_TSD, next_tokens_T)
+        weights = self.weights.mtp[block].layer
+        return self._layer(run, block, self.config.mtp_layer, weights, joined, Component.DRAFT_WINDOW)
+
+    def keep_draft_rows(self, run: Pass, block: int, streams_TSD: Tensor, next_tokens_T: Tensor) -> None:
+        """Put the rows that `draft` would put, at a fraction of its price: they depend on their own index alone."""
+        weights = self.weights.mtp[block].layer
+        site = self._split(weights.hc_attn, self._joined(block, streams_TSD, next_tokens_T))
+        x = self._norm(site.x_TD, weights.attn_norm)
+        keep_window(run, block, self.config.mtp_layer, weights.attn, x, Component.DRAFT_WINDOW)
+
+    def draft_logits(self, block: int, streams_RSD: Tensor) -> Tensor:
+        weights = self.weights.mtp[block]
+        return self._head(streams_RSD, weights.hc_head, weights.norm)
+
+    def _joined(self, block: int, streams_TSD: Tensor, next_tokens_T: Tensor) -> Tensor:
+        """What enters an MTP block."""
         weights = self.weights.mtp[block]
         rounding, eps = self._rounding, self.config.norm_eps
         embedded = rounding.act(self.weights.embed[next_tokens_T])
@@ -89,12 +106,7 @@ class Model:
         from_token = rounding.act(self._linear(rounding.matmul_input(from_token), weights.e_proj))
         from_streams = rounding.act(self.kernels.rms_norm(streams_TSD, weights.hnorm, eps))
         from_streams = rounding.act(self._linear(rounding.matmul_input(from_streams), weights.h_proj))
-        joined = rounding.act(from_streams + from_token.unsqueeze(1))
-        return self._layer(run, block, self.config.mtp_layer, weights.layer, joined, Component.DRAFT_WINDOW)
-
-    def draft_logits(self, block: int, streams_RSD: Tensor) -> Tensor:
-        weights = self.weights.mtp[block]
-        return self._head(streams_RSD, weights.hc_head, weights.norm)
+        return rounding.act(from_streams + from_token.unsqueeze(1))
 
     def _layer(
         self,

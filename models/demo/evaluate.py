@@ -1,6 +1,6 @@
 """Measures the demo model and writes the tables of its model card (README.md).
 
-    python models/demo/evaluate.py                      everything, about 25 minutes on two cores
+    python models/demo/evaluate.py                      everything, about 5 minutes
     python models/demo/evaluate.py --only recall        one part; the card's other tables stay as they were
 
 Every part's figures go into evaluation.json; the card is rendered from all that is there. The dense baseline of the

@@ -124,8 +124,8 @@ class Holders:
         return flags.astype(np.uint32) | np.uint32(slot << 2)
 
     def put_many(self, refs: U32, slot: int, flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        """As `put` with flags that are not 0, for distinct sets in the form of many in which the slot has no tail;
-        their references stay as they are. Returns which were: the others are left alone."""
+        """As `put` with flags that are not 0, for those of these distinct sets that have the form of many; in none of
+        them has the slot a tail. Their references stay as they are. Returns which they were."""
         is_many = refs & np.uint32(_KIND) == _KIND_MANY
         rows = (refs[is_many] & np.uint32(_ROW)).astype(np.int64)
         word, bit = slot >> 6, np.uint64(1 << (slot & 63))

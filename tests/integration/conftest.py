@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from rorqual.demo import CONFIG
 from tests.harness.failures import NUM_TOKENS, PROMPT, start_two_of_each
 from tests.harness.pools import Pools
 from tests.harness.system import IDS_CONFIG, TEXT_CONFIG, System, make_checkpoint
@@ -78,7 +79,7 @@ async def start_process(tmp_path: Path) -> AsyncIterator[Start]:
 def model_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "a-model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
 

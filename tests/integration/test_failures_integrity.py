@@ -34,9 +34,16 @@ pytestmark = [pytest.mark.minutes, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
-def routed(two_of_each: Pools) -> Pools:
+def routed(two_of_each: Pools) -> Iterator[Pools]:
+    """Memory is spoiled here where it lies, on an owner that must not go on from it: so nothing is kept, and everything
+    is read."""
+    workers = [*living(two_of_each, "prefill"), *living(two_of_each, "decode")]
+    for name in workers:
+        two_of_each.restart(name, "--prefix-cache", "off")
     two_of_each.restart("router", *PATIENT)
-    return two_of_each
+    yield two_of_each
+    for name in workers:
+        two_of_each.restart(name)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def _run(about: Mapping[str, Any]) -> str:
     return (
         f"These weights have seen\n{about['tokens'] / 1e6:.1f} million tokens in {about['steps']:,} steps and "
         f"{about['minutes']:.0f} minutes of two cores, part of which other work shared:\n"
-        f"`train.py --tokens {about['tokens'] // 1000 * 1000}` makes them, however long it takes."
+        f"`train.py --tokens {about['tokens'] // 100_000 * 100_000}` makes them, however long it takes."
     )
 
 
@@ -107,7 +107,7 @@ def _equal(found: Mapping[str, Any]) -> str:
     """How the two runs of equal tokens were made."""
     if "baseline" not in found or "equal tokens" not in found:
         return ""
-    tokens = found["baseline: tokens"] // 1000 * 1000
+    tokens = found["baseline: tokens"] // 100_000 * 100_000
     minutes = [found[f"{name}: minutes"] for name in ("equal tokens", "baseline")]
     runs = "\n".join(
         f"python models/demo/train.py --tokens {tokens} --workers 1 {options}--out {folder} --work {folder}"

@@ -115,6 +115,9 @@ def stopped(reader: Peer, doomed: Peer, variant: Variant) -> PeerId:
     if variant.needs_owner != "first":
         assert works(reader, peer)
     doomed.signal(signal.SIGSTOP)
+    # The signal is on its way only: a thread that still ran would serve the read.
+    _, status = os.waitpid(doomed.process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
     return peer
 
 
