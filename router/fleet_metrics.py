@@ -135,31 +135,6 @@ class FleetMetrics(HandOverMetrics, FeedMetrics):
             "Prompts sent to a worker that is to read some of it from another one first.",
             registry=registry,
         )
-        self.feed_items = Counter(
-            "rorqual_router_feed_items",
-            "Descriptions of workers' prefix caches taken in.",
-            registry=registry,
-        )
-        self.feed_faults = Counter(
-            "rorqual_router_feed_faults",
-            "Feeds that could not be followed any further, and were asked for anew.",
-            ["worker", "reason"],
-            registry=registry,
-        )
-        self.feed_pages = Gauge(
-            "rorqual_router_feed_pages",
-            "Pages that a worker is known to hold.",
-            ["worker"],
-            registry=registry,
-        )
-        self.picture_pairs = Gauge(
-            "rorqual_router_picture_pairs",
-            "Pages of workers, one for each that holds it, in the picture of all caches.",
-            registry=registry,
-        )
-        self.picture_bytes = Gauge(
-            "rorqual_router_picture_bytes", "Memory of the picture of all caches.", registry=registry
-        )
         self.requests_overloaded = Counter(
             "rorqual_router_requests_overloaded",
             "Requests refused since no worker had room.",
