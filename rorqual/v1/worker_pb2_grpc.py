@@ -101,7 +101,7 @@ class Worker:
 
 
 class LendingStub:
-    """Between decode and prefill workers: the control side of one-sided reads. State is read from memory the owner leases;
+    """Between workers: the control side of one-sided reads. State is read from memory the owner leases;
     no call here carries any.
     """
 
@@ -126,10 +126,15 @@ class LendingStub:
                 request_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseRequest.SerializeToString,
                 response_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseReply.FromString,
                 _registered_method=True)
+        self.LeaseKeys = channel.unary_unary(
+                '/rorqual.v1.Lending/LeaseKeys',
+                request_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseKeysRequest.SerializeToString,
+                response_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseKeysReply.FromString,
+                _registered_method=True)
 
 
 class LendingServicer:
-    """Between decode and prefill workers: the control side of one-sided reads. State is read from memory the owner leases;
+    """Between workers: the control side of one-sided reads. State is read from memory the owner leases;
     no call here carries any.
     """
 
@@ -154,6 +159,13 @@ class LendingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LeaseKeys(self, request, context):
+        """Asks for pages of a prefix, by their keys, and for a tail: a lease of its own, which the caller releases.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LendingServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -172,6 +184,11 @@ def add_LendingServicer_to_server(servicer, server):
                     request_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseRequest.FromString,
                     response_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseReply.SerializeToString,
             ),
+            'LeaseKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaseKeys,
+                    request_deserializer=rorqual_dot_v1_dot_worker__pb2.LeaseKeysRequest.FromString,
+                    response_serializer=rorqual_dot_v1_dot_worker__pb2.LeaseKeysReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'rorqual.v1.Lending', rpc_method_handlers)
@@ -181,7 +198,7 @@ def add_LendingServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Lending:
-    """Between decode and prefill workers: the control side of one-sided reads. State is read from memory the owner leases;
+    """Between workers: the control side of one-sided reads. State is read from memory the owner leases;
     no call here carries any.
     """
 
@@ -256,6 +273,33 @@ class Lending:
             '/rorqual.v1.Lending/Release',
             rorqual_dot_v1_dot_worker__pb2.LeaseRequest.SerializeToString,
             rorqual_dot_v1_dot_worker__pb2.LeaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaseKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rorqual.v1.Lending/LeaseKeys',
+            rorqual_dot_v1_dot_worker__pb2.LeaseKeysRequest.SerializeToString,
+            rorqual_dot_v1_dot_worker__pb2.LeaseKeysReply.FromString,
             options,
             channel_credentials,
             insecure,
