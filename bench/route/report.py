@@ -88,7 +88,7 @@ def plot(
     left.axvline(100 * ideal, color="black", linestyle="--", label="endless cache, one worker, free tails")
     left.invert_yaxis()
     left.set_xlabel("pages reused, % of all full prompt pages")
-    left.legend()
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     for name in names:
         ttft = np.sort([item.ttft_seconds for item in outcomes[name]])
         width = 2.5 if name == "rorqual" else 1.2
