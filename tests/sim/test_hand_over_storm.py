@@ -22,6 +22,8 @@ from tests.harness.cluster import Cluster, a_cluster, a_generation, the_answer
 from tests.harness.lending import TRANSFER_SECONDS, World, a_world, until
 from tests.harness.virtual import virtual
 
+pytestmark = pytest.mark.slow  # all of it together takes ten seconds and more
+
 PREFILLS, DECODES = ("p0", "p1"), ("d0", "d1")
 NUM_REQUESTS = 50
 START_SECONDS = 5.0

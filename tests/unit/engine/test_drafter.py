@@ -31,6 +31,8 @@ from tests.harness.speculating import (
     exact_model,
 )
 
+pytestmark = pytest.mark.slow  # all of it together takes ten seconds and more
+
 torch.set_num_threads(1)
 
 numerics_of_both_kinds = pytest.mark.parametrize("numerics", Numerics)

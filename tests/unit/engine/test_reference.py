@@ -18,6 +18,8 @@ from tests.reference.deepseek_v4 import LayerPicks, Picks, ReferenceModel, rando
 from tests.reference.rounding import Served, hadamard, round_bf16, round_fp4, round_fp8
 from tests.reference.weights import tensor_shapes, transformers_tensors
 
+pytestmark = pytest.mark.slow  # all of it together takes ten seconds and more
+
 NUM_TOKENS = 70
 ORACLE_TOLERANCE = 3e-5  # of max |logit|
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"

@@ -22,6 +22,8 @@ from rorqual.model_config import PAGE_TOKENS
 from tests.harness.models import random_tokens, raw_config, raw_configs, real_ratios
 from tests.harness.speculating import EVERYTHING, GREEDY, Oracle, Speculating, Truth, exact_model
 
+pytestmark = pytest.mark.slow  # all of it together takes ten seconds and more
+
 torch.set_num_threads(1)
 
 numerics_of_both_kinds = pytest.mark.parametrize("numerics", Numerics)

@@ -232,7 +232,8 @@ async def test_other_choices_go_on_while_one_waits_for_a_worker_to_come_back() -
                 if update.choice == 0 and update.finish_reason is not None:
                     break
             assert [token for choice, token in numbers if choice == 0] == the_answer(generation, 0)
-            assert draining is not None and await draining
+            assert draining is not None
+            assert await draining
             cluster.links["b"].gate.set()
             cluster.transport.hosts["b"] = host
             async for update in updates:

@@ -16,6 +16,8 @@ from rorqual.sampling import SamplingParams
 from tests.harness.benches import Bench, Pair, a_cache, a_related_prompt, adopting, lending
 from tests.harness.storms import Storm, weather
 
+pytestmark = pytest.mark.slow  # all of it together takes ten seconds and more
+
 # A request: prompt length, max_tokens, ignore_eos, scores.
 lengths = st.one_of(st.integers(1, 1300), st.sampled_from([255, 256, 257, 511, 512, 513, 768, 1024]))
 requests = st.tuples(lengths, st.integers(1, 300), st.booleans(), st.integers(0, 9).map(lambda n: n == 0))
