@@ -32,10 +32,12 @@ from engine.worker.cache_feed import CacheFeed
 from engine.worker.drafting import DraftsOption, make_policy
 from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
 from engine.worker.metrics import WorkerMetrics
+from engine.worker.prefill_rate import PrefillRate
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.rank_link import RankLost
 from engine.worker.role import BothRole, RoleHandler
-from engine.worker.scheduler import Scheduler, SchedulerConfig
+from engine.worker.scheduler import Scheduler
+from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
@@ -60,8 +62,6 @@ from rorqual.session import (
 from rorqual.telemetry import fields
 
 log = logging.getLogger(__name__)
-
-RATED_TOKENS_MIN = 64
 
 
 class RankLink(Protocol):
@@ -495,26 +495,6 @@ class _Owner:
     session: Session
     sequence_id: SequenceId
     request_id: str  # for log lines
-
-
-class PrefillRate:
-    """Prompt tokens per second of the rank, over steps with a chunk. Steps land in the order they were planned in, so a
-    queue of their token counts is enough; it is as long as plans are in flight."""
-
-    def __init__(self) -> None:
-        self.tokens_per_second = 0.0
-        self._planned: deque[int] = deque()
-
-    def planned(self, num_prefill: int) -> None:
-        self._planned.append(num_prefill)
-
-    def landed(self, seconds: float) -> None:
-        num_prefill = self._planned.popleft()
-        if num_prefill < RATED_TOKENS_MIN or seconds <= 0:
-            return  # a step of few tokens says little about one of many
-        rate = num_prefill / seconds
-        old = self.tokens_per_second or rate
-        self.tokens_per_second = old + 0.25 * (rate - old)
 
 
 def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.BOTH) -> SchedulerConfig:

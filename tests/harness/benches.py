@@ -32,7 +32,8 @@ from engine.worker.events import (
     TokenEvent,
 )
 from engine.worker.prefix_cache import CacheConfig
-from engine.worker.scheduler import Scheduler, SchedulerConfig
+from engine.worker.scheduler import Scheduler
+from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role

@@ -21,7 +21,8 @@ from engine.sampler import Sampler
 from engine.worker.drafting import FixedDrafts
 from engine.worker.events import SequenceKey, TokenEvent
 from engine.worker.prefix_cache import CacheConfig
-from engine.worker.scheduler import Scheduler, SchedulerConfig
+from engine.worker.scheduler import Scheduler
+from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.handover import rebuild_tokens
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs, TailPolicy
