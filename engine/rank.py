@@ -32,6 +32,7 @@ from engine.checkpoint.reader import Checkpoint, open_checkpoint
 from engine.drafter import Drafter, DraftWish, MtpDrafter
 from engine.exactness import check_exactness
 from engine.frames import FrameWriter, join_host, read_frame, write_frame
+from engine.host_memory import HostMemory
 from engine.kernels import registry
 from engine.kernels.suite import choose_kernels
 from engine.model.forward import Model
@@ -141,13 +142,20 @@ class Rank:
     """Everything between two frames. Tests drive it without a process."""
 
     def __init__(
-        self, runner: Runner, *, sampler: Sampler, page_digest: PageDigest, drafter: Drafter | None = None
+        self,
+        runner: Runner,
+        *,
+        sampler: Sampler,
+        page_digest: PageDigest,
+        drafter: Drafter | None = None,
+        host_memory: HostMemory | None = None,
     ) -> None:
         self.digests = StateDigests(runner.pools, runner.records, page_digest=page_digest)
         self.record_bytes = runner.record_bytes
         self._runner = runner
         self._sampler = sampler
         self._drafter = drafter
+        self._host_memory = host_memory
         self._slots: dict[int, _Slot] = {}
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -155,6 +163,12 @@ class Rank:
         for slot in plan.closes:
             self._sampler.close(slot)
             del self._slots[slot]
+        copied = started
+        if plan.demote or plan.promote:
+            assert self._host_memory is not None, "a plan copies, and there is no host memory"
+            self._host_memory.demote(plan.demote)
+            self._host_memory.promote(plan.promote)
+            copied = time.perf_counter()
         for item in plan.opens:
             self._open(item)
         done = self._compute(plan.segments)
@@ -167,6 +181,7 @@ class Rank:
             verified=tuple(done.verified),
             completed=done.state.completed,
             tailed=done.state.tailed,
+            copy_ms=(copied - started) * 1e3,
         )
 
     def _open(self, item: SlotOpen) -> None:

@@ -23,7 +23,9 @@ thus always get the pages it needs.
 With a cache (`engine.worker.prefix_cache`), full pages stay when their sequence has ended, and so do the tails it has
 left (`engine.worker.tails`). A page enters the cache when the result that completes it is in: only then are its tokens
 certain. So a landing sequence keeps its full pages until its last token is here. Sequences that begin alike share
-pages, which nobody writes; what starts between a tail and the end of what is shared replays it.
+pages, which nobody writes; what starts between a tail and the end of what is shared replays it. With host memory below
+the cache, what is evicted goes there (`engine.worker.host_tier`) and comes back while a sequence waits
+(`engine.worker.restoring`); copies alone are worth a step.
 
 On a prefill worker a sequence **lends**: its first token is its last one here. The host is told of every full page
 as it is computed and, with the token, of the record that holds the rest of the state. What the host has been told of
@@ -48,7 +50,7 @@ from itertools import chain
 
 import msgspec
 
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import NO_COPIES, Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
@@ -60,8 +62,10 @@ from engine.worker.events import (
     TokenEvent,
 )
 from engine.worker.holdings import Holdings
+from engine.worker.host_tier import HostTier, HostTierState
 from engine.worker.imports import Imports
 from engine.worker.prefix_cache import CacheState, PrefixCache
+from engine.worker.restoring import Restoring
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
@@ -81,15 +85,24 @@ class Scheduler:
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
         self._cache = PrefixCache(config.cache) if config.cache is not None else None
+        self._tier: HostTier | None = None
+        if self._cache is not None and config.host_tier is not None:
+            self._tier = HostTier(config.host_tier, self._cache)
         self._holdings = Holdings(
             num_pages=config.num_pages,
             num_slots=config.num_slots,
             num_records=config.num_records,
             cache=self._cache,
+            tier=self._tier,
         )
+        self.imports = Imports(self._holdings, self._cache)
+        self._restoring: Restoring | None = None
+        if self._tier is not None and self._cache is not None:
+            self._restoring = Restoring(self._tier, self._holdings, self._cache, self.imports)
         self._admission = Admission(
             self._holdings,
             self._cache,
+            self._restoring,
             sequences_waiting_max=config.sequences_waiting_max,
             tokens_waiting_max=config.tokens_waiting_max,
         )
@@ -104,7 +117,6 @@ class Scheduler:
             drafts_max=config.drafts_max,
             rows_max=config.draft_rows_max,
         )
-        self.imports = Imports(self._holdings, self._cache)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._running: dict[SequenceKey, Sequence] = {}  # oldest first
         self._adopting: dict[SequenceKey, Sequence] = {}
@@ -132,7 +144,9 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing to compute, nothing on its way, nothing left open on the rank, nothing with others."""
-        return self._holdings.is_clear and not (self._sequences or self._inflight or self._closes)
+        is_copying = self._tier is not None and not self._tier.is_idle
+        is_open = self._sequences or self._inflight or self._closes or is_copying
+        return self._holdings.is_clear and not is_open
 
     def open(
         self,
@@ -207,7 +221,10 @@ class Scheduler:
         self._plan_decodes(step)
         self._admit()
         self._plan_chunks(step)
-        if not step.segments and (not self._closes or self._inflight):
+        demote = self._tier.take_copies() if self._tier is not None else NO_COPIES
+        promote = self._restoring.take_copies(step.number) if self._restoring is not None else NO_COPIES
+        step.has_copies = bool(demote or promote)
+        if not step.segments and not step.has_copies and (not self._closes or self._inflight):
             # Closing slots alone is worth a step only when no other step will come to carry it.
             return None
         plan = StepPlan(
@@ -215,6 +232,8 @@ class Scheduler:
             closes=tuple(self._closes),
             opens=tuple(step.opens),
             segments=tuple(step.segments),
+            demote=demote,
+            promote=promote,
         )
         self._closes.clear()
         self._next_number += 1
@@ -243,6 +262,8 @@ class Scheduler:
         for sequence in step.sequences.values():
             sequence.num_inflight -= 1
         self._free_read(step)
+        if self._restoring is not None:
+            self._restoring.landed(step.number)
         events: list[Event] = []
         if result.prompt_scores:
             events.extend(score_events(step, result.prompt_scores))
@@ -335,12 +356,18 @@ class Scheduler:
     def cache_state(self) -> CacheState:
         return self._cache.state if self._cache is not None else CacheState()
 
+    def host_tier_state(self) -> HostTierState:
+        return self._tier.state if self._tier is not None else HostTierState()
+
     def check_all(self) -> None:
         """Assert that everything adds up, also what takes long to add up: for tests."""
         self._check()
         self._admission.check()
         if self._cache is not None:
             self._cache.check()
+        if self._tier is not None and self._restoring is not None:
+            self._tier.index.check()
+            self._restoring.check()
 
     @property
     def _keeps_digests(self) -> bool:
@@ -373,6 +400,8 @@ class Scheduler:
             else:
                 self._running[sequence.key] = sequence
             reserve += sequence.is_near_page_end
+        if self._tier is not None and self._restoring is not None:
+            self._restoring.look(self._admission.first(self._tier.config.sequences_max))
 
     def _adopt_from_now(self, sequence: Sequence) -> None:
         assert sequence.slot is not None

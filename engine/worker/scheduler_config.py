@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Role
@@ -29,6 +30,9 @@ class SchedulerConfig:
     drafts_max: int = 0  # of a decode
     draft_rows_max: int = 256  # of all decodes of a step: rows that the rank computes on top of one for each
     cache: CacheConfig | None = None  # None: nothing is kept of a sequence that has ended
+    host_tier: HostTierConfig | None = (
+        None  # None: what the cache gives up is gone; of use with a cache alone
+    )
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens_max > 0

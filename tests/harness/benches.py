@@ -31,12 +31,15 @@ from engine.worker.events import (
     Surrender,
     TokenEvent,
 )
+from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
+
+FIRST_HOST_ID = 100_000
 
 
 def a_prompt(key: int, length: int) -> list[int]:
@@ -61,6 +64,11 @@ def a_cache(**policy: int) -> CacheConfig:
     )
 
 
+def a_host_tier(num_pages: int = 64, num_records: int = 16, **options: float) -> HostTierConfig:
+    """Of ids that are none of a device's."""
+    return HostTierConfig(num_pages=num_pages, num_records=num_records, first_id=FIRST_HOST_ID, **options)
+
+
 class Bench:
     """A scheduler and a rank, with the pipe of plans and results between them under the test's control."""
 
@@ -74,6 +82,7 @@ class Bench:
         num_records: int = 0,
         policy: DraftPolicy | None = None,
         cache: CacheConfig | None = None,
+        host_tier: HostTierConfig | None = None,
         **options: int,
     ) -> None:
         tokens_max = options.pop("sequence_tokens_max", num_pages * 256)
@@ -89,6 +98,7 @@ class Bench:
                 num_records=num_records,
                 num_page_components=NUM_PAGE_COMPONENTS if num_records else 0,
                 cache=cache,
+                host_tier=host_tier,
                 **options,
             ),
             policy,
@@ -99,6 +109,9 @@ class Bench:
             prefill_tokens_max=prefill_tokens_max,
             num_records=num_records,
             drafts_max=options.get("drafts_max", 0),
+            num_host_pages=host_tier.num_pages if host_tier is not None else 0,
+            num_host_records=host_tier.num_records if host_tier is not None else 0,
+            first_host_id=FIRST_HOST_ID,
         )
         self.pipe: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
