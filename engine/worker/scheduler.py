@@ -62,7 +62,7 @@ from engine.worker.events import (
     TokenEvent,
 )
 from engine.worker.holdings import Holdings
-from engine.worker.host_tier import HostTier, HostTierState
+from engine.worker.host_tier import HostTier
 from engine.worker.imports import Imports
 from engine.worker.prefix_cache import CacheState, PrefixCache
 from engine.worker.restoring import Restoring
@@ -353,11 +353,13 @@ class Scheduler:
         """For the feed, which looks only, and for those who lend what is in it. None where it is off."""
         return self._cache
 
+    @property
+    def host_tier(self) -> HostTier | None:
+        """What of the cache is in host memory. None where it is off."""
+        return self._tier
+
     def cache_state(self) -> CacheState:
         return self._cache.state if self._cache is not None else CacheState()
-
-    def host_tier_state(self) -> HostTierState:
-        return self._tier.state if self._tier is not None else HostTierState()
 
     def check_all(self) -> None:
         """Assert that everything adds up, also what takes long to add up: for tests."""

@@ -128,6 +128,12 @@ class HostIndex:
         """Whether the page of this key is here, and its tail."""
         return key in self._pages, key in self._tails
 
+    def pages(self) -> Iterator[HostPage]:
+        return iter(self._pages.values())
+
+    def tails(self) -> Iterator[HostTail]:
+        return iter(self._tails.values())
+
     def contents(self) -> Iterator[tuple[PageKey, bool]]:
         """Every page that is here, and whether its tail is."""
         for key in self._pages:

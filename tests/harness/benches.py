@@ -17,6 +17,8 @@ from fake_state import (
     REBUILD_TOKENS,
     RECORD_BYTES,
     VOCAB_SIZE,
+    Slot,
+    answer,
 )
 
 from engine.plan import Fetch, RecordFetch, StepPlan
@@ -122,6 +124,7 @@ class Bench:
         self.lent: dict[int, LentEvent] = {}
         self.surrendered: dict[int, Surrender] = {}  # not taken back
         self.adoptions: dict[int, Adoption] = {}
+        self.asked: dict[int, tuple[list[int], SamplingParams, str]] = {}  # prompts, and their salts
 
     def open(
         self,
@@ -144,6 +147,7 @@ class Bench:
             adopt=adopt,
             salt=salt,
         )
+        self.asked[key] = prompt, params, salt
         self.events[key] = []
         self.first_index[key] = 0
         self.scores[key] = []
@@ -232,6 +236,7 @@ class Bench:
         assert self.scheduler.num_records_free == self.scheduler.config.num_records
         assert self.scheduler.num_sequences == 0
         assert self.rank.slots == {}
+        check_host_memory(self)
 
     def tokens(self, key: int) -> list[int]:
         return [event.token_id for event in self.events[key]]
@@ -375,3 +380,27 @@ class Pair:
     def _note_adoptions(self) -> None:
         for item in self.decode.take_adoptions():
             self.readings[item.key] = Reading(adoption=item)
+
+
+def check_host_memory(bench: Bench) -> None:
+    """Every page and tail that a scheduler at rest has below its cache is where it says, and is what its key stands
+    for: tokens of one of the sequences, behind all before them."""
+    tier, cache = bench.scheduler.host_tier, bench.scheduler.cache
+    if tier is None or cache is None:
+        return
+    assert tier.is_idle
+    made: dict[bytes, tuple[Slot, int]] = {}
+    for number, (prompt, params, salt) in bench.asked.items():
+        num_tokens = bench.first_index[number] + len(bench.events[number])
+        tokens = prompt + answer(prompt, num_tokens, params, ignore_eos=True)
+        slot = Slot(tokens=tokens, num_prompt=len(prompt), sampling=params, tokens_max=len(tokens))
+        slot.compute(len(tokens))
+        keys = cache.keys_of(np.array(tokens, dtype=np.int32), salt=salt)
+        made.update((key, (slot, depth)) for depth, key in enumerate(keys, start=1))
+    for page in tier.index.pages():
+        slot, depth = made[page.key]
+        assert bench.rank.host_memory.pages[page.page] == slot.rows[depth - 1], f"host page {page.page}"
+    for tail in tier.index.tails():
+        slot, depth = made[tail.key]
+        packed = bench.rank.host_memory.records[tail.record]
+        assert packed == slot.pack(depth * PAGE_TOKENS), f"host record {tail.record}"

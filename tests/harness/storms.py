@@ -1,15 +1,15 @@
-"""A storm over a prefill and a decode worker's schedulers: opens, hand-overs and cancels in any order, and what must be
-true after it."""
+"""Storms over a prefill and a decode worker's schedulers, and over one of both roles: opens, hand-overs and cancels in
+any order, and what must be true after them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from fake_state import answer
+from fake_state import answer, logprob_of
 
-from engine.worker.events import TokenEvent
+from engine.worker.events import SequenceKey, TokenEvent
 from rorqual.sampling import SamplingParams
-from tests.harness.benches import Pair, a_prompt
+from tests.harness.benches import Bench, Pair, a_prompt, a_related_prompt
 
 
 class Storm:
@@ -142,3 +142,50 @@ def weather(storm: Storm) -> None:
             assert got == expected[: len(got)]
         else:
             assert got == expected
+
+
+class Alone:
+    """One worker of both roles, and what was asked of it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.opened: dict[int, tuple[list[int], int, bool, SamplingParams]] = {}
+        self.cancelled: set[int] = set()
+
+    def open(self, prompt: list[int], max_tokens: int, ignore_eos: bool, scores: bool) -> None:
+        key = len(self.opened)
+        room = self.bench.scheduler.config.sequence_tokens_max - max_tokens
+        prompt = prompt[:room]
+        extra = {"prompt_logprobs": 0} if scores else {}
+        params = self.bench.open(key, prompt, max_tokens, ignore_eos=ignore_eos, **extra)
+        self.opened[key] = (prompt, max_tokens, ignore_eos, params)
+
+    def move(self, name: str, value) -> None:
+        match name:
+            case "open":
+                length, *rest = value
+                self.open(a_related_prompt(len(self.opened), length), *rest)
+            case "go on" if self.opened:
+                key = value[0] % len(self.opened)
+                self.open(self.opened[key][0] + self.bench.tokens(key) + [3, 4], value[1], True, False)
+            case "cancel":
+                if self.bench.scheduler.cancel(SequenceKey(value)):
+                    self.cancelled.add(value)
+            case "send" | "receive" | "turn":
+                for _ in range(value):
+                    if name != "receive":
+                        self.bench.send()
+                    if name != "send":
+                        self.bench.receive()
+
+    def finish(self) -> None:
+        work = sum(len(prompt) + max_tokens for prompt, max_tokens, _, _ in self.opened.values())
+        self.bench.run(steps_max=20 * work + 100)
+        self.bench.scheduler.check_all()
+        for key, (prompt, max_tokens, ignore_eos, params) in self.opened.items():
+            expected = answer(prompt, max_tokens, params, ignore_eos=ignore_eos)
+            got = self.bench.tokens(key)
+            assert got == (expected[: len(got)] if key in self.cancelled else expected)
+            wants_scores = params.prompt_logprobs is not None
+            scores = [logprob_of(prompt[index], index) for index in range(1, len(prompt)) if wants_scores]
+            assert self.bench.scores[key] == (scores if got else scores[: len(self.bench.scores[key])])

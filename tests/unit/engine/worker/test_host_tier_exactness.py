@@ -116,6 +116,7 @@ def test_many_at_once_in_next_to_no_room_give_what_each_gives_alone(model: Model
     for key, prompt, num_tokens in asked:
         assert on.answers[key] == off.answer(prompt, num_tokens, sampling=SAMPLED)
     assert on.host_memory.num_promoted > 4
-    counts = on.scheduler.host_tier_state().counts
+    assert on.scheduler.host_tier is not None
+    counts = on.scheduler.host_tier.state.counts
     assert counts.pages_hit == on.host_memory.num_promoted
     assert counts.tails_hit > 0
