@@ -389,6 +389,7 @@ def check_host_memory(bench: Bench) -> None:
     if tier is None or cache is None:
         return
     assert tier.is_idle
+    assert not any(item.num_pins for item in (*tier.index.pages(), *tier.index.tails()))
     made: dict[bytes, tuple[Slot, int]] = {}
     for number, (prompt, params, salt) in bench.asked.items():
         num_tokens = bench.first_index[number] + len(bench.events[number])
