@@ -127,7 +127,14 @@ def test_a_sequence_waits_for_copies_in_bounded_plans_and_lets_others_pass() -> 
         plans.append(plan)
     assert [len(plan.promote.pages) for plan in plans] == [1, 1, 1, 0, 0, 0]
     assert [len(plan.promote.records) for plan in plans] == [0, 0, 0, 1, 0, 0]
-    assert [len(plan.segments) for plan in plans] == [1, 0, 0, 0, 1, 0]  # the second, which came later, is first
+    assert [len(plan.segments) for plan in plans] == [
+        1,
+        0,
+        0,
+        0,
+        1,
+        0,
+    ]  # the second, which came later, is first
     assert len(bench.tokens(3)) == len(bench.tokens(4)) == 1
     bench.run()
 
