@@ -31,6 +31,7 @@ from engine.plan import (
 from engine.worker.cache_feed import CacheFeed
 from engine.worker.drafting import DraftsOption, make_policy
 from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
+from engine.worker.host_tier import HostTierConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.prefill_rate import PrefillRate
 from engine.worker.prefix_cache import CacheConfig
@@ -130,6 +131,9 @@ class Host:
             num_records_free=lambda: self._scheduler.num_records_free,
             cache=self._scheduler.cache_state,
         )
+        tier = self._scheduler.host_tier
+        if tier is not None:
+            metrics.watch_host_tier(lambda: tier.state)
 
     @property
     def draining(self) -> bool:
@@ -314,6 +318,7 @@ class Host:
                 self._num_inflight -= 1
                 self._set_step_deadline()
                 self.metrics.step_seconds.observe(message.step_ms / 1000)
+                self.metrics.copy_seconds.inc(message.copy_ms / 1000)
                 self._prefill_rate.landed(message.step_ms / 1000)
                 self._count_drafts(message)
                 # Before the turn: a cancel in it would take away the owner of an event.
@@ -514,6 +519,9 @@ def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.
         # A prefill worker keeps the state that drafts are made from, and makes none.
         drafts_max=0 if role is Role.PREFILL or config.drafts == 0 else ready.drafts_max,
         cache=cache_config(ready) if config.prefix_cache else None,
+        host_tier=HostTierConfig(num_pages=ready.num_host_pages, num_records=ready.num_host_records)
+        if config.prefix_cache and ready.num_host_pages
+        else None,
     )
 
 
