@@ -25,6 +25,7 @@ moves = st.one_of(
     st.tuples(st.sampled_from(["send", "receive"]), st.integers(1, 8)),
     st.tuples(st.just("turn"), st.integers(1, 200)),
     st.tuples(st.just("go on"), st.tuples(st.integers(0, 30), st.integers(1, 200))),
+    st.tuples(st.sampled_from(["read", "read on"]), st.integers(0, 30)),
 )
 tiers = st.builds(
     a_host_tier,
@@ -156,8 +157,8 @@ def test_a_long_storm_over_conversations_that_do_not_fit_does_too(seed: int) -> 
         ),
     )
     alone = Alone(bench)
-    names = {"open": 7, "cancel": 1, "send": 2, "receive": 2, "turn": 4, "go on": 4}
-    for name in rng.choices(list(names), weights=names.values(), k=60):
+    names = {"open": 7, "cancel": 1, "send": 2, "receive": 2, "turn": 4, "go on": 4, "read": 2, "read on": 4}
+    for name in rng.choices(list(names), weights=names.values(), k=80):
         match name:
             case "open":
                 length = rng.choice([rng.randint(1, 1300), 256, 512, 768, 1024])
