@@ -53,7 +53,8 @@ def host_budget(
         record_bytes=record_bytes_max(layout, drafts=drafts),
         kv_bytes=settings.host_bytes or 0,
         num_pages=min(settings.num_host_pages, num_pages_max) if settings.host_bytes is None else None,
-        num_pages_useful=num_pages_max,
+        # A model of window-only layers has pages that cost nothing, and no use for millions of them.
+        num_pages_useful=num_pages_max if layout.page_bytes else min(num_pages_max, 16 * device.num_pages),
         num_records=0,
         tail_share=TAIL_SHARE if device.num_records else 0.0,
     )

@@ -109,10 +109,8 @@ class HostIndex:
         self._num_following: Counter[PageKey] = (
             Counter()
         )  # pages here that follow on a key, which may be elsewhere
-        self._num_pages_total = num_pages
-        self._num_records_total = num_records
-        self._pages_free = [HostPageId(first_id + number) for number in reversed(range(num_pages))]
-        self._records_free = [HostRecordId(first_id + number) for number in reversed(range(num_records))]
+        self._page_ids = _Ids(first_id, num_pages)
+        self._record_ids = _Ids(first_id, num_records)
         self._leaves = EvictionQueue[HostPage](self._priority)  # not pinned, and none here follows on them
         self._loose = EvictionQueue[HostTail](self._priority)  # not pinned
 
@@ -167,13 +165,13 @@ class HostIndex:
             hits=left.hits,
             worth=left.worth,
         )
-        if not self._pages_free and not self._make_room_for(page):
+        if not self._page_ids.num_free and not self._make_room_for(page):
             self.counts.pages_refused += 1
             self._drop_orphan(left.key)
             return None
         self.counts.pages_taken += 1
         self._above.note(left.key)
-        page.page = self._pages_free.pop()
+        page.page = HostPageId(self._page_ids.take())
         self._pages[left.key] = page
         self._num_following[left.parent] += 1
         parent = self._pages.get(left.parent)
@@ -203,12 +201,12 @@ class HostIndex:
             worth=left.worth,
         )
         is_of_use = left.key in self._pages or self._above.has_page(left.key)
-        if not is_of_use or (not self._records_free and not self._make_room_for_tail(tail)):
+        if not is_of_use or (not self._record_ids.num_free and not self._make_room_for_tail(tail)):
             self.counts.tails_refused += 1
             return None
         self.counts.tails_taken += 1
         self._above.note(left.key)
-        tail.record = self._records_free.pop()
+        tail.record = HostRecordId(self._record_ids.take())
         self._tails[left.key] = tail
         self._loose.add(tail)
         return tail.record
@@ -259,10 +257,8 @@ class HostIndex:
             assert bool(tail.entry) == (not tail.num_pins), "queued, or not, against the rule"
             is_of_use = key in self._pages or self._above.has_page(key)
             assert is_of_use or tail.num_pins, "a tail without its page"
-        pages = [page.page for page in self._pages.values()] + self._pages_free
-        records = [tail.record for tail in self._tails.values()] + self._records_free
-        assert len(set(pages)) == len(pages) == self._num_pages_total, "host pages do not add up"
-        assert len(set(records)) == len(records) == self._num_records_total, "host records do not add up"
+        self._page_ids.check([page.page for page in self._pages.values()])
+        self._record_ids.check([tail.record for tail in self._tails.values()])
         assert len(self._leaves) == sum(page.entry > 0 for page in self._pages.values())
         assert len(self._loose) == sum(tail.entry > 0 for tail in self._tails.values())
 
@@ -296,7 +292,7 @@ class HostIndex:
         self._above.note(page.key)
         self._leaves.remove(page)
         del self._pages[page.key]
-        self._pages_free.append(page.page)
+        self._page_ids.give_back(page.page)
         self._num_following[page.parent] -= 1
         if not self._num_following[page.parent]:
             del self._num_following[page.parent]
@@ -317,4 +313,33 @@ class HostIndex:
         self._above.note(tail.key)
         self._loose.remove(tail)
         del self._tails[tail.key]
-        self._records_free.append(tail.record)
+        self._record_ids.give_back(tail.record)
+
+
+class _Ids:
+    """Numbers from `first` on: there may be millions, most of which are never taken."""
+
+    def __init__(self, first: int, num_total: int) -> None:
+        self._first = first
+        self._num_total = num_total
+        self._num_made = 0
+        self._free: list[int] = []
+
+    @property
+    def num_free(self) -> int:
+        return self._num_total - self._num_made + len(self._free)
+
+    def take(self) -> int:
+        """One is free."""
+        if self._free:
+            return self._free.pop()
+        assert self._num_made < self._num_total, "no number is free"
+        self._num_made += 1
+        return self._first + self._num_made - 1
+
+    def give_back(self, number: int) -> None:
+        self._free.append(number)
+
+    def check(self, taken: list[int]) -> None:
+        made = range(self._first, self._first + self._num_made)
+        assert sorted([*taken, *self._free]) == list(made), "host ids do not add up"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_state import PAGE_TOKENS, REBUILD_TOKENS, answer
+from fake_state import PAGE_TOKENS, REBUILD_TOKENS, answer, digest, page_digests
 
 from engine.worker.host_tier import HostTierConfig
 from kvstore.shadow_radix import Changes, StartKind
@@ -300,3 +300,42 @@ def test_without_a_cache_there_is_nothing_below_it() -> None:
     assert computed(bench, 1, prompt) == 700
     push_out(bench, 2)
     assert computed(bench, 3, prompt) == 700
+
+
+def test_what_came_back_can_be_lent_again_and_only_what_is_on_the_device_is() -> None:
+    bench = lending(num_pages=8, num_records=4, cache=a_cache(), host_tier=a_host_tier())
+    cache = bench.scheduler.cache
+    assert cache is not None
+    prompt = a_prompt(1, 3 * PAGE_TOKENS)
+
+    def turn(key: int, prompt: list[int]) -> None:
+        bench.open(key, prompt, 10, ignore_eos=True)
+        bench.drain()
+        bench.take_back(key)
+
+    turn(1, prompt)
+    keys = cache.keys_of(np.array(prompt, dtype=np.int32), salt="")
+    turn(2, a_prompt(2, 7 * PAGE_TOKENS + 9))
+    assert cache.lend(keys, first=0, wants_tail=True) is None
+    turn(3, prompt)
+    loan = cache.lend(keys, first=0, wants_tail=True)
+    assert loan is not None
+    pages = [bench.rank.memory[page] for page in loan.pages]
+    assert loan.digests == tuple(one for rows in pages for one in page_digests(rows))
+    assert (loan.tail_depth, len(pages)) == (3, 3)
+    assert loan.packed is not None
+    packed = bench.rank.records[loan.record]
+    assert (loan.packed.num_bytes, loan.packed.digest) == (len(packed), digest(packed))
+    cache.take_back(loan.pin)
+    bench.run()
+
+
+def test_a_preempted_sequence_comes_back_from_host_memory() -> None:
+    bench = tiered(num_slots=2)
+    prompts = {key: a_prompt(key, 700) for key in (1, 2)}
+    params = {key: bench.open(key, prompt, 900, ignore_eos=True) for key, prompt in prompts.items()}
+    bench.run()
+    for key, prompt in prompts.items():
+        assert bench.tokens(key) == answer(prompt, 900, params[key], ignore_eos=True)
+    assert bench.scheduler.num_preemptions > 0
+    assert bench.rank.host_memory.num_pages_promoted > 0
