@@ -69,7 +69,11 @@ class Restoring:
 
     def look(self, sequences: Iterable[Sequence]) -> None:
         """Begin to bring back what these can use, who wait and cannot start yet, in their order."""
+        clock = self._tier.index.clock
         for sequence in sequences:
+            # A prompt of a million tokens takes a millisecond to look up: not in every step for the same answer.
+            if sequence.host_clock == clock:
+                continue
             is_waiting = sequence.is_following or sequence.is_fetching or sequence.is_restoring
             # Of one that was preempted tokens may still be on their way.
             if not is_waiting and not sequence.num_inflight and self._may_restore(sequence):
@@ -82,6 +86,7 @@ class Restoring:
             return False
         wish = self._wish(sequence, found)
         if wish is None:
+            sequence.host_clock = self._tier.index.clock
             return False
         restore = self._coming(sequence.keys, wish) or self._begin(sequence.keys, wish)
         if restore is None:

@@ -78,6 +78,7 @@ class Sequence:
     is_fetching: bool = False  # waits for pages that are read from another worker
     is_restoring: bool = False  # waits for pages that come back from host memory
     num_restores: int = 0  # for which it has waited since it last started
+    host_clock: int = -1  # of the host index, when that was last found to have nothing for it
     tails_planned: dict[int, TailKind] = field(default_factory=dict[int, TailKind])  # by depth in pages
     tail_record: RecordId | None = None  # for boundaries that it crosses as it decodes
     tail_depth: int = 0  # in pages, of the boundary whose state is there; 0: of none yet

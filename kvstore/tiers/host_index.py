@@ -122,6 +122,11 @@ class HostIndex:
     def num_tails(self) -> int:
         return len(self._tails)
 
+    @property
+    def clock(self) -> int:
+        """Grows with everything that comes here or is used from here."""
+        return self._ages.clock
+
     def state(self, key: PageKey) -> tuple[bool, bool]:
         """Whether the page of this key is here, and its tail."""
         return key in self._pages, key in self._tails
