@@ -27,6 +27,7 @@ from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
+from rorqual.session import Role
 
 Answer = list[tuple[int, float | None]]
 """Tokens and their logprobs."""
@@ -46,6 +47,7 @@ class Reusing:
         drafts: int = 0,
         keeps: bool = True,
         policy: TailPolicy | None = None,
+        role: Role = Role.BOTH,
     ) -> None:
         vocab_size = model.config.vocab_size
         self.runner = Runner(
@@ -85,8 +87,9 @@ class Reusing:
                 sequence_tokens_max=min(model.config.max_position_embeddings, num_pages * PAGE_TOKENS),
                 eos_token_ids=frozenset(),
                 prefill_tokens_max=prefill_tokens_max,
+                role=role,
                 num_records=num_records,
-                num_page_components=2,
+                num_page_components=len(self.rank.digests.components),
                 drafts_max=drafts,
                 cache=cache if keeps else None,
             ),
@@ -97,7 +100,13 @@ class Reusing:
         self._pipe: deque[StepPlan] = deque()
 
     def open(
-        self, prompt: Sequence[int], num_tokens: int, *, sampling: SamplingParams, salt: str = ""
+        self,
+        prompt: Sequence[int],
+        num_tokens: int,
+        *,
+        sampling: SamplingParams,
+        salt: str = "",
+        fetching: bool = False,
     ) -> int:
         key = len(self.answers)
         self.answers[key] = []
@@ -108,6 +117,7 @@ class Reusing:
             ignore_eos=True,
             sampling=sampling,
             salt=salt,
+            fetching=fetching,
         )
         return key
 
