@@ -216,11 +216,12 @@ async def test_other_choices_go_on_while_one_waits_for_a_worker_to_come_back() -
         cluster.links["b"].gate.clear()
         generation = a_generation(max_tokens=100, num_choices=2)
         numbers: list[tuple[int, int]] = []
+        draining: asyncio.Task[bool] | None = None
         async with aclosing(cluster.dispatcher.generate(generation)) as updates:
             await until(lambda: len(cluster.transport.channels) == 2)
             async for update in updates:
                 numbers += [(update.choice, token.token_id) for token in update.tokens]
-                if len(numbers) == 1:
+                if draining is None:
                     # The other choice's worker is gone, and this one has no room for it.
                     view = next(view for view in cluster.fleet.view() if view.address == "a")
                     assert view.sequences_outstanding == 1
@@ -231,6 +232,7 @@ async def test_other_choices_go_on_while_one_waits_for_a_worker_to_come_back() -
                 if update.choice == 0 and update.finish_reason is not None:
                     break
             assert [token for choice, token in numbers if choice == 0] == the_answer(generation, 0)
+            assert draining is not None
             assert await draining
             cluster.links["b"].gate.set()
             cluster.transport.hosts["b"] = host
