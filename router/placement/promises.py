@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import repeat
 from operator import or_
 
 import numpy as np
@@ -61,13 +60,14 @@ class Promises:
         """What will be there once all promises are kept: of leading pages, and of boundaries to resume behind, which
         are those at the ends of promised prompts. `found` is what is there now; it is not changed."""
         pages_W, tail_W = found.pages_W.copy(), found.tail_W.copy()
-        bits_D = self._pages.of(keys)
+        bits_D = self._pages.of(keys, num_there=int(pages_W.max(initial=0)))
         workers = np.flatnonzero(_unpacked([reduce(or_, bits_D, 0)], len(pages_W))[0])
         if len(workers):
             pages_W[workers] = _reached(_unpacked(bits_D, len(pages_W))[:, workers], pages_W[workers])
-            ends_D = self._ends.of(keys)
-            depths = [depth for depth, bits in enumerate(ends_D, start=1) if bits]
-            at, worker = np.nonzero(_unpacked([ends_D[depth - 1] for depth in depths], len(pages_W)))
+            ends = self._ends.of(keys[: len(bits_D)], num_there=len(bits_D))
+            depths = [depth for depth, bits in enumerate(ends, start=1) if bits]
+            is_end = _unpacked([bits for bits in ends if bits], len(pages_W))
+            at, worker = np.divmod(np.flatnonzero(is_end), len(pages_W))
             depth = np.array(depths, np.int32)[at]
             is_reached = pages_W[worker] >= depth
             np.maximum.at(tail_W, worker[is_reached], depth[is_reached])
@@ -107,11 +107,16 @@ class _Workers:
             else:
                 del all_bits[key]
 
-    def of(self, keys: Sequence[PageKey]) -> list[int]:
-        """Of these pages, up to the last one that is promised to anybody."""
-        bits_D = list(map(self._bits.get, keys, repeat(0)))
-        while bits_D and not bits_D[-1]:
-            bits_D.pop()
+    def of(self, keys: Sequence[PageKey], *, num_there: int) -> list[int]:
+        """Of these pages in order, up to the first behind `num_there` that is promised to nobody: what comes after it
+        reaches nobody's pages."""
+        get = self._bits.get
+        bits_D: list[int] = []
+        for depth, key in enumerate(keys, start=1):
+            bits = get(key, 0)
+            if not bits and depth > num_there:
+                break
+            bits_D.append(bits)
         return bits_D
 
 

@@ -158,19 +158,22 @@ class SoonestFirstToken:
     ) -> _Starts:
         missing_W = np.maximum(reach - pages_W, 0)
         num_bytes_W = missing_W * float(self._page_bytes) + (self._tail_bytes if has_tail else 0.0)
-        depth_W = np.full(fleet.num_workers, depth, np.int32)
+        compute_W = np.full(fleet.num_workers, self._compute(request, np.array([depth], np.int32))[0])
         seconds_W = np.maximum(fleet.wait_seconds_W, self._model.fetch_seconds(num_bytes_W))
-        seconds_W = seconds_W + fleet.corrected(self._compute(request, depth_W))
+        seconds_W = seconds_W + fleet.corrected(compute_W)
         seconds_W[peer] = np.inf  # nobody reads from itself
         if fleet.readable_W is not None:
             seconds_W[~fleet.readable_W] = np.inf
+        depth_W = np.full(fleet.num_workers, depth, np.int32)
         return _Starts(depth_W, seconds_W, peer, reach, has_tail)
 
     def _compute(self, request: CacheDemand, depth_W: Int32s) -> Float64s:
-        """Many workers have the same start, above all none: each start is computed once."""
-        depths, inverse = np.unique(depth_W, return_inverse=True)
+        """Prompts have fewer pages than fleets have workers, as a rule: then every depth is computed once."""
+        deepest = int(depth_W.max())
+        depths = np.arange(deepest + 1) if deepest < len(depth_W) else depth_W
         context = depths.astype(np.float64) * PAGE_TOKENS
-        return self._model.work_seconds(np.maximum(request.num_tokens - context, 1.0), context)[inverse]
+        seconds = self._model.work_seconds(np.maximum(request.num_tokens - context, 1.0), context)
+        return seconds if depths is depth_W else seconds[depth_W]
 
     def _score(
         self, fleet: FleetPicture, request: CacheDemand, seconds_W: Float64s, pages_W: Int32s
