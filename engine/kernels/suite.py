@@ -11,6 +11,7 @@ from engine.kernels import (
     compress,
     digest,
     gradients,
+    hot_rows,
     matmul,
     mhc,
     paging,
@@ -21,12 +22,14 @@ from engine.kernels import (
     select,
     swiglu,
 )
+from engine.kernels.hot_rows import HostRows, HotBuffers
 from engine.kernels.matmul import Groups
 
 _MODULES = (  # importing them registers their kernels
     compress,
     digest,
     gradients,
+    hot_rows,
     matmul,
     mhc,
     paging,
@@ -59,6 +62,8 @@ class Kernels:
     group_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, list[int]]]
     add_pairs: Callable[[Tensor, Tensor, Tensor], Tensor]
     locate_rows: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, bool]]
+    hot_rows: Callable[[HotBuffers, HostRows, Tensor, Tensor], tuple[Tensor, Tensor, bool, Tensor]]
+    prefetch_rows: Callable[[HotBuffers, HostRows, Tensor, Tensor], Tensor]
     round_bf16: Callable[[Tensor], Tensor]
     round_fp8: Callable[[Tensor, int], Tensor]
     names: tuple[tuple[str, str], ...]
@@ -95,4 +100,13 @@ def training_kernels() -> Kernels:
     return choose_kernels("cpu", overrides)
 
 
-_NEVER_DIFFERENTIATED = {"rope_angles", "top_rows", "group_pairs", "locate_rows", "round_bf16", "round_fp8"}
+_NEVER_DIFFERENTIATED = {
+    "rope_angles",
+    "top_rows",
+    "group_pairs",
+    "locate_rows",
+    "hot_rows",
+    "prefetch_rows",
+    "round_bf16",
+    "round_fp8",
+}
