@@ -373,8 +373,10 @@ def _copy(target, source, strides, sizes, held, order, counts, pages):  # type: 
             entry = held[r, row]
             page, place = pages[r, entry // rows_per_page], entry % rows_per_page
             to, start = r * target_unit + row * target_row, page * source_unit + place * source_row
+            # Slices, as the compiler vectorises a loop over them, and not one over indices that might be negative: 10x.
+            target_row_b, source_row_b = target[to : to + num_bytes], source[start : start + num_bytes]
             for byte in range(num_bytes):
-                target[to + byte] = source[start + byte]
+                target_row_b[byte] = source_row_b[byte]
 
 
 @numba.njit(cache=True, nogil=True)
