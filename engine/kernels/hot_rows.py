@@ -36,8 +36,11 @@ and evicted before they were wanted."""
 ABSENT = -1
 """In `lookup_RE` an entry that no hot row holds; in `entries_RH` a hot row that holds none."""
 
-_PENDING = -2  # in `lookup_RE`, within a call: a miss that has been counted
-_PREFETCHED, _WANTED = 1, 2  # bits of `flags_RH`; the second only within a call
+PENDING = -2
+"""In `lookup_RE`, only within a call: a miss that has been counted."""
+
+PREFETCHED, WANTED = 1, 2
+"""Bits of `flags_RH`, the second only within a call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ class HotBuffers:
         held = self.entries_RH[request]
         self.lookup_RE[request, held[held >= 0].long()] = ABSENT
         held.fill_(ABSENT)
-        wasted = int((self.flags_RH[request] & _PREFETCHED).count_nonzero())
+        wasted = int((self.flags_RH[request] & PREFETCHED).count_nonzero())
         self.flags_RH[request] = 0
         return wasted
 
@@ -191,11 +194,11 @@ def _bring_one(hot: HotBuffers, host: HostRows, request: int, wanted: Tensor, *,
     victims, kept = order[~is_found].tensor_split((len(missing),))
     hot.order_RH[request] = torch.cat((kept, victims, order[is_found])).to(torch.int16)
 
-    num_wasted = (flags_H[victims] & _PREFETCHED).count_nonzero()
-    num_useful = torch.zeros_like(num_wasted) if prefetch else (flags_H[found] & _PREFETCHED).count_nonzero()
+    num_wasted = (flags_H[victims] & PREFETCHED).count_nonzero()
+    num_useful = torch.zeros_like(num_wasted) if prefetch else (flags_H[found] & PREFETCHED).count_nonzero()
     if not prefetch:
         flags_H[found] = 0
-    flags_H[victims] = _PREFETCHED if prefetch else 0
+    flags_H[victims] = PREFETCHED if prefetch else 0
 
     evicted = held_H[victims]
     lookup_E[evicted[evicted >= 0].long()] = ABSENT
@@ -250,7 +253,7 @@ def prefetch_rows_numba(
     assert _make_room(held, order, lookup, flags, counts), f"more wanted than {hot.num_hot} hot rows hold"
     if missed:
         _assign(
-            entries, requests, first_new, lookup, held, order, flags, counts, _PREFETCHED if prefetch else 0
+            entries, requests, first_new, lookup, held, order, flags, counts, PREFETCHED if prefetch else 0
         )
         pages = array(host.pages_RP)
         _copy_part(hot.rows.data_Urb, host.rows.data_Urb, held, order, counts, pages)
@@ -294,14 +297,14 @@ def _mark(entries, requests, first_new, num_newest, lookup, flags, counts, prefe
             row = lookup[r, entry]
             if row >= 0:
                 flag = flags[r, row]
-                if flag & _WANTED == 0:
+                if flag & WANTED == 0:
                     counts[r, HITS] += 1
-                    if flag & _PREFETCHED and not prefetch:
+                    if flag & PREFETCHED and not prefetch:
                         counts[r, USEFUL] += 1
                         flag = 0
-                    flags[r, row] = flag | _WANTED
+                    flags[r, row] = flag | WANTED
             elif row == ABSENT:
-                lookup[r, entry] = _PENDING
+                lookup[r, entry] = PENDING
                 counts[r, MISSES] += 1
                 missed = True
     return True, missed
@@ -323,8 +326,8 @@ def _make_room(held, order, lookup, flags, counts):  # type: ignore[no-untyped-d
         for i in range(num_hot):
             row = order[r, i]
             flag = flags[r, row]
-            if flag & _WANTED:
-                flags[r, row] = flag & ~_WANTED
+            if flag & WANTED:
+                flags[r, row] = flag & ~WANTED
                 touched[misses + found] = row
                 found += 1
             elif evicted < misses:
@@ -332,7 +335,7 @@ def _make_room(held, order, lookup, flags, counts):  # type: ignore[no-untyped-d
                 evicted += 1
                 if held[r, row] >= 0:
                     lookup[r, held[r, row]] = ABSENT
-                if flag & _PREFETCHED:
+                if flag & PREFETCHED:
                     counts[r, WASTED] += 1
             else:
                 order[r, kept] = row
@@ -353,7 +356,7 @@ def _assign(entries, requests, first_new, lookup, held, order, flags, counts, fl
         first = held.shape[1] - counts[r, HITS] - counts[r, MISSES]
         for k in range(entries.shape[1]):
             entry = entries[b, k]
-            if entry < 0 or entry >= first_new[r] or lookup[r, entry] != _PENDING:
+            if entry < 0 or entry >= first_new[r] or lookup[r, entry] != PENDING:
                 continue
             row = order[r, first + taken[r]]
             taken[r] += 1

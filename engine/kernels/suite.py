@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -77,6 +78,8 @@ def choose_kernels(device: str = "cpu", overrides: Mapping[str, str] | None = No
 
     Raises ConfigError for an operation or implementation that does not exist.
     """
+    if device != "cpu" and importlib.util.find_spec("triton"):
+        importlib.import_module("engine.kernels.hot_rows_triton")
     chosen = registry.choose(device, overrides or {})
     functions = {name: chosen[name].function for name in _OPERATIONS}
     return Kernels(**functions, names=tuple((name, chosen[name].name) for name in chosen))  # type: ignore[arg-type]
