@@ -109,8 +109,10 @@ def _step_seconds(
         function(hot, setting.host, requests, torch.arange(first, first + setting.topk).repeat(batch, 1))
     times: list[float] = []
     hits = misses = 0
-    while sum(times) < SECONDS and len(times) < 50 or len(times) < 3:
-        entries = torch.stack([_picks(hot, request, setting, hit_rate, generator) for request in range(batch)])
+    while (sum(times) < SECONDS and len(times) < 50) or len(times) < 3:
+        entries = torch.stack(
+            [_picks(hot, request, setting, hit_rate, generator) for request in range(batch)]
+        )
         start = time.perf_counter()
         counts = function(hot, setting.host, requests, entries)[3]
         times.append(time.perf_counter() - start)
