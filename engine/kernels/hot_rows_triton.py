@@ -1,6 +1,7 @@
 """Hot-buffer kernels in Triton, for NVIDIA and AMD. **Not run on a GPU yet**: only interpreted, and compiled.
 
-Contracts are in `engine.kernels.hot_rows`. One program a request brings its rows in; then one a query row says where.
+Contracts are in `engine.kernels.hot_rows`. One program a request decides which rows come and which go; then several
+copy them; then one a query row says where all is.
 A program's threads tell one another through global memory: a barrier stands wherever one reads what another wrote, and
 wherever one writes what another may not have read yet. It orders global memory within a program: on NVIDIA a barrier
 does, and on AMD the compiler puts fences of the work-group around it.
@@ -36,8 +37,8 @@ from engine.kernels.registry import kernel
 
 BLOCK = 512
 """Entries, and hot rows, that a program takes at once: no fewer than it has threads, 4 warps of up to 64."""
-COPY_ROWS = 8
-"""Rows that a program copies at once: 8 x 584 bytes are in flight."""
+COPY_ROWS, COPY_PROGRAMS = 8, 8
+"""Rows that a program copies at once, and programs a request: 64 x 584 bytes are in flight, since the host is far."""
 NUM_WARPS = 4
 
 TOO_MANY, BEYOND = 1, 2
@@ -101,15 +102,12 @@ def _bring(
     # A request's query rows may stand anywhere: the first program of each in sorted order works for it, others end.
     sorted_B, order_B = requests_B.sort(stable=True)
     ends_B = torch.searchsorted(sorted_B, sorted_B, right=True)
-    target, source = _words(hot.rows.data_Urb, host.rows.data_Urb)
-    target_scales, source_scales = _words(hot.rows.scales_Urb, host.rows.scales_Urb)
     bring_kernel[(num_queries,)](
         entries_BK.contiguous(),
         sorted_B,
         order_B,
         ends_B,
         host.first_new_R.contiguous(),
-        host.pages_RP.contiguous(),
         hot.lookup_RE,
         hot.entries_RH,
         hot.order_RH,
@@ -117,14 +115,32 @@ def _bring(
         hot.flags_RH,
         counts_R4,
         errors_R,
-        target,
-        source,
-        target_scales,
-        source_scales,
         num_entries,
         hot.lookup_RE.shape[1],
         num_hot,
         hot.num_newest,
+        PREFETCH=prefetch,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+    _copy_rows(hot, host, sorted_B, counts_R4)
+    return counts_R4, errors_R
+
+
+def _copy_rows(hot: HotBuffers, host: HostRows, sorted_B: Tensor, counts_R4: Tensor) -> None:
+    target, source = _words(hot.rows.data_Urb, host.rows.data_Urb)
+    target_scales, source_scales = _words(hot.rows.scales_Urb, host.rows.scales_Urb)
+    copy_kernel[(len(sorted_B), COPY_PROGRAMS)](
+        sorted_B,
+        counts_R4,
+        hot.order_RH,
+        hot.entries_RH,
+        host.pages_RP.contiguous(),
+        target,
+        source,
+        target_scales,
+        source_scales,
+        hot.num_hot,
         host.pages_RP.shape[1],
         *target.stride()[:2],
         *source.stride()[:2],
@@ -135,12 +151,10 @@ def _bring(
         DATA_BLOCK=triton.next_power_of_2(target.shape[2]),
         SCALES=target_scales.shape[2],
         SCALES_BLOCK=triton.next_power_of_2(max(target_scales.shape[2], 1)),
-        PREFETCH=prefetch,
-        BLOCK=BLOCK,
         COPY_ROWS=COPY_ROWS,
+        COPY_PROGRAMS=COPY_PROGRAMS,
         num_warps=NUM_WARPS,
     )
-    return counts_R4, errors_R
 
 
 def _check(hot: HotBuffers, errors_R: Tensor, empty_B: Tensor) -> bool:
@@ -172,7 +186,6 @@ def bring_kernel(
     order_B,
     ends_B,
     first_new_R,
-    pages_RP,
     lookup_RE,
     held_RH,
     order_RH,
@@ -180,31 +193,12 @@ def bring_kernel(
     flags_RH,
     counts_R4,
     errors_R,
-    target,
-    source,
-    target_scales,
-    source_scales,
     K,
     E,
     H,
     N,
-    P,
-    target_unit,
-    target_row,
-    source_unit,
-    source_row,
-    target_scales_unit,
-    target_scales_row,
-    source_scales_unit,
-    source_scales_row,
-    PER_PAGE: tl.constexpr,
-    DATA: tl.constexpr,
-    DATA_BLOCK: tl.constexpr,
-    SCALES: tl.constexpr,
-    SCALES_BLOCK: tl.constexpr,
     PREFETCH: tl.constexpr,
     BLOCK: tl.constexpr,
-    COPY_ROWS: tl.constexpr,
 ):
     place = tl.program_id(0)
     r = tl.load(sorted_B + place)
@@ -238,26 +232,6 @@ def bring_kernel(
         tl.store(order + i, tl.load(next_order + i, mask=i < H), mask=i < H)
     if misses > 0:
         _assign(entries_BK, order_B, place, end, first_new, lookup, held, flags, loaded, K, PREFETCH, BLOCK)
-        pages = pages_RP + r * P
-        strides = (target_row, source_unit, source_row)
-        to = target + r * target_unit
-        _copy(to, source, strides, held, loaded, pages, misses, PER_PAGE, DATA, DATA_BLOCK, COPY_ROWS)
-        if SCALES > 0:
-            strides = (target_scales_row, source_scales_unit, source_scales_row)
-            to = target_scales + r * target_scales_unit
-            _copy(
-                to,
-                source_scales,
-                strides,
-                held,
-                loaded,
-                pages,
-                misses,
-                PER_PAGE,
-                SCALES,
-                SCALES_BLOCK,
-                COPY_ROWS,
-            )
     tl.store(counts_R4 + 4 * r + _HITS, hits)
     tl.store(counts_R4 + 4 * r + _MISSES, misses)
     tl.store(counts_R4 + 4 * r + _USEFUL, useful)
@@ -373,31 +347,64 @@ def _assign(
 
 
 @triton.jit
-def _copy(
-    to,
+def copy_kernel(
+    sorted_B,
+    counts_R4,
+    order_RH,
+    held_RH,
+    pages_RP,
+    target,
     source,
-    strides,
-    held,
-    loaded,
-    pages,
-    misses,
+    target_scales,
+    source_scales,
+    H,
+    P,
+    target_unit,
+    target_row,
+    source_unit,
+    source_row,
+    target_scales_unit,
+    target_scales_row,
+    source_scales_unit,
+    source_scales_row,
     PER_PAGE: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr,
+    DATA: tl.constexpr,
+    DATA_BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_BLOCK: tl.constexpr,
     COPY_ROWS: tl.constexpr,
+    COPY_PROGRAMS: tl.constexpr,
 ):
-    """Copies the missing rows from their host pages into the hot rows that they were given."""
-    target_row, source_unit, source_row = strides
-    byte = tl.arange(0, SIZE_BLOCK)
-    for first in range(0, misses, COPY_ROWS):
+    """Copies the missing rows from their host pages into the rows that they were given."""
+    place = tl.program_id(0)
+    r = tl.load(sorted_B + place)
+    before = tl.load(sorted_B + place - 1, mask=place > 0, other=-1)
+    if before == r:
+        return
+    misses = tl.load(counts_R4 + 4 * r + _MISSES)
+    loaded = order_RH + r * H + H - tl.load(counts_R4 + 4 * r + _HITS) - misses
+    for first in range(tl.program_id(1) * COPY_ROWS, misses, COPY_PROGRAMS * COPY_ROWS):
         i = first + tl.arange(0, COPY_ROWS)
-        row = tl.load(loaded + i, mask=i < misses, other=0).to(tl.int64)
-        entry = tl.load(held + row, mask=i < misses, other=0)
-        page = tl.load(pages + entry // PER_PAGE, mask=i < misses, other=0)
-        start = page * source_unit + (entry % PER_PAGE).to(tl.int64) * source_row
-        mask = (i < misses)[:, None] & (byte < SIZE)[None, :]
-        value = tl.load(source + start[:, None] + byte[None, :], mask=mask)
-        tl.store(to + (row * target_row)[:, None] + byte[None, :], value, mask=mask)
+        is_row = i < misses
+        row = tl.load(loaded + i, mask=is_row, other=0).to(tl.int64)
+        entry = tl.load(held_RH + r * H + row, mask=is_row, other=0)
+        page = tl.load(pages_RP + r * P + entry // PER_PAGE, mask=is_row, other=0)
+        at = (entry % PER_PAGE).to(tl.int64)
+        to = r * target_unit + row * target_row
+        _copy(target, to, source, page * source_unit + at * source_row, is_row, DATA, DATA_BLOCK)
+        if SCALES > 0:
+            to = r * target_scales_unit + row * target_scales_row
+            start = page * source_scales_unit + at * source_scales_row
+            _copy(target_scales, to, source_scales, start, is_row, SCALES, SCALES_BLOCK)
+
+
+@triton.jit
+def _copy(target, to, source, start, is_row, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr):
+    """SIZE words of each row that is one."""
+    word = tl.arange(0, SIZE_BLOCK)
+    mask = is_row[:, None] & (word < SIZE)[None, :]
+    value = tl.load(source + start[:, None] + word[None, :], mask=mask)
+    tl.store(target + to[:, None] + word[None, :], value, mask=mask)
 
 
 @triton.jit

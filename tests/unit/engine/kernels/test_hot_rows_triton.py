@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from engine.kernels.suite import choose_kernels
 from kvstore.layout import Component, Numerics, build_layout
 from rorqual.performance import FLASH
 
@@ -67,25 +68,30 @@ def compiled(
 
 
 def bring(kernels: ModuleType, target: tuple[Any, ...], *, prefetch: bool) -> Any:
+    types = dict.fromkeys(("entries_BK", "sorted_B", "order_B", "ends_B", "first_new_R"), "*i64")
+    types |= dict.fromkeys(("lookup_RE", "order_RH", "next_order_RH"), "*i16")
+    types |= dict.fromkeys(("held_RH", "counts_R4", "errors_R"), "*i32") | {"flags_RH": "*u8"}
+    constants = {"PREFETCH": prefetch, "BLOCK": kernels.BLOCK}
+    return compiled(kernels.bring_kernel, target, types=types, constants=constants)
+
+
+def copy(kernels: ModuleType, target: tuple[Any, ...]) -> Any:
     c4 = build_layout(FLASH, Numerics.SERVED).find(Component.C4)
     assert c4 is not None
     assert (c4.data_bytes % 16, c4.scale_bytes % 4, c4.unit_bytes % 16) == (0, 0, 0)
-    types = dict.fromkeys(
-        ("entries_BK", "sorted_B", "order_B", "ends_B", "first_new_R", "pages_RP"), "*i64"
-    ) | dict.fromkeys(("lookup_RE", "order_RH", "next_order_RH"), "*i16")
-    types |= dict.fromkeys(("held_RH", "counts_R4", "errors_R", "target", "source"), "*i32")
-    types |= {"flags_RH": "*u8", "target_scales": "*i32", "source_scales": "*i32"}
+    types = {"sorted_B": "*i64", "pages_RP": "*i64", "order_RH": "*i16"}
+    types |= dict.fromkeys(("counts_R4", "held_RH", "target", "source"), "*i32")
+    types |= {"target_scales": "*i32", "source_scales": "*i32"}
     constants = {
         "PER_PAGE": c4.num_rows,
         "DATA": c4.data_bytes // 4,
         "DATA_BLOCK": 256,
         "SCALES": c4.scale_bytes // 4,
         "SCALES_BLOCK": 2,
-        "PREFETCH": prefetch,
-        "BLOCK": kernels.BLOCK,
         "COPY_ROWS": kernels.COPY_ROWS,
+        "COPY_PROGRAMS": kernels.COPY_PROGRAMS,
     }
-    return compiled(kernels.bring_kernel, target, types=types, constants=constants)
+    return compiled(kernels.copy_kernel, target, types=types, constants=constants)
 
 
 def locate(kernels: ModuleType, target: tuple[Any, ...]) -> Any:
@@ -97,6 +103,7 @@ def locate(kernels: ModuleType, target: tuple[Any, ...]) -> Any:
 MAKERS: dict[str, Callable[..., Any]] = {
     "bring": lambda kernels, target: bring(kernels, target, prefetch=False),
     "prefetch": lambda kernels, target: bring(kernels, target, prefetch=True),
+    "copy": copy,
     "locate": locate,
 }
 
@@ -130,20 +137,35 @@ def assembled(built: Any, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
-def test_rows_are_copied_16_bytes_a_thread_and_barriers_order_global_memory(
+def test_rows_are_copied_16_bytes_a_thread(kernels: ModuleType, target: tuple[Any, ...]) -> None:
+    built = copy(kernels, target)
+    code, wide = (
+        ("amdgcn", ("global_load_dwordx4", "global_store_dwordx4"))
+        if target[0] == "hip"
+        else ("ptx", ("ld.global.v4.b32", "st.global.v4.b32"))
+    )
+    for instruction in wide:
+        assert instruction in built.asm[code]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+def test_barriers_between_writers_and_readers_order_global_memory(
     kernels: ModuleType, target: tuple[Any, ...]
 ) -> None:
     built = bring(kernels, target, prefetch=False)
     num_barriers = 6  # in the source: before and after what each of its three passes writes
     if target[0] == "hip":
-        assert "global_load_dwordx4" in built.asm["amdgcn"]
-        assert "global_store_dwordx4" in built.asm["amdgcn"]
         # Fences with a note (mmra) are of shared memory only.
         fences = [
             line for line in built.asm["llir"].splitlines() if 'fence syncscope("workgroup") release' in line
         ]
         assert sum("!mmra" not in line for line in fences) == num_barriers
     else:
-        assert "ld.global.v4.b32" in built.asm["ptx"]
-        assert "st.global.v4.b32" in built.asm["ptx"]
         assert built.asm["ptx"].count("bar.sync") >= num_barriers
+
+
+def test_kernels_of_a_gpu_are_the_triton_ones() -> None:
+    names = dict(choose_kernels("cuda").names)
+    assert (names["hot_rows"], names["prefetch_rows"]) == ("triton", "triton")
+    assert dict(choose_kernels("cpu").names)["hot_rows"] == "numba"
