@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NewType, TypeVar, cast
 
 from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, RedisClusterException, RedisError, ResponseError
 
 from kvstore.store.address import Address
 from rorqual.errors import RorqualError
@@ -24,15 +24,22 @@ NodeName = NewType("NodeName", str)
 
 Command = tuple[bytes | str | int, ...]
 
+_CODES = frozenset(
+    "ASK BUSY CLUSTERDOWN LOADING MASTERDOWN MISCONF MOVED NOPERM NOREPLICAS OOM READONLY TRYAGAIN WRONGTYPE".split()  # noqa: SIM905
+)
+
 _Result = TypeVar("_Result")
 
 READ_CHUNK_BYTES = 1 << 20
 """The stream's limit: a page of a megabyte is then received with few pauses."""
 
-# What redis-py is known to raise when the other side is gone, refuses us or speaks no sense: its own tree, the
-# system's, what parsing nonsense gives, and what asyncio's transports give when written to as they close
-# (redis-py issue 4287).
-_LOST = (RedisError, OSError, ValueError, LookupError, EOFError, TypeError, AttributeError)
+# What redis-py is known to raise when the other side is gone, refuses us or speaks no sense: its own two trees, the
+# system's, what parsing nonsense gives (arrays within arrays without end among it), and what asyncio's transports give
+# when written to as they close (redis-py issue 4287).
+LOST = (
+    *(RedisError, RedisClusterException),
+    *(OSError, ValueError, LookupError, EOFError, RecursionError, TypeError, AttributeError),
+)
 
 
 class ServerLost(RorqualError):
@@ -45,7 +52,7 @@ class ServerLost(RorqualError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorReply:
-    """The server's answer to one command was an error. `code` is its first word: OOM, NOPERM, MOVED."""
+    """The server's answer to one command was an error. `code` is its first word, as in `_CODES`, or `other`."""
 
     code: str
     error: ResponseError
@@ -148,7 +155,7 @@ class Pool:
         """One step of redis-py's. What goes wrong in it is the server's doing."""
         try:
             return await step
-        except _LOST as error:
+        except LOST as error:
             raise _lost(self.name, error) from error
 
     async def _checked_out(self) -> _Pooled:
@@ -156,7 +163,7 @@ class Pool:
         self._num_busy += 1
         while self._idle:
             connection = self._idle.pop()
-            with contextlib.suppress(*_LOST):
+            with contextlib.suppress(*LOST):
                 if connection.is_connected and not await connection.can_read():
                     return connection
             connection.abort()  # the server closed it meanwhile
@@ -170,8 +177,10 @@ async def _reply(connection: _Pooled) -> Reply:
         return ErrorReply(code=_code(error), error=error)
 
 
-def _code(error: RedisError) -> str:
-    return str(getattr(error, "status_code", None) or type(error).__name__)
+def _code(error: ResponseError) -> str:
+    """One of a few words, whatever the server says: they become labels of a metric."""
+    words = str(getattr(error, "status_code", None) or error).split(maxsplit=1)
+    return words[0] if words and words[0] in _CODES else "other"
 
 
 def _lost(name: NodeName, error: BaseException) -> ServerLost:

@@ -54,10 +54,12 @@ class EmbeddedServer:
         port: int = 0,
         socket_file: Path | None = None,
         settings: Mapping[str, str] | None = None,
+        password: str | None = None,
         binary: Path | None = None,
     ) -> None:
         """`port` 0 takes a free one; with `socket_file` there is no port. `settings` are more lines of the server's
-        configuration, which win. `binary` is another server to run. Raises EmbeddedFailed where there is none."""
+        configuration, which win. `password` is drawn if none is given. `binary` is another server to run. Raises
+        EmbeddedFailed where there is none."""
         self.url = ""
         self.port = port
         self.log = b""
@@ -66,7 +68,7 @@ class EmbeddedServer:
         self._memory_bytes = memory_bytes
         self._settings = dict(settings or {})
         self._binary = binary or find_binary()
-        self._password = secrets.token_hex(16)
+        self._password = password or secrets.token_hex(16)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -211,9 +211,9 @@ class Reading:
         if reply is None:
             return Miss.ABSENT
         if not isinstance(reply, bytes):
-            code = reply.code if isinstance(reply, ErrorReply) else "nonsense"
+            code = reply.code if isinstance(reply, ErrorReply) else "other"
             self._counts.error_replies[code] += 1
-            return Miss.FAILED
+            return Miss.FOREIGN if code == "WRONGTYPE" else Miss.FAILED
         payload = decode_value(self._form, key.kind, key.page, reply)
         return payload.value if isinstance(payload, Flaw) else payload
 

@@ -9,15 +9,17 @@ close the connections to all servers and to learn the map anew, while the caller
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from redis.asyncio.cluster import ClusterNode, NodesManager
 from redis.crc import key_slot
-from redis.exceptions import AskError, MovedError, RedisError
+from redis.exceptions import AskError, MovedError
 
 from kvstore.store.address import Address
 from kvstore.store.connections import (
+    LOST,
     Command,
     ErrorReply,
     NodeName,
@@ -173,7 +175,7 @@ class ClusterServers:
                 await self._map.initialize()
         except TimeoutError:
             raise ServerLost(f"{self._shown}: no server tells who has which keys", code="timeout") from None
-        except (RedisError, OSError) as error:
+        except LOST as error:
             raise ServerLost(f"{self._shown}: {error}", code="connection") from None
         known = set(self.nodes)
         for name in [name for name in self._pools if name not in known]:
@@ -193,7 +195,8 @@ class ClusterServers:
         by_node: dict[NodeName, list[int]] = {}
         for number, error in elsewhere.items():
             if isinstance(error, MovedError):  # a kind of AskError, too
-                await self._map.move_slot(error)
+                with contextlib.suppress(LookupError):  # a slot that nobody had; the next refresh tells of it
+                    await self._map.move_slot(error)
             by_node.setdefault(NodeName(f"{error.host}:{error.port}"), []).append(number)
         for node, numbers in by_node.items():
             # Every command after an ASKING of its own: for slots that have moved for good it does no harm.
