@@ -101,6 +101,7 @@ class EmbeddedServer:
             self._end(hard=True)
             if self._wants_port or not taken or attempt == STARTS_MAX - 1:
                 self.stop()
+                why = f"port {self.port} is in use" if taken else why
                 raise EmbeddedFailed(f"the embedded store did not start: {why}")
 
     def stop(self) -> None:

@@ -8,7 +8,9 @@ it before values are written, so that two workers cannot both take the last room
 Bounds. Counted are at least the bytes that were written and live, so a tenant never has more than its quota, except:
 - values written while no quota was set are not counted until they are written again;
 - a server that loses an account (evicts it, restarts empty) while others keep the values forgets them: at most a second
-  quota, until they expire.
+  quota, until they expire;
+- a value whose write takes longer than two of the longest round trips may be taken for gone by a correction, and is
+  then not counted.
 Counted too much, and so refused too early, is what the server evicted by itself or somebody deleted, until it would
 have expired. That is corrected when it matters: whenever a value is refused, at most once in `CORRECT_SECONDS`, the
 `CORRECT_VALUES` that expire first are looked for, and those that are gone are given back. A server evicts what was used

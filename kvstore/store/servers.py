@@ -58,8 +58,7 @@ class Servers(Protocol):
         ...
 
     async def exchange(self, node: NodeName, commands: Sequence[Command], receive: Receive) -> None:
-        """One round trip. The second word of every command is its key. Raises ServerLost. No bound in time: the caller
-        sets one."""
+        """One round trip. Raises ServerLost. No bound in time: the caller sets one."""
         ...
 
     async def ping(self, node: NodeName) -> None:
