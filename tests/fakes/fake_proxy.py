@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from types import TracebackType
 from typing import Self
 
@@ -11,15 +12,21 @@ from typing import Self
 class FakeProxy:
     """A context manager. What is set holds for replies from the target, from the moment it is set."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, *, tls: ssl.SSLContext | None = None) -> None:
+        """With `tls`, clients must speak TLS; the target is spoken to in the clear."""
         self.cut_after: int | None = None  # bytes of replies on one connection, then it is reset
+        self.stall_on: bytes | None = None  # in what clients send: then nothing more of it is read
         self.delay_seconds = 0.0  # of each piece
         self.bytes_per_second: float | None = None
         self.is_silent = False  # passes nothing on
         self.nonsense: bytes | None = None  # instead of every piece
+        self.cut_on: bytes | None = (
+            None  # in what clients send: then the connection is reset, and that is not sent on
+        )
         self.num_accepted = 0
         self.port = 0
         self._target_port = target_port
+        self._tls = tls
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -29,7 +36,7 @@ class FakeProxy:
         return len(self._writers)
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -72,6 +79,11 @@ class FakeProxy:
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
+            if self.cut_on is not None and self.cut_on in data:
+                raise _Cut
+            if self.stall_on is not None and self.stall_on in data:
+                while self.stall_on is not None:
+                    await asyncio.sleep(0.005)
             writer.write(data)
             await writer.drain()
         raise _Cut

@@ -52,6 +52,7 @@ async def running(url: str, *, is_up: bool = True, **changes: Any) -> AsyncItera
     store = make_store(url, **changes)
     task = asyncio.create_task(store.run())
     try:
+        await asyncio.sleep(0.01)
         if is_up:
             await eventually(lambda: store.state.connections > 0 and bool(store.state.breakers))
         yield store

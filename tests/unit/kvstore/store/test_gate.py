@@ -42,7 +42,8 @@ async def test_one_that_gives_up_lets_those_behind_it_in():
     small = asyncio.create_task(hold(gate, 1, 1.0, log, "small"))
     await asyncio.sleep(1)
     large.cancel()
-    await small
+    async with asyncio.timeout(10):
+        await small
     assert log == ["first", "small"]
     first.cancel()
     with contextlib.suppress(asyncio.CancelledError):

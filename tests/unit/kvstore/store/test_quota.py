@@ -2,6 +2,7 @@
 
 import asyncio
 
+from fake_proxy import FakeProxy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -115,6 +116,16 @@ async def test_what_could_not_be_written_is_given_back(start_server):
         assert await store.flush(seconds_max=BUDGET)
         assert store.counts.values_dropped[Drop.OUT_OF_MEMORY] > 0
         assert await used(redis) == store.counts.values_written[Kind.PAGE] * VALUE_BYTES
+
+
+async def test_what_was_lost_on_its_way_is_given_back(server):
+    async with FakeProxy(server.port) as proxy, client(server.url) as redis:
+        url = server.url.replace(f":{server.port}", f":{proxy.port}")
+        async with running(url, tenant_bytes_max=5 * VALUE_BYTES) as store:
+            proxy.cut_on = b"\r\nSET\r\n"
+            await write_all(store, KEYS[:3])
+            assert store.counts.values_dropped == {Drop.FAILED: 3}
+            assert await used(redis) == 0
 
 
 async def test_who_cannot_count_does_not_write(server):

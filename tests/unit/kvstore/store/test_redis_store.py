@@ -160,6 +160,19 @@ async def test_a_cancelled_read_gives_back_all_it_held(server, pauses):
         assert store.counts.breakers_opened == 0
 
 
+async def test_a_read_that_begins_as_another_ends_does_not_end_with_it(server):
+    async with running(server.url) as store:
+        await write_all(store, KEYS)
+        first = asyncio.create_task(store.read(KEYS, budget_seconds=BUDGET))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        first.cancel()
+        second = asyncio.create_task(store.read(KEYS[:2], budget_seconds=BUDGET))
+        assert await second == [payload(0), payload(1)]
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+
 async def test_bytes_in_flight_stay_within_their_bound(server):
     bound = 3 * (HEADER_BYTES + PAGE_BYTES)
     most = 0

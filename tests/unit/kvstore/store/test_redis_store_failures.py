@@ -1,6 +1,7 @@
 """A store over a server that is dead, frozen, full, locked, slow, or cut off in the middle of an answer."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -37,6 +38,14 @@ def breaker(store):
 
 def through(proxy: FakeProxy, server: EmbeddedServer) -> str:
     return server.url.replace(f":{server.port}", f":{proxy.port}")
+
+
+def num_sockets():
+    links = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return sum(link.startswith("socket:") for link in links)
 
 
 async def can_read(store, key=KEYS[0]):
@@ -117,7 +126,7 @@ async def test_contains_opens_the_breaker_of_a_frozen_server_too(start_server):
             os.kill(server.pid, signal.SIGCONT)
 
 
-async def test_writes_to_a_frozen_server_are_dropped_and_nothing_stays_behind(start_server):
+async def test_writes_to_a_frozen_server_are_dropped(start_server):
     server = start_server()
     health = HealthConfig(server_seconds_max=0.2, backoff_seconds=0.05, backoff_seconds_max=0.1)
     async with running(server.url, health=health, batch_bytes_max=2 * PAGE_BYTES) as store:
@@ -135,6 +144,22 @@ async def test_writes_to_a_frozen_server_are_dropped_and_nothing_stays_behind(st
         await eventually(lambda: breaker(store) is BreakerState.CLOSED)
         await write_all(store, KEYS[:1])
         assert await can_read(store)
+
+
+async def test_what_a_server_does_not_take_is_not_kept_for_it(server):
+    large = 16 << 20  # more than fits into the buffers on the way
+    health = HealthConfig(server_seconds_max=0.2)
+    async with (
+        FakeProxy(server.port) as proxy,
+        running(through(proxy, server), page_bytes=large, health=health) as store,
+    ):
+        before = num_sockets()
+        proxy.stall_on = b"\r\nSET\r\n"
+        store.write(KEYS[0], payload(0, large))
+        assert await store.flush(seconds_max=BUDGET)
+        assert store.counts.values_dropped == {Drop.FAILED: 1}
+        await eventually(lambda: num_sockets() == before - 1)
+        proxy.stall_on = None
 
 
 async def test_a_full_server_pauses_writes_and_reads_go_on(start_server):
@@ -214,21 +239,29 @@ async def test_a_reset_in_the_middle_of_an_answer_gives_what_came_before(server,
             await eventually_true(lambda: can_read(store))
 
 
-async def test_nonsense_from_a_server_is_never_believed(server):
+NONSENSE = {
+    "http": b"HTTP/1.1 200 OK\r\n\r\n",
+    "empty lines": b"\r\n",
+    "no number": b"$x\r\n",
+    "negative length": b"$-7\r\n",
+    "array": b"*2\r\n:1\r\n",
+    "error without words": b"-\r\n",
+    "no lines": b"\xff" * 99,
+    "arrays in arrays": b"*1\r\n" * 20_000,
+    "redirection to nowhere": b"-MOVED x\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+async def test_nonsense_from_a_server_is_never_believed(server, kind):
     async with FakeProxy(server.port) as proxy, running(server.url) as writer:
         await write_all(writer, KEYS)
         async with running(through(proxy, server)) as store:
-            for nonsense in (
-                b"HTTP/1.1 200 OK\r\n\r\n",
-                b"\r\n",
-                b"$x\r\n",
-                b"$-7\r\n",
-                b"*2\r\n:1\r\n",
-                b"-\r\n",
-                b"\xff" * 99,
-            ):
-                proxy.nonsense = nonsense
+            proxy.nonsense = NONSENSE[kind]
+            for _ in range(2):
                 assert await timed_read(store, KEYS[:3], budget_seconds=SHORT) == [None] * 3
+                assert await store.contains(KEYS[:3], budget_seconds=SHORT) == [False] * 3
+            store.write(KEYS[0], payload(0))
             proxy.nonsense = None
             await eventually_true(lambda: can_read(store))
 
