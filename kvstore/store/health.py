@@ -183,3 +183,9 @@ class Health:
             await self._servers.refresh()
         except ServerLost as error:
             self._counts.servers_lost[error.code] += 1
+            return
+        known = set(self._servers.nodes)
+        # Those that are open are forgotten by their own probe.
+        for node in [node for node, item in self._breakers.items() if item.is_closed and node not in known]:
+            del self._breakers[node]
+            self._pauses.pop(node, None)

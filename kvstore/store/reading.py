@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.store.connections import Command, ErrorReply, NodeName, Reply, ServerLost
+from kvstore.store.connections import Command, ErrorReply, NodeName, Reply, ServerLost, window_for
 from kvstore.store.contract import Kind, Miss, StoreKey
 from kvstore.store.counts import Observe, StoreCounts
 from kvstore.store.gate import ByteGate
@@ -196,7 +196,8 @@ class Reading:
                 batch.began = self._clock.monotonic()
                 try:
                     commands: list[Command] = [("GET", self._name(key)) for key in keys]
-                    await self._servers.exchange(node, commands, receive)
+                    window = window_for(batch.num_bytes // len(keys))
+                    await self._servers.exchange(node, commands, receive, window=window)
                 except ServerLost as error:
                     self._health.failed(node, batch.began, error)
         finally:

@@ -13,7 +13,16 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvstore.store.connections import Command, ErrorReply, NodeName, Receive, Reply, ServerLost
+from kvstore.store.connections import (
+    WINDOW_COMMANDS,
+    Command,
+    ErrorReply,
+    NodeName,
+    Receive,
+    Reply,
+    ServerLost,
+    window_for,
+)
 from kvstore.store.contract import Drop, Payload, StoreKey, TenantLabel
 from kvstore.store.counts import StoreCounts
 from kvstore.store.health import Health
@@ -203,7 +212,8 @@ class Writing:
             ("SET", self._name(key), value, "PX", milliseconds) for key, value in items
         ]
         try:
-            await self._exchange(node, commands, receive)
+            window = window_for(max(len(value) for _, value in items))
+            await self._exchange(node, commands, receive, window=window)
         except ServerLost:
             await self._give_back(added)
             raise
@@ -307,8 +317,15 @@ class Writing:
         await self._exchange(node, commands, replies.__setitem__)
         return replies
 
-    async def _exchange(self, node: NodeName, commands: Sequence[Command], receive: Receive) -> None:
-        """One round trip, within its time. Raises ServerLost, which the server's health has been told of."""
+    async def _exchange(
+        self,
+        node: NodeName,
+        commands: Sequence[Command],
+        receive: Receive,
+        *,
+        window: int = WINDOW_COMMANDS,
+    ) -> None:
+        """One exchange, within its time. Raises ServerLost, which the server's health has been told of."""
         began = self._clock.monotonic()
 
         def receive_counted(number: int, reply: Reply) -> None:
@@ -320,7 +337,7 @@ class Writing:
         try:
             async with asyncio.timeout(self._config.server_seconds_max), self._servers.turns(node):
                 began = self._clock.monotonic()
-                await self._servers.exchange(node, commands, receive_counted)
+                await self._servers.exchange(node, commands, receive_counted, window=window)
         except TimeoutError:
             error = ServerLost(f"{node} took too long for a write", code="timeout")
             self._health.failed(node, began, error)

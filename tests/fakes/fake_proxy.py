@@ -25,7 +25,7 @@ class FakeProxy:
         )
         self.num_accepted = 0
         self.port = 0
-        self._target_port = target_port
+        self.target_port = target_port  # for connections from now on
         self._tls = tls
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -62,7 +62,7 @@ class FakeProxy:
         self.num_accepted += 1
         target: asyncio.StreamWriter | None = None
         try:
-            replies, target = await asyncio.open_connection("127.0.0.1", self._target_port)
+            replies, target = await asyncio.open_connection("127.0.0.1", self.target_port)
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._pass_on(reader, target))
                 both.create_task(self._pass_replies(replies, writer))

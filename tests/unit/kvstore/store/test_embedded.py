@@ -73,7 +73,7 @@ def test_it_ends_with_its_context_and_leaves_no_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to see a process that is nobody's child")
-def test_it_dies_with_its_parent_however_that_dies():
+def test_it_dies_with_its_parent_however_that_dies(tmp_path):
     script = (
         "import time\n"
         "from kvstore.store.embedded import EmbeddedServer\n"
@@ -82,7 +82,9 @@ def test_it_dies_with_its_parent_however_that_dies():
         "print(server.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     assert is_alive(pid)

@@ -266,6 +266,26 @@ async def test_nonsense_from_a_server_is_never_believed(server, kind):
             await eventually_true(lambda: can_read(store))
 
 
+async def test_few_large_values_are_asked_for_ahead(server):
+    """Otherwise a server collects all of a batch in its memory, for a reader that may be gone."""
+    large = 900_000
+    async with (
+        FakeProxy(server.port) as proxy,
+        client(server.url) as redis,
+        running(through(proxy, server), page_bytes=large) as store,
+    ):
+        for number, key in enumerate(KEYS):
+            store.write(key, payload(number, large))
+        assert await store.flush(seconds_max=BUDGET)
+        got = await timed_read(store, KEYS, budget_seconds=BUDGET)
+        assert got == [payload(number, large) for number in range(12)]
+        before = (await redis.info("commandstats"))["cmdstat_get"]["calls"]
+        proxy.is_silent = True
+        assert await timed_read(store, KEYS, budget_seconds=0.2) == [None] * 12
+        proxy.is_silent = False
+        assert (await redis.info("commandstats"))["cmdstat_get"]["calls"] - before == 2
+
+
 async def test_a_slow_server_gives_what_comes_within_the_budget(server):
     async with FakeProxy(server.port) as proxy, running(server.url) as writer:
         await write_all(writer, KEYS)

@@ -5,7 +5,9 @@ import signal
 import time
 
 import pytest
+from fake_proxy import FakeProxy
 
+from kvstore.store.admin import opened
 from kvstore.store.breaker import BreakerState
 from kvstore.store.contract import Kind, Miss
 from tests.harness.store_cluster import started_cluster
@@ -145,6 +147,34 @@ async def test_a_frozen_server_costs_a_few_budgets_and_the_others_go_on(own_clus
 
         await eventually_true(is_whole)
         assert set(store.state.breakers.values()) == {BreakerState.CLOSED}
+
+
+async def test_a_cluster_that_comes_back_with_other_addresses_is_found_by_the_name_in_the_url(cluster):
+    with started_cluster() as first:
+        async with FakeProxy(first.servers[0].port) as proxy:
+            url = first.url.replace(f":{first.servers[0].port}", f":{proxy.port}")
+            async with running(url, is_up=False) as store:
+                await eventually(lambda: len(store.state.breakers) == 3)
+                before = set(store.state.breakers)
+                first.close()
+                proxy.target_port = cluster.servers[0].port
+                for _ in range(HEALTH.failures_max):
+                    assert await timed_read(store, KEYS, budget_seconds=BUDGET) == [None] * 60
+                await eventually(lambda: not before & set(store.state.breakers))
+                await write_all(store, KEYS)
+                assert await store.read(KEYS, budget_seconds=BUDGET) == PAYLOADS
+
+
+async def test_an_operator_sees_and_flushes_all_servers(cluster):
+    async with running(cluster.url, is_up=False, tenant_bytes_max=1 << 30) as store, opened(cluster.url) as admin:
+        await eventually(lambda: len(store.state.breakers) == 3)
+        await write_all(store, KEYS)
+        stat = await admin.stat()
+        assert len(stat.nodes) == 3
+        assert sum(share.num_values for share in stat.shares.values()) == 60
+        assert (await admin.verify(limit=100)).num_values == 60
+        assert await admin.flush(KEYS[0].tenant) == 60
+        assert sum(client.dbsize() for client in cluster.clients) == 0
 
 
 async def test_any_server_of_a_cluster_tells_of_all(cluster):
