@@ -31,8 +31,9 @@ _CODES = frozenset(
 _Result = TypeVar("_Result")
 
 WINDOW_BYTES = 2 << 20
-"""Of values asked for, or sent, ahead of their replies. Measured with pages of 0.9 MB: two ahead are twice as fast as
-all of a batch, which a server first collects in its memory; and 2 MB hide a round trip of 2 ms at 1 GB/s."""
+"""Of values asked for, or sent, ahead of their replies: it bounds what collects in a server's memory and in ours for
+one connection. Pages of 0.9 MB, two ahead, are read as fast as with all of a batch ahead, and written 1.3 times as
+fast; and 2 MB hide a round trip of 2 ms at 1 GB/s."""
 
 WINDOW_COMMANDS = 512
 """The same for commands whose replies are short."""

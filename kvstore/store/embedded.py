@@ -3,7 +3,8 @@
 For `rorqual up`, benchmarks and tests. The server keeps nothing on disk, evicts what was used longest ago when its
 memory is full, listens on 127.0.0.1 or on a socket file only, and asks for a password, drawn for each start: otherwise
 everyone on the machine could write state that workers believe. Its process dies with the one that started it, whatever
-happens to that; only its folder of one small log file then stays. The bound on memory is the server's `maxmemory`: replies on their way come on top of it.
+happens to that; only its folder with a small log file then stays. The bound on memory is the server's `maxmemory`:
+replies on their way come on top of it.
 
 Run as a module it is the server's process: it reads the server's configuration from standard input.
 """

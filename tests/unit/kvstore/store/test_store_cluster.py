@@ -166,7 +166,10 @@ async def test_a_cluster_that_comes_back_with_other_addresses_is_found_by_the_na
 
 
 async def test_an_operator_sees_and_flushes_all_servers(cluster):
-    async with running(cluster.url, is_up=False, tenant_bytes_max=1 << 30) as store, opened(cluster.url) as admin:
+    async with (
+        running(cluster.url, is_up=False, tenant_bytes_max=1 << 30) as store,
+        opened(cluster.url) as admin,
+    ):
         await eventually(lambda: len(store.state.breakers) == 3)
         await write_all(store, KEYS)
         stat = await admin.stat()
