@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.checkpoint.identity import weights_id
 from engine.checkpoint.reader import Checkpoint, open_checkpoint
 from engine.drafter import Drafter, DraftWish, MtpDrafter
 from engine.exactness import check_exactness
@@ -453,19 +454,22 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     drafter = MtpDrafter(runner, sampler) if drafts_max else None
     rank = Rank(runner, sampler=sampler, page_digest=page_digest, drafter=drafter)
     engine = None if builder is None else builder.start()
+    fingerprint = f"{config.fingerprint()}-{weights_id(checkpoint.stored)}"
     ready = RankReady(
         num_pages=budget.num_pages,
         num_slots=settings.num_slots,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         eos_token_ids=config.eos_token_ids,
-        model_fingerprint=config.fingerprint(),
+        model_fingerprint=fingerprint,
         numerics=numerics.value,
         kernels=tuple((name, item.name) for name, item in implementations.items()),
         weight_bytes=weights.num_bytes,
         state_bytes=runner.pools.num_bytes + runner.records.nbytes,
         has_mtp=checkpoint.has_mtp,
-        wire_id="" if engine is None else wire_id(runner.layout, config.fingerprint(), drafts=runner.drafts),
+        wire_id=""
+        if engine is None
+        else wire_id(runner.layout, fingerprint, drafts=runner.drafts, exact=settings.exact),
         endpoint=None if engine is None else engine.endpoint,
         num_records=budget.num_records,
         num_page_components=len(rank.digests.components),
