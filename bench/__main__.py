@@ -9,9 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 RACES = {
+    "capacity": (
+        "bench.capacity",
+        "requests that a device holds, with all rows there and with hot buffers: by formula (1 second)",
+    ),
     "engine": (
         "bench.engine",
         "prefill, decode and makespan beside transformers, fast and exact (6 minutes)",
+    ),
+    "hot_rows": (
+        "bench.hot_rows",
+        "bringing picked rows into hot buffers beside looking them up, by batch and hit rate (1 minute)",
     ),
     "http_servers": (
         "bench.http_servers",

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.checkpoint.identity import weights_id
 from engine.checkpoint.reader import Checkpoint, open_checkpoint
 from engine.drafter import Drafter, DraftWish, MtpDrafter
 from engine.exactness import check_exactness
@@ -484,6 +485,7 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
         kernels=tuple((name, item.name) for name, item in implementations.items()),
         weight_bytes=weights.num_bytes,
         drafts_max=drafts_max,
+        exact=settings.exact,
     )
     return _Loaded(rank=rank, ready=ready, engine=engine)
 
@@ -496,9 +498,10 @@ def _ready(
     kernels: tuple[tuple[str, str], ...],
     weight_bytes: int,
     drafts_max: int,
+    exact: bool,
 ) -> RankReady:
     config, runner, host_memory = checkpoint.config, rank.runner, rank.host_memory
-    fingerprint, layout = config.fingerprint(), runner.layout
+    fingerprint, layout = f"{config.fingerprint()}-{weights_id(checkpoint.stored)}", runner.layout
     return RankReady(
         num_pages=runner.pools.num_pages,
         num_slots=runner.pools.num_slots,
@@ -511,7 +514,7 @@ def _ready(
         weight_bytes=weight_bytes,
         state_bytes=runner.pools.num_bytes + runner.records.nbytes,
         has_mtp=checkpoint.has_mtp,
-        wire_id="" if engine is None else wire_id(layout, fingerprint, drafts=runner.drafts),
+        wire_id="" if engine is None else wire_id(layout, fingerprint, drafts=runner.drafts, exact=exact),
         endpoint=None if engine is None else engine.endpoint,
         num_records=len(runner.records),
         num_page_components=len(rank.digests.components),

@@ -116,9 +116,10 @@ def handover_bytes(layout: StateLayout, num_tokens: int, *, drafts: bool) -> int
     return full_pages * layout.page_bytes + record_bytes(layout, num_tokens, drafts=drafts)
 
 
-def wire_id(layout: StateLayout, fingerprint: str, *, drafts: bool) -> str:
+def wire_id(layout: StateLayout, fingerprint: str, *, drafts: bool, exact: bool) -> str:
     """16 hex digits, equal for two workers exactly when each can read the other's pages and records. `fingerprint` is
-    the model's. Sizes of rings and numbers of pages and slots are each worker's own and do not count."""
+    the model's and its weights'. With `exact` only what was computed exactly may be read. Sizes of rings and numbers of
+    pages and slots are each worker's own and do not count."""
     components = [
         [
             item.component.value,
@@ -140,6 +141,7 @@ def wire_id(layout: StateLayout, fingerprint: str, *, drafts: bool) -> str:
         "page_tokens": PAGE_TOKENS,
         "sliding_window": layout.sliding_window,
         "drafts": drafts,
+        "exact": exact,
         "components": components,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

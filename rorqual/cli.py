@@ -79,6 +79,12 @@ COMMANDS = (
         example="rorqual checkpoint inspect DIR",
     ),
     Command(
+        name="kv",
+        target="kvstore.store.cli:main",
+        summary="look into a store of kept state in Redis: count, list, verify, flush a tenant",
+        example="rorqual kv stat --url redis://cache:6379",
+    ),
+    Command(
         name="bench",
         target="bench.__main__:main",
         summary="races and simulations; `route` compares placement policies on a trace",

@@ -3,7 +3,7 @@
 `router.worker_link` says what each decode worker grants, `router.dispatch` asks before a prompt is sent to a prefill
 worker, `router.split` asks again when a hand-over has to go elsewhere. Credit stands: asking is no round trip, so a
 decode worker that has stopped answering delays nobody's first token. Pure: no clock, no I/O. It never lends: it only
-counts what the router itself has promised.
+counts what the router itself has promised, and tells `on_use` of every change.
 """
 
 from __future__ import annotations
@@ -79,8 +79,12 @@ class CreditLedger:
     more than open sequences.
     """
 
-    def __init__(self, *, waiting_max: int) -> None:
+    def __init__(
+        self, *, waiting_max: int, on_use: Callable[[str, CreditUse | None], None] = lambda address, use: None
+    ) -> None:
+        """`on_use` is told of an address what `use_of` says from now on."""
         self._waiting_max = waiting_max
+        self._on_use = on_use
         self._accounts: dict[str, _Account] = {}
         # Ordered dicts: a ticket may leave from the middle, and the first is found in constant time.
         self._urgent: OrderedDict[int, Ticket] = OrderedDict()
@@ -101,9 +105,9 @@ class CreditLedger:
         """A decode worker is connected, or grants another amount than before. A lower limit takes nothing back."""
         account = self._accounts.get(address)
         if account is None:
-            account = self._accounts[address] = _Account(address, session_number, limit)
+            account = self._accounts[address] = _Account(address, session_number, limit, self._on_use)
         assert account.session_number == session_number, f"{address} was not dropped with its last session"
-        account.use = replace(account.use, limit=limit)
+        account.set_use(replace(account.use, limit=limit))
         account.is_draining = is_draining
         self._grant()
 
@@ -111,6 +115,7 @@ class CreditLedger:
         """The session is over: what was promised there is gone. Unknown addresses are passed over."""
         account = self._accounts.pop(address, None)
         if account is not None:
+            self._on_use(address, None)
             for ticket in account.tickets.values():
                 ticket.state = TicketState.GONE
             # Who avoids the others may go to them now if this was the last one it did not.
@@ -159,25 +164,38 @@ class CreditLedger:
 
     def _grant(self, *, asking: Ticket | None = None) -> None:
         """Grant in order what can be granted, and tell those who waited. Ends at the first ticket with which every
-        worker is waited for: as long as nobody avoids any, at the first that is not granted."""
-        accounts = [account for account in self._accounts.values() if not account.is_draining]
+        worker is waited for: as long as nobody avoids any, at the first that is not granted. A ticket that gets whom it
+        prefers, and one that ends while nobody waits, do not walk over the workers: most do either."""
+        accounts: list[_Account] | None = None
         granted: list[Ticket] = []
         blocked: set[int] = set()
         for ticket in chain(self._urgent.values(), self._waiting.values()):
-            allowed = [account for account in accounts if account.session_number not in ticket.avoided]
-            allowed = allowed or accounts
-            account = _roomiest([item for item in allowed if item.session_number not in blocked], ticket)
-            if account is not None:
-                account.charge(ticket)
-                granted.append(ticket)
-                continue
-            blocked.update(item.session_number for item in allowed)
-            if len(blocked) == len(accounts):
-                break
+            account = self._preferred(ticket, blocked)
+            if account is None:
+                if accounts is None:
+                    accounts = [account for account in self._accounts.values() if not account.is_draining]
+                allowed = [account for account in accounts if account.session_number not in ticket.avoided]
+                allowed = allowed or accounts
+                account = _roomiest([item for item in allowed if item.session_number not in blocked], ticket)
+                if account is None:
+                    blocked.update(item.session_number for item in allowed)
+                    if len(blocked) == len(accounts):
+                        break
+                    continue
+            account.charge(ticket)
+            granted.append(ticket)
         for ticket in granted:
             del self._queue_of(ticket)[id(ticket)]
         self._granted.extend(ticket for ticket in granted if ticket is not asking)
         self._tell()
+
+    def _preferred(self, ticket: Ticket, blocked: set[int]) -> _Account | None:
+        """Whom the ticket prefers, where that is allowed and has room."""
+        account = self._accounts.get(ticket.preferred)
+        if account is None or account.is_draining or not account.use.fits(ticket.pages):
+            return None
+        number = account.session_number
+        return account if number not in ticket.avoided and number not in blocked else None
 
     def _tell(self) -> None:
         """One after the other: what an asker does may grant to the next, and is not done within its call."""
@@ -196,9 +214,16 @@ class CreditLedger:
 class _Account:
     """One decode worker's session and the tickets charged to it."""
 
-    def __init__(self, address: str, session_number: int, limit: Credit) -> None:
+    def __init__(
+        self,
+        address: str,
+        session_number: int,
+        limit: Credit,
+        on_use: Callable[[str, CreditUse | None], None],
+    ) -> None:
         self.address = address
         self.session_number = session_number
+        self._on_use = on_use
         self.use = CreditUse(limit=limit)
         self.is_draining = False
         self.tickets: dict[int, Ticket] = {}
@@ -208,13 +233,17 @@ class _Account:
         ticket.state = TicketState.GRANTED
         ticket.address, ticket.session_number = self.address, self.session_number
         self.tickets[id(ticket)] = ticket
-        self.use = self.use.plus(sequences=1, pages=ticket.pages)
+        self.set_use(self.use.plus(sequences=1, pages=ticket.pages))
 
     def refund(self, ticket: Ticket) -> None:
         del self.tickets[id(ticket)]
-        self.use = self.use.plus(sequences=-1, pages=-ticket.pages)
+        self.set_use(self.use.plus(sequences=-1, pages=-ticket.pages))
         assert self.use.sequences == len(self.tickets)
         assert self.use.pages >= 0
+
+    def set_use(self, use: CreditUse) -> None:
+        self.use = use
+        self._on_use(self.address, use)
 
 
 def _roomiest(accounts: Iterable[_Account], ticket: Ticket) -> _Account | None:

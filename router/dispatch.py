@@ -28,7 +28,6 @@ from rorqual.session import (
     FinishReason,
     PromptLogprobs,
     SequenceReport,
-    Welcome,
     check_sequence,
     credit_pages,
 )
@@ -37,6 +36,7 @@ from router.credit import Ticket
 from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
 from router.generation import ChoiceUpdate, Generation, ServedModel, TokenOut
+from router.members import Members
 from router.placement import (
     Demand,
     Placement,
@@ -44,7 +44,6 @@ from router.placement import (
     Split,
     Whole,
     WorkerView,
-    candidates,
     missing_roles,
 )
 from router.prompt_keys import PromptKeys
@@ -124,20 +123,20 @@ class Dispatcher:
 
     def model(self) -> ServedModel | None:
         """What every connected worker can serve; None while they cannot serve anything between them."""
-        welcomes = self._fleet.welcomes()
-        if self._fleet.missing():
+        members = self._fleet.members
+        if members.first is None or members.missing():
             return None
         return ServedModel(
             name=self._config.served_name,
             created=self._config.created,
-            vocab_size=welcomes[0].vocab_size,
-            sequence_tokens_max=min(welcome.sequence_tokens_max for welcome in welcomes),
-            eos_token_ids=welcomes[0].eos_token_ids,
+            vocab_size=members.first.vocab_size,
+            sequence_tokens_max=members.sequence_tokens_max,
+            eos_token_ids=members.first.eos_token_ids,
         )
 
     async def generate(self, generation: Generation) -> AsyncGenerator[ChoiceUpdate, None]:
         """See `router.generation.Generator`."""
-        check_generation(generation, self._fleet.welcomes())
+        check_generation(generation, self._fleet.members)
         num_scores = generation.num_choices * generation.sampling.num_prompt_scores(len(generation.prompt))
         mailbox = Mailbox(values_max=self._config.values_unread_max + num_scores)
         start = asyncio.get_running_loop().time()
@@ -171,8 +170,8 @@ class Dispatcher:
     def _place(self, choice: _Choice, generation: Generation, mailbox: Mailbox, keys: PromptKeys) -> None:
         """Open the choice on its workers, or let it wait: for a worker to connect that has not failed it yet, or for
         credit. Raises Overloaded when waiting cannot help."""
-        workers = self._fleet.view()
-        able = candidates(workers, excluded=frozenset(choice.failed_sessions))
+        workers = self._fleet.columns
+        able_W = workers.able_W(excluded=frozenset(choice.failed_sessions))
         ticket = choice.ticket
         if ticket is not None and not ticket.is_waiting and not self._fleet.credit.is_usable(ticket):
             choice.give_credit_back(self._fleet)
@@ -182,11 +181,11 @@ class Dispatcher:
             tokens_max=generation.max_tokens,
             charged=ticket.address if ticket is not None else "",
             is_queueing=self._fleet.credit.num_waiting > 0,
-            keys=keys.of(self._fleet.welcomes()) if self._placement.uses_keys else {},
+            keys=keys.of(self._fleet.members.roots) if self._placement.uses_keys else {},
             session=f"{generation.cache_salt} {generation.session_key}" if generation.session_key else "",
         )
         self._keep_promise(choice)
-        placed = self._placement.choose(able, demand)
+        placed = self._placement.choose(workers, able_W, demand)
         choice.predicted = placed.predicted if placed is not None else None
         match placed:
             case Whole(worker=worker):
@@ -207,7 +206,7 @@ class Dispatcher:
                     self._keep_promise(choice)
                     self._enter(choice, Stage.CREDIT)
             case None:
-                self._check_waiting_helps(choice, workers)
+                self._check_waiting_helps(choice)
                 self._enter(choice, Stage.PLACE)
 
     def _keep_promise(self, choice: _Choice) -> None:
@@ -261,10 +260,11 @@ class Dispatcher:
             fields(request=generation.request_id, choice=choice.number, worker=address, kind=kind),
         )
 
-    def _check_waiting_helps(self, choice: _Choice, workers: Sequence[WorkerView]) -> None:
+    def _check_waiting_helps(self, choice: _Choice) -> None:
         """Raises Overloaded when the workers that are missing are there and full."""
-        there = [v for v in workers if not v.draining and v.session_number not in choice.failed_sessions]
-        if not missing_roles(view.role for view in there):
+        workers = self._fleet.columns
+        there_W = workers.there_W(excluded=frozenset(choice.failed_sessions))
+        if not missing_roles(workers.roles(there_W)):
             self._metrics.requests_overloaded.inc()
             raise Overloaded("every worker is full; try again later")
         if isinstance(choice.failure, Overloaded):
@@ -352,18 +352,18 @@ class Dispatcher:
         return None
 
 
-def check_generation(generation: Generation, welcomes: Sequence[Welcome]) -> None:
+def check_generation(generation: Generation, members: Members) -> None:
     """What no worker could serve is refused before it is sent. Without a worker it is checked there."""
     if generation.num_choices < 1:
         raise InvalidRequest(f"n must be at least 1, got {generation.num_choices}", field="n")
-    if not welcomes:
+    if members.first is None:
         return
     check_sequence(
         prompt=generation.prompt,
         max_tokens=generation.max_tokens,
         sampling=generation.sampling,
-        vocab_size=welcomes[0].vocab_size,
-        sequence_tokens_max=min(welcome.sequence_tokens_max for welcome in welcomes),
+        vocab_size=members.first.vocab_size,
+        sequence_tokens_max=members.sequence_tokens_max,
         num_choices=generation.num_choices,
     )
 

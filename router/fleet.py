@@ -1,20 +1,23 @@
 """The router's workers: one `WorkerLink` each, their credit, and what must be alike among them.
 
-Run by `router.process`; `router.dispatch` and `router.split` look at `view`, ask `credit` and open sequences. It
-decides nothing about placement.
+Run by `router.process`; `router.dispatch` and `router.split` look at `columns` and `members`, ask `credit` and open
+sequences. It decides nothing about placement.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from rorqual.session import Role, Welcome
 from router.credit import CreditLedger
 from router.fleet_metrics import FleetMetrics
+from router.members import Members
 from router.picture import Picture
-from router.placement import WorkerView, missing_roles
+from router.placement import FleetColumns, FleetTable, WorkerView
 from router.sequences import RemoteSequence, SequenceRequest, Sink
 from router.worker_link import FleetConfig, SessionLost, Transport, WorkerLink
 
@@ -42,8 +45,12 @@ class Fleet:
         self.transport = transport
         self.router_id = router_id
         self.randomness = randomness
-        self.credit = CreditLedger(waiting_max=config.credit_waiting_max)
         self.picture = Picture(multiplier=randomness.getrandbits(64) | 1, workers_max=max(64, len(addresses)))
+        self.table = FleetTable(
+            rows_max=self.picture.workers_max, sequences_outstanding_max=config.sequences_per_worker_max
+        )
+        self.members = Members()
+        self.credit = CreditLedger(waiting_max=config.credit_waiting_max, on_use=self.table.set_credit)
         self._untidy = asyncio.Event()
         self._links = {address: WorkerLink(self, address) for address in addresses}
         self._num_sessions = 0
@@ -58,16 +65,21 @@ class Fleet:
                 tasks.create_task(link.run())
             tasks.create_task(self._keep_tidy())
 
-    def view(self) -> list[WorkerView]:
-        """The connected workers."""
-        return [link.view() for link in self._links.values() if link.welcome is not None]
+    @property
+    def columns(self) -> FleetColumns:
+        """All workers as they are now, for placement."""
+        return self.table.columns
 
-    def welcomes(self) -> list[Welcome]:
-        return [link.welcome for link in self._links.values() if link.welcome is not None]
+    def view(self) -> list[WorkerView]:
+        """The connected workers one by one, for those who look now and then."""
+        return [self.columns.view(row) for row in np.flatnonzero(self.columns.connected_W).tolist()]
+
+    def welcomes(self) -> Collection[Welcome]:
+        return self.members.welcomes
 
     def missing(self) -> str:
         """Which worker must connect before a request can be answered; empty when it can."""
-        return missing_roles(welcome.role for welcome in self.welcomes())
+        return self.members.missing()
 
     def failures(self) -> list[str]:
         """Why each worker that is not connected is not, as far as is known."""
@@ -98,7 +110,7 @@ class Fleet:
     def announce_change(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-        self.metrics.workers_connected.set(len(self.welcomes()))
+        self.metrics.workers_connected.set(len(self.members))
 
     def tend(self) -> None:
         self._untidy.set()
@@ -119,17 +131,19 @@ class Fleet:
     def check_model(self, address: str, welcome: Welcome) -> None:
         """Workers of one fleet answer alike, and those that hand state over mean the same bytes: others among them
         are refused. Raises SessionLost."""
-        for other in self.welcomes():
-            if _identity(other) != _identity(welcome):
-                raise SessionLost(
-                    f"{address} serves {' '.join(map(str, _identity(welcome)))},"
-                    f" the others {' '.join(map(str, _identity(other)))} (model, vocabulary, numerics, exact)"
-                )
-            if Role.BOTH not in (welcome.role, other.role) and welcome.wire_id != other.wire_id:
-                raise SessionLost(
-                    f"{address} hands state over as {welcome.wire_id}, the others as {other.wire_id} (wire id:"
-                    " model, numerics, and whether --drafts is 0)"
-                )
+        # All that are there have been compared before: one of them stands for all.
+        other = self.members.first
+        if other is not None and _identity(other) != _identity(welcome):
+            raise SessionLost(
+                f"{address} serves {' '.join(map(str, _identity(welcome)))},"
+                f" the others {' '.join(map(str, _identity(other)))} (model, vocabulary, numerics, exact)"
+            )
+        other = self.members.first_to_hand_over if welcome.role is not Role.BOTH else None
+        if other is not None and welcome.wire_id != other.wire_id:
+            raise SessionLost(
+                f"{address} hands state over as {welcome.wire_id}, the others as {other.wire_id} (wire id:"
+                " model, numerics, and whether --drafts is 0)"
+            )
 
 
 def _identity(welcome: Welcome) -> tuple[str, int, str, bool]:

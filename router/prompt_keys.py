@@ -7,12 +7,21 @@ client. Workers of one fleet have the same model and numerics; with more than on
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from kvstore.keys import PageKey, page_keys, root_key
-from rorqual.session import TokenArray, Welcome
+from rorqual.session import TokenArray
 
 Keys = Mapping[str, tuple[PageKey, ...]]
 """By wire id, of the full pages of a prompt in order."""
+
+
+class Root(NamedTuple):
+    """What keys begin at, but for the salt; alike for most workers of a fleet."""
+
+    fingerprint: str
+    numerics: str
+    wire_id: str
 
 
 class PromptKeys:
@@ -21,15 +30,15 @@ class PromptKeys:
         self._salt = salt
         self._keys: dict[str, tuple[PageKey, ...]] = {}
 
-    def of(self, welcomes: Iterable[Welcome]) -> Keys:
-        """For all these workers. 100k tokens take about a millisecond, the first time."""
-        for welcome in welcomes:
-            if welcome.wire_id not in self._keys:
-                root = root_key(
-                    fingerprint=welcome.model_fingerprint,
-                    numerics=welcome.numerics,
-                    wire_id=welcome.wire_id,
+    def of(self, roots: Iterable[Root]) -> Keys:
+        """For workers with any of these. 100k tokens take about a millisecond, the first time."""
+        for root in roots:
+            if root.wire_id not in self._keys:
+                parent = root_key(
+                    fingerprint=root.fingerprint,
+                    numerics=root.numerics,
+                    wire_id=root.wire_id,
                     salt=self._salt,
                 )
-                self._keys[welcome.wire_id] = page_keys(root, self._prompt)
+                self._keys[root.wire_id] = page_keys(parent, self._prompt)
         return self._keys

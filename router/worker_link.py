@@ -27,7 +27,6 @@ from rorqual.session import (
     Command,
     Credit,
     Hello,
-    Load,
     Offer,
     Open,
     Renew,
@@ -40,8 +39,9 @@ from rorqual.session import (
 from rorqual.telemetry import fields
 from router.credit import CreditLedger, CreditUse
 from router.fleet_metrics import FleetMetrics
+from router.members import Members
 from router.picture import Picture
-from router.placement import WorkerView
+from router.placement import FleetTable
 from router.sequences import RemoteSequence, SequenceRequest, Sink, without_first
 from router.worker_feed import WorkerFeed
 
@@ -95,6 +95,8 @@ class Owner(Protocol):
     randomness: random.Random
     credit: CreditLedger
     picture: Picture
+    table: FleetTable
+    members: Members
 
     def check_model(self, address: str, welcome: Welcome) -> None:
         """Raises SessionLost when the worker does not answer as the others do."""
@@ -112,7 +114,8 @@ class Owner(Protocol):
 
 
 class WorkerLink:
-    """One worker: its session, while there is one, and the sequences open on it."""
+    """One worker: its session, while there is one, and the sequences open on it. Whatever placement goes by it writes
+    into the worker's row of the fleet's table as soon as it changes."""
 
     def __init__(self, owner: Owner, address: str) -> None:
         self.welcome: Welcome | None = None
@@ -120,7 +123,6 @@ class WorkerLink:
         self._address = address
         self._session_number = 0  # over all workers; 0 before the first
         self._owner = owner
-        self._load: Load | None = None
         self._draining = False
         self._credit: Credit | None = None  # of a decode worker, as it last said
         self._sequences: dict[SequenceId, RemoteSequence] = {}
@@ -136,6 +138,8 @@ class WorkerLink:
         self._prompt_tokens_sent = 0
         metrics = owner.metrics
         self.feed = WorkerFeed(owner.picture.join(), address=address, metrics=metrics)
+        self._row = self.feed.index
+        owner.table.join(self._row, address)
         self._sessions_lost = metrics.sessions_lost.labels(address)
         metrics.sequences_outstanding.labels(address).set_function(lambda: float(len(self._sequences)))
         metrics.tokens_outstanding.labels(address).set_function(lambda: float(self._tokens_outstanding))
@@ -147,28 +151,6 @@ class WorkerLink:
     @property
     def session_number(self) -> int:
         return self._session_number
-
-    def view(self) -> WorkerView:
-        assert self.welcome is not None
-        assert self._load is not None
-        return WorkerView(
-            address=self._address,
-            session_number=self._session_number,
-            role=self.welcome.role,
-            draining=self._draining,
-            sequences_outstanding=len(self._sequences),
-            sequences_outstanding_max=self._owner.config.sequences_per_worker_max,
-            tokens_outstanding=self._tokens_outstanding,
-            prompt_tokens_outstanding=self._prompt_tokens_outstanding,
-            prompt_tokens_sent=self._prompt_tokens_sent,
-            sequences_max=self.welcome.sequences_max,
-            load=self._load,
-            credit=self._owner.credit.use_of(self._address),
-            index=self.feed.index,
-            pages_cached=self.feed.reader.num_entries,
-            # Workers of both roles have no engine of transfers.
-            can_share=self.welcome.role is not Role.BOTH and bool(self.welcome.wire_id),
-        )
 
     async def run(self) -> None:
         """Keep a session up, for as long as the router runs. One that welcomes us and is gone at once is as
@@ -216,6 +198,7 @@ class WorkerLink:
         )
         self._sequences[sequence_id] = sequence
         self._count(sequence, +1)
+        self._note_outstanding()
         self._owner.metrics.sequences_opened.labels(self._address).inc()
         self._send(
             Open(
@@ -306,11 +289,22 @@ class WorkerLink:
         self._owner.check_model(self._address, welcome)
         self._session_number = self._owner.next_session_number()
         self._welcomed_at = asyncio.get_running_loop().time()
-        self.welcome, self._load, self._draining, self._num_reports = welcome, welcome.load, False, 0
+        self.welcome, self._draining, self._num_reports = welcome, False, 0
+        self._owner.members.join(self._address, welcome)
+        self._owner.table.connect(
+            self._row,
+            session_number=self._session_number,
+            role=welcome.role,
+            sequences_max=welcome.sequences_max,
+            # Workers of both roles have no engine of transfers.
+            can_share=welcome.role is not Role.BOTH and bool(welcome.wire_id),
+            load=welcome.load,
+        )
         if welcome.role is Role.DECODE:
             self._watch_credit()
             self._grant(welcome.credit)
         self._send(self.feed.begin(welcome.incarnation))
+        self._note_pages()
         self._owner.metrics.sessions_opened.labels(self._address).inc()
         log.info(
             "connected to a worker %s",
@@ -370,13 +364,15 @@ class WorkerLink:
         self._num_reports += 1
         if report.number != self._num_reports:
             raise SessionLost(f"{self._address} sent report {report.number} as number {self._num_reports}")
-        self._load = report.load
+        self._owner.table.set_load(self._row, report.load)
         if report.feed:
             # Before its sequences: who is told of a first token can count on the pages before it.
             self.feed.take(report.feed)
+            self._note_pages()
             self._owner.tend()
         if report.draining != self._draining:
             self._draining = report.draining
+            self._owner.table.set_draining(self._row, report.draining)
             log.info("saw a worker drain %s", fields(worker=self._address, draining=report.draining))
             self._grant(report.credit)
             self._owner.announce_change()
@@ -421,6 +417,7 @@ class WorkerLink:
         self._count(sequence, -1)
         sequence.count(report)
         self._count(sequence, +1)
+        self._note_outstanding()
         # Before it is delivered, since the sink may cancel it.
         if report.finish_reason is not None:
             self._drop(sequence)
@@ -433,20 +430,36 @@ class WorkerLink:
         del self._sequences[sequence.sequence_id]
         self._leases.pop(sequence.sequence_id, None)
         self._count(sequence, -1)
+        self._note_outstanding()
 
     def _count(self, sequence: RemoteSequence, sign: int) -> None:
-        """Around what changes it."""
+        """Around what changes it; `_note_outstanding` follows."""
         self._tokens_outstanding += sign * sequence.tokens_outstanding
         self._prompt_tokens_outstanding += sign * sequence.prompt_tokens_outstanding
         self._prompt_tokens_sent += sign * sequence.prompt_tokens_sent
 
+    def _note_outstanding(self) -> None:
+        self._owner.table.set_outstanding(
+            self._row,
+            sequences=len(self._sequences),
+            tokens=self._tokens_outstanding,
+            prompt_tokens=self._prompt_tokens_outstanding,
+            prompt_tokens_sent=self._prompt_tokens_sent,
+        )
+
+    def _note_pages(self) -> None:
+        self._owner.table.set_pages_cached(self._row, self.feed.reader.num_entries)
+
     def _lose(self) -> None:
         """The session is over: so is all that was open on it."""
         was_connected = self.welcome is not None
-        self.welcome = self._load = self._credit = None
+        self.welcome = self._credit = None
+        self._owner.members.leave(self._address)
+        self._owner.table.disconnect(self._row)
         self._commands.clear()
         self._have_commands.clear()
         self.feed.end()
+        self._note_pages()
         # Before its sequences hear of it: they may ask for credit, and it has none to give.
         self._owner.credit.drop(self._address)
         while self._sequences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from engine.kernels import (
     compress,
     digest,
     gradients,
+    hot_rows,
     matmul,
     mhc,
     paging,
@@ -21,12 +23,14 @@ from engine.kernels import (
     select,
     swiglu,
 )
+from engine.kernels.hot_rows import HostRows, HotBuffers
 from engine.kernels.matmul import Groups
 
 _MODULES = (  # importing them registers their kernels
     compress,
     digest,
     gradients,
+    hot_rows,
     matmul,
     mhc,
     paging,
@@ -59,6 +63,8 @@ class Kernels:
     group_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, list[int]]]
     add_pairs: Callable[[Tensor, Tensor, Tensor], Tensor]
     locate_rows: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, bool]]
+    hot_rows: Callable[[HotBuffers, HostRows, Tensor, Tensor], tuple[Tensor, Tensor, bool, Tensor]]
+    prefetch_rows: Callable[[HotBuffers, HostRows, Tensor, Tensor], Tensor]
     round_bf16: Callable[[Tensor], Tensor]
     round_fp8: Callable[[Tensor, int], Tensor]
     names: tuple[tuple[str, str], ...]
@@ -72,6 +78,8 @@ def choose_kernels(device: str = "cpu", overrides: Mapping[str, str] | None = No
 
     Raises ConfigError for an operation or implementation that does not exist.
     """
+    if device != "cpu" and importlib.util.find_spec("triton"):
+        importlib.import_module("engine.kernels.hot_rows_triton")
     chosen = registry.choose(device, overrides or {})
     functions = {name: chosen[name].function for name in _OPERATIONS}
     return Kernels(**functions, names=tuple((name, chosen[name].name) for name in chosen))  # type: ignore[arg-type]
@@ -95,4 +103,13 @@ def training_kernels() -> Kernels:
     return choose_kernels("cpu", overrides)
 
 
-_NEVER_DIFFERENTIATED = {"rope_angles", "top_rows", "group_pairs", "locate_rows", "round_bf16", "round_fp8"}
+_NEVER_DIFFERENTIATED = {
+    "rope_angles",
+    "top_rows",
+    "group_pairs",
+    "locate_rows",
+    "hot_rows",
+    "prefetch_rows",
+    "round_bf16",
+    "round_fp8",
+}

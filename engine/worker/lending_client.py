@@ -70,7 +70,11 @@ class GrpcLenders:
     async def lease_keys(
         self, address: str, request: LeaseKeysRequest, *, seconds_max: float
     ) -> Offer | None:
-        data = await self._call(address, LEASE_KEYS_PATH, encode_lease_keys_request(request), seconds_max)
+        # An owner that is gone has nothing any more, and one that has come back nothing yet: the prompt is better
+        # computed than held up until the deadline.
+        data = await self._call(
+            address, LEASE_KEYS_PATH, encode_lease_keys_request(request), seconds_max, waits=False
+        )
         try:
             return decode_lease_keys_reply(data)
         except WireError as error:
@@ -88,12 +92,14 @@ class GrpcLenders:
         except WireError as error:
             raise LendingFailed(f"{address}: {error}") from None
 
-    async def _call(self, address: str, path: str, data: bytes, seconds_max: float) -> bytes:
+    async def _call(
+        self, address: str, path: str, data: bytes, seconds_max: float, *, waits: bool = True
+    ) -> bytes:
+        """With `waits` for a connection, within its deadline: an owner that can be reached again is not given up."""
         channel = await self._channel(address)
         try:
-            # Waits for a connection, within its deadline: an owner that has just come back is not refused.
             call = channel.stub.unary_unary(path, None, None)
-            return await call(data, timeout=seconds_max, wait_for_ready=True)
+            return await call(data, timeout=seconds_max, wait_for_ready=waits)
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
             said = f": {details.splitlines()[0]}" if details else ""

@@ -5,7 +5,7 @@ Owns the table of accelerators (`hardware`), what a model costs to compute and t
 simulation of `rorqual bench route`. Reads no clock; never imports torch.
 """
 
-from rorqual.performance.correction import Correction, Corrections
+from rorqual.performance.correction import Corrections
 from rorqual.performance.costs import FLASH, PRESETS, PRO, ModelCosts, model_costs
 from rorqual.performance.hardware import HARDWARE, Hardware
 from rorqual.performance.roofline import Efficiency, PerformanceModel
@@ -15,7 +15,6 @@ __all__ = [
     "HARDWARE",
     "PRESETS",
     "PRO",
-    "Correction",
     "Corrections",
     "Efficiency",
     "Hardware",

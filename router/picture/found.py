@@ -37,19 +37,17 @@ class Found:
 
 def deepest_W(bits_DS: Bits, slot_W: I32) -> I32:
     """In how many rows each worker's bit is set, i32 [workers]; it is the bit of the worker's slot. Where a bit is set
-    it is set in all rows above, so all workers search for their last row together, each by halves: 0.14 ms for 1,000
-    workers and 390 rows, a tenth of what taking the bits apart costs when all end in different rows."""
-    num_rows = len(bits_DS)
-    depth_W = np.zeros(len(slot_W), dtype=np.int32)
-    if not num_rows:
-        return depth_W
-    word_W = slot_W >> 6
-    bit_W = np.uint64(1) << (slot_W & 63).astype(np.uint64)
-    step = 1 << (num_rows.bit_length() - 1)
-    while step:
-        next_W = depth_W + np.int32(step)
-        row_W = np.minimum(next_W, num_rows) - 1
-        is_deeper_W = (bits_DS[row_W, word_W] & bit_W != 0) & (next_W <= num_rows)
-        depth_W[is_deeper_W] = next_W[is_deeper_W]
-        step >>= 1
-    return depth_W
+    it is set in all rows above, so it ends in one row at most: only words in which one ends are taken apart:
+    0.05 ms for 1,000 workers and 390 rows, where a search by halves for all workers takes 0.2."""
+    num_rows, num_words = bits_DS.shape
+    depth_S = np.zeros(64 * num_words, dtype=np.int32)
+    if num_rows:
+        ends_DS = bits_DS.copy()
+        ends_DS[:-1] ^= bits_DS[1:]
+        places = np.flatnonzero(ends_DS != 0)
+        ends = ends_DS.reshape(-1)[places].astype("<u8", copy=False).view(np.uint8)
+        # As booleans, which are searched ten times as fast as bytes.
+        at = np.flatnonzero(np.unpackbits(ends, bitorder="little").view(np.bool_))
+        row, word = np.divmod(places, num_words)
+        depth_S[word[at >> 6] * 64 + (at & 63)] = row[at >> 6] + 1
+    return depth_S[slot_W]

@@ -86,9 +86,12 @@ class _Places:
 
     def refs_of(self, shorts: U64) -> U32:
         """0 where absent."""
-        refs = np.zeros(len(shorts), dtype=np.uint32)
-        todo = np.arange(len(shorts))
         place = self.homes(shorts)
+        there = self.shorts_host[place]
+        refs = np.where(there == shorts, self.refs_host[place], np.uint32(0))
+        # Most are at home, or there is nothing there: the others look further.
+        todo = np.flatnonzero((there != shorts) & (there != 0))
+        place = (place[todo] + 1) & self.mask
         window = np.arange(WINDOW)
         while len(todo):
             places = (place[:, None] + window) & self.mask

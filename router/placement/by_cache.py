@@ -20,23 +20,12 @@ from router.placement.cache import (
     CachePlacement,
     Decision,
     FleetPicture,
-    Float64s,
     Found,
     Int32s,
     Source,
 )
-from router.placement.least_wait import (
-    Demand,
-    Predicted,
-    Split,
-    Whole,
-    WorkerView,
-    busyness,
-    decode_worker,
-    of_role,
-    seconds_until_place,
-    tokens_ahead,
-)
+from router.placement.columns import Bools, FleetColumns, Float64s
+from router.placement.least_wait import Demand, Predicted, Split, Whole, decode_worker
 from router.placement.predictions import Predictions
 
 WORK_KEPT = 0.999
@@ -72,38 +61,37 @@ class ByCache:
         self._policy = policy
         self._caches = caches
         self._predictions = predictions
-        self._work_seconds: dict[int, float] = {}  # given to each worker lately, by index
+        self._work_W = np.zeros(0)  # seconds given to each worker lately
+        self._has_worked_W = np.zeros(0, np.bool_)
         self._next_number = 1
 
-    def choose(self, workers: Sequence[WorkerView], demand: Demand) -> Whole | Split | None:
-        found = self._look_up(demand)
-        decode = decode_worker(workers, demand, held=_shares(found, demand))
-        able = of_role(workers, Role.BOTH)
-        if decode is not None:
-            able += of_role(workers, Role.PREFILL)
-        if not able:
+    def choose(self, fleet: FleetColumns, able_W: Bools, demand: Demand) -> Whole | Split | None:
+        found = self._look_up(demand, num_rows=fleet.num_rows)
+        held_W = found.pages_W / max(1, demand.prompt_tokens // PAGE_TOKENS)
+        decode = decode_worker(fleet, able_W, demand, held_W=held_W)
+        can_W = able_W & fleet.both_W
+        if decode >= 0:
+            can_W |= able_W & fleet.prefill_W
+        if not can_W.any():
             # Nobody computes a prompt before a decode worker has room for it: who does is chosen then.
-            waiting = of_role(workers, Role.PREFILL) if of_role(workers, Role.DECODE) else []
-            return Split(prefill=min(waiting, key=busyness), decode=None) if waiting else None
-        decision, predicted = self._decide(able, demand, found, everybody=workers)
-        chosen = next(view for view in able if view.index == decision.prefill)
+            waiting_W = able_W & fleet.prefill_W
+            if not waiting_W.any() or not (able_W & fleet.decode_W).any():
+                return None
+            return Split(prefill=fleet.view(fleet.least_busy(waiting_W)), decode=None)
+        decision, predicted = self._decide(fleet, able_W, can_W, demand, found)
+        chosen = fleet.view(decision.prefill)
         if chosen.role is Role.BOTH:
             return Whole(worker=chosen, predicted=predicted)
-        return Split(prefill=chosen, decode=decode, predicted=predicted)
+        return Split(prefill=chosen, decode=fleet.view(decode), predicted=predicted)
 
     def finished(self, predicted: Predicted) -> None:
         self._policy.finished(predicted.number)
 
     def _decide(
-        self,
-        able: Sequence[WorkerView],
-        demand: Demand,
-        found: Found,
-        *,
-        everybody: Sequence[WorkerView],
+        self, fleet: FleetColumns, able_W: Bools, can_W: Bools, demand: Demand, found: Found
     ) -> tuple[Decision, Predicted]:
-        self._predictions.learn(everybody)
-        factors = self._predictions.factors(able)
+        self._predictions.learn(fleet, able_W)
+        factor_W = self._predictions.factors_W(fleet, can_W)
         number = self._next_number
         self._next_number += 1
         request = CacheDemand(
@@ -112,102 +100,86 @@ class ByCache:
             num_tokens=demand.prompt_tokens,
             session=demand.session,
         )
-        decision = self._policy.choose(self._picture(able, factors, found, everybody), request)
+        decision = self._policy.choose(self._picture(fleet, able_W, can_W, factor_W, found), request)
+        assert can_W[decision.prefill], "a policy chose a worker that may not be given a prompt"
         tokens_reused = min(decision.resume * PAGE_TOKENS, demand.prompt_tokens - 1)
-        factor = next(f for view, f in zip(able, factors, strict=True) if view.index == decision.prefill)
         work = self._predictions.model.work_seconds(demand.prompt_tokens - tokens_reused, tokens_reused)
-        self._note_work(decision.prefill, float(work) * factor)
+        self._note_work(decision.prefill, float(work) * float(factor_W[decision.prefill]))
         return decision, Predicted(
             number=number,
             tokens_reused=tokens_reused,
             seconds=decision.predicted_seconds,
-            fetch=self._fetch(decision, everybody),
+            fetch=self._fetch(decision, fleet),
         )
 
-    def _fetch(self, decision: Decision, everybody: Sequence[WorkerView]) -> PeerFetch | None:
+    def _fetch(self, decision: Decision, fleet: FleetColumns) -> PeerFetch | None:
         """What the chosen worker is to read, and for how long it may wait for it: several times what is predicted, and
         no longer than computing the same would take."""
         plan = decision.fetch
-        if plan.peer < 0:
+        peer = plan.peer
+        if peer < 0:
             return None
-        peer = next(view for view in everybody if view.index == plan.peer)
         wants_tail = plan.tail_source is Source.PEER
         reach = max((span.first + span.count for span in plan.spans if span.source is Source.PEER), default=0)
         num_pages = max(reach, decision.resume if wants_tail else 0)
         seconds = num_pages * PAGE_TOKENS * self._predictions.token_seconds
         return PeerFetch(
-            address=peer.address,
+            address=fleet.addresses[peer],
             num_pages=num_pages,
             wants_tail=wants_tail,
             seconds_max=min(max(seconds, FETCH_SECONDS_MIN), FETCH_SECONDS_MAX),
         )
 
-    def _look_up(self, demand: Demand) -> Found:
+    def _look_up(self, demand: Demand, *, num_rows: int) -> Found:
         """Of chains that begin at different roots a worker has one at most."""
         reaches = [self._caches.look_up(keys) for keys in demand.keys.values()]
         reaches = reaches or [self._caches.look_up(())]
-        return Found(
+        found = Found(
             pages_W=np.maximum.reduce([item.pages_W for item in reaches]),
             tail_W=np.maximum.reduce([item.tail_W for item in reaches]),
         )
+        assert len(found.pages_W) == num_rows, "the picture of caches and the fleet have other workers"
+        return found
 
     def _picture(
-        self,
-        able: Sequence[WorkerView],
-        factors: Sequence[float],
-        found: Found,
-        everybody: Sequence[WorkerView],
+        self, fleet: FleetColumns, able_W: Bools, can_W: Bools, factor_W: Float64s, found: Found
     ) -> FleetPicture:
-        count = len(found.pages_W)
-        index_V = np.array([view.index for view in able])
-
-        def ints(values: Sequence[int]) -> Int32s:
-            array = np.zeros(count, np.int32)
-            array[index_V] = values
-            return array
-
-        def floats(values: Sequence[float], other: float = 0.0) -> Float64s:
-            array = np.full(count, other)
-            array[index_V] = values
-            return array
-
-        can_prefill_W = np.zeros(count, np.bool_)
-        can_prefill_W[index_V] = True
-        readable_W = np.zeros(count, np.bool_)
-        readable_W[[view.index for view in everybody if view.can_share]] = True
-        ahead = [tokens_ahead(view) for view in able]
-        token_seconds = self._predictions.token_seconds
-        wait = [
-            tokens * token_seconds * factor + seconds_until_place(view)
-            for view, tokens, factor in zip(able, ahead, factors, strict=True)
-        ]
-        work = [self._work_seconds.get(view.index, 0.0) for view in able]
+        self._grow(fleet.num_rows)
+        ahead_W = fleet.tokens_ahead_W()
+        nobody_W = np.zeros(fleet.num_rows, np.bool_)
         return FleetPicture(
             caches=_Looked(found),
-            can_prefill_W=can_prefill_W,
-            can_decode_W=np.zeros(count, np.bool_),
-            draining_W=np.zeros(count, np.bool_),
-            wait_seconds_W=floats(wait),
-            queued_tokens_W=floats(ahead),
-            sequences_W=ints([view.sequences_outstanding for view in able]),
-            active_pages_W=ints([view.prompt_tokens_sent // PAGE_TOKENS for view in able]),
-            pages_free_W=ints([view.load.pages_free for view in able]),
-            tree_pages_W=ints([view.pages_cached for view in able]),
-            decode_sequences_W=np.zeros(count, np.int32),
+            can_prefill_W=can_W,
+            can_decode_W=nobody_W,
+            draining_W=nobody_W,
+            wait_seconds_W=ahead_W * self._predictions.token_seconds * factor_W
+            + fleet.seconds_until_place_W(),
+            queued_tokens_W=ahead_W.astype(np.float64),
+            sequences_W=fleet.sequences_W.astype(np.int32),
+            active_pages_W=(fleet.prompt_tokens_sent_W // PAGE_TOKENS).astype(np.int32),
+            pages_free_W=fleet.pages_free_W.astype(np.int32),
+            tree_pages_W=fleet.pages_cached_W.astype(np.int32),
+            decode_sequences_W=np.zeros(fleet.num_rows, np.int32),
             # Who cannot be given anything is not behind with its work.
-            work_seconds_W=floats(work, other=max(work)),
-            slowness_W=floats(factors, other=1.0),
-            readable_W=readable_W,
+            work_seconds_W=np.where(can_W, self._work_W, self._work_W[can_W].max()),
+            slowness_W=factor_W,
+            readable_W=able_W & fleet.can_share_W,
         )
 
-    def _note_work(self, index: int, seconds: float) -> None:
+    def _note_work(self, row: int, seconds: float) -> None:
         """Balances what workers do over time. One that is new begins with as much as the least busy one."""
-        work = self._work_seconds
-        if index not in work:
-            work[index] = min(work.values(), default=0.0)
-        for each in work:
-            work[each] *= WORK_KEPT
-        work[index] += seconds
+        if not self._has_worked_W[row]:
+            worked = self._work_W[self._has_worked_W]
+            self._work_W[row] = worked.min() if len(worked) else 0.0
+            self._has_worked_W[row] = True
+        self._work_W *= WORK_KEPT
+        self._work_W[row] += seconds
+
+    def _grow(self, num_rows: int) -> None:
+        num_more = num_rows - len(self._work_W)
+        if num_more > 0:
+            self._work_W = np.append(self._work_W, np.zeros(num_more))
+            self._has_worked_W = np.append(self._has_worked_W, np.zeros(num_more, np.bool_))
 
 
 class _Looked:
@@ -218,9 +190,3 @@ class _Looked:
 
     def look_up(self, keys: Sequence[PageKey]) -> Found:
         return Found(pages_W=self._found.pages_W.copy(), tail_W=self._found.tail_W.copy())
-
-
-def _shares(found: Found, demand: Demand) -> dict[int, float]:
-    """By index: what share of the prompt's pages a worker has, and need not read."""
-    num_pages = max(1, demand.prompt_tokens // PAGE_TOKENS)
-    return {int(index): float(found.pages_W[index]) / num_pages for index in np.flatnonzero(found.pages_W)}

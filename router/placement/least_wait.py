@@ -1,18 +1,21 @@
 """Which workers get a sequence: a pure function of what the router knows.
 
 Called by `router.dispatch` for every sequence: whole to one worker that does both, or split over a prefill and a
-decode worker. Policies are plain values behind `Placement`; they see a picture of the fleet and never the fleet.
+decode worker. Policies are plain values behind `Placement`; they see the fleet in columns (`router.placement.columns`)
+and never the fleet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from kvstore.keys import PageKey
-from rorqual.session import Load, PeerFetch, Role, credit_pages
-from router.credit import CreditUse
+from rorqual.session import PeerFetch, Role, credit_pages
+from router.placement.columns import Bools, FleetColumns, Float64s, WorkerView
 
 TOKENS_PER_SECOND_UNKNOWN = 1000.0
 """Assumed of a worker that has measured no prefill yet: so much that it is tried, not so much that all wait there."""
@@ -21,28 +24,6 @@ WAIT_SECONDS_SAME = 0.01
 WAIT_SHARE_SAME = 0.1
 """Predictions are no better than this. Of waits that differ by less than either, the less busy worker is chosen, so
 that a rate measured a little higher does not draw every sequence to one worker."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerView:
-    """One connected worker. What is outstanding is the router's own count: it includes what the worker's
-    last report could not know yet."""
-
-    address: str
-    session_number: int  # over all workers: a worker that came back has another one
-    role: Role = Role.BOTH
-    draining: bool
-    sequences_outstanding: int
-    sequences_outstanding_max: int
-    tokens_outstanding: int  # to be computed or generated for the router's sequences, at most
-    prompt_tokens_outstanding: int = 0  # of these, to be computed before a first token, as was predicted
-    prompt_tokens_sent: int = 0  # the same, as if the worker kept nothing
-    sequences_max: int  # that the worker runs at once
-    load: Load
-    credit: CreditUse | None = None  # of a decode worker
-    index: int = 0  # its place in the picture of caches
-    pages_cached: int = 0  # that it is known to keep
-    can_share: bool = False  # it reads prefixes from others that can, and they from it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +73,9 @@ class Placement(Protocol):
         """It looks at `Demand.keys`."""
         ...
 
-    def choose(self, workers: Sequence[WorkerView], demand: Demand) -> Whole | Split | None:
-        """Among workers none of which is draining or full. None when they cannot serve a sequence between them. Every
-        answer with `predicted` is followed by one `finished`."""
+    def choose(self, fleet: FleetColumns, able_W: Bools, demand: Demand) -> Whole | Split | None:
+        """Among the able, none of which is draining or full. None when they cannot serve a sequence between them.
+        Every answer with `predicted` is followed by one `finished`."""
         ...
 
     def finished(self, predicted: Predicted) -> None:
@@ -111,54 +92,27 @@ class LeastPredictedWait:
     def finished(self, predicted: Predicted) -> None:
         """Nothing is remembered of a prompt."""
 
-    def choose(self, workers: Sequence[WorkerView], demand: Demand) -> Whole | Split | None:
-        decode = decode_worker(workers, demand)
-        able = [view for view in workers if view.role is Role.BOTH]
-        if decode is not None or (not able and of_role(workers, Role.DECODE)):
-            able += of_role(workers, Role.PREFILL)
-        if not able:
+    def choose(self, fleet: FleetColumns, able_W: Bools, demand: Demand) -> Whole | Split | None:
+        decode = decode_worker(fleet, able_W, demand)
+        can_W = able_W & fleet.both_W
+        if decode >= 0 or (not can_W.any() and (able_W & fleet.decode_W).any()):
+            can_W |= able_W & fleet.prefill_W
+        if not can_W.any():
             return None
-        waits = {view.address: predicted_wait(view, demand.prompt_tokens) for view in able}
-        shortest = min(waits.values())
+        wait_W = np.where(can_W, predicted_wait_W(fleet, demand.prompt_tokens), np.inf)
+        shortest = float(wait_W.min())
         longest = shortest + max(WAIT_SECONDS_SAME, WAIT_SHARE_SAME * shortest)
-        chosen = min((view for view in able if waits[view.address] <= longest), key=busyness)
-        return Whole(worker=chosen) if chosen.role is Role.BOTH else Split(prefill=chosen, decode=decode)
+        chosen = fleet.view(fleet.least_busy(wait_W <= longest))
+        if chosen.role is Role.BOTH:
+            return Whole(worker=chosen)
+        return Split(prefill=chosen, decode=fleet.view(decode) if decode >= 0 else None)
 
 
-def predicted_wait(view: WorkerView, prompt_tokens: int) -> float:
-    """Seconds to the first token on a worker that computes prompts: those before it, its own, and, where every place
+def predicted_wait_W(fleet: FleetColumns, prompt_tokens: int) -> Float64s:
+    """Seconds to the first token on workers that compute prompts: those before it, its own, and, where every place
     is taken, until one is free."""
-    rate = view.load.prefill_tokens_per_second or TOKENS_PER_SECOND_UNKNOWN
-    return (tokens_ahead(view) + prompt_tokens) / rate + seconds_until_place(view)
-
-
-def tokens_ahead(view: WorkerView) -> int:
-    """Prompt tokens to be computed there before another one's: this router's, and what the worker says beyond them."""
-    own = max(view.prompt_tokens_sent, view.prompt_tokens_outstanding)
-    return view.prompt_tokens_outstanding + max(0, view.load.tokens_waiting - own)
-
-
-def seconds_until_place(view: WorkerView) -> float:
-    """0 as long as there is a place to run. A prefill worker's are free soon after each prompt."""
-    num_queued = view.sequences_outstanding + 1 - view.sequences_max
-    if view.role is Role.BOTH and num_queued > 0:
-        # Places become free one by one, as sequences end that have generated all they may.
-        tokens_left = view.tokens_outstanding - view.prompt_tokens_outstanding
-        steps_each = tokens_left / max(view.sequences_outstanding, 1)
-        return num_queued * steps_each / max(view.sequences_max, 1) * view.load.step_ms / 1000
-    return 0.0
-
-
-def candidates(workers: Iterable[WorkerView], *, excluded: frozenset[int]) -> list[WorkerView]:
-    """Workers that may take a sequence now. `excluded` are sessions that have already failed it. How much a
-    decode worker may take is a matter of its credit."""
-    return [
-        view
-        for view in workers
-        if not view.draining
-        and view.session_number not in excluded
-        and (view.role is Role.DECODE or view.sequences_outstanding < view.sequences_outstanding_max)
-    ]
+    rate_W = np.where(fleet.prefill_rate_W == 0.0, TOKENS_PER_SECOND_UNKNOWN, fleet.prefill_rate_W)
+    return (fleet.tokens_ahead_W() + prompt_tokens) / rate_W + fleet.seconds_until_place_W()
 
 
 def missing_roles(roles: Iterable[Role]) -> str:
@@ -176,30 +130,21 @@ HELD_SHARE = 0.5
 
 
 def decode_worker(
-    workers: Sequence[WorkerView], demand: Demand, *, held: Mapping[int, float] | None = None
-) -> WorkerView | None:
-    """The one that is charged already, else the least full of those with room; rather one that has to read less.
-    `held`: by index, what share of the prompt's pages a worker has."""
-    shares = held or {}
-    decoders = of_role(workers, Role.DECODE)
+    fleet: FleetColumns, able_W: Bools, demand: Demand, *, held_W: Float64s | None = None
+) -> int:
+    """The row of the one that is charged already, else of the least full of those with room; rather one that has to
+    read less. -1: none. `held_W`: what share of the prompt's pages a worker has."""
+    able_W = able_W & fleet.decode_W
     if demand.charged:
-        return next((view for view in decoders if view.address == demand.charged), None)
+        row = fleet.row_of.get(demand.charged, -1)
+        return row if row >= 0 and able_W[row] else -1
     if demand.is_queueing:
-        return None
+        return -1
     pages = credit_pages(demand.prompt_tokens)
-    able = [
-        (view.credit.fullness_with(pages) - HELD_SHARE * shares.get(view.index, 0.0), view.address, view)
-        for view in decoders
-        if view.credit is not None and view.credit.fits(pages)
-    ]
-    return min(able, key=lambda item: item[:2])[2] if able else None
-
-
-def of_role(workers: Iterable[WorkerView], role: Role) -> list[WorkerView]:
-    """In their order; the list is the caller's."""
-    return [view for view in workers if view.role is role]
-
-
-def busyness(view: WorkerView) -> tuple[int, int, str]:
-    """Of workers whose waits are alike, who comes first."""
-    return view.tokens_outstanding, view.sequences_outstanding, view.address
+    rows = np.flatnonzero(able_W & fleet.fits_W(pages))
+    if not len(rows):
+        return -1
+    cost = fleet.fullness_with_W(pages)[rows]
+    if held_W is not None:
+        cost -= HELD_SHARE * held_W[rows]
+    return fleet.first_by_address(rows[cost == cost.min()])

@@ -7,11 +7,11 @@ median of the others is believed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
+import numpy as np
 
-from rorqual.performance import Correction, Efficiency, Hardware, ModelCosts, PerformanceModel
-from router.placement.least_wait import TOKENS_PER_SECOND_UNKNOWN, WorkerView
+from rorqual.performance import Corrections, Efficiency, Hardware, ModelCosts, PerformanceModel
+from router.placement.columns import Bools, FleetColumns, Float64s
+from router.placement.least_wait import TOKENS_PER_SECOND_UNKNOWN
 
 RATIO_MAX_UNKNOWN = 1e6
 """Bound of corrections where the hardware is not known: the model gives shapes, measurements the scale."""
@@ -35,35 +35,43 @@ def unknown_hardware_model(costs: ModelCosts) -> PerformanceModel:
 
 
 class Predictions:
+    """Figures are taken in when a prompt is placed, all new ones at once: twenty microseconds for a thousand of them,
+    and policies stay functions of what they are shown. Who reports more often than prompts come is heard with its
+    latest figure."""
+
     def __init__(self, model: PerformanceModel, *, ratio_max: float) -> None:
         self.model = model
-        self._ratio_max = ratio_max
         chunk = model.chunk_tokens
         self.token_seconds = float(model.prefill_seconds(chunk)) / chunk
-        self._corrections: dict[int, tuple[int, Correction]] = {}  # by index: of which session
-        self._told: dict[int, tuple[int, float]] = {}  # session and rate of the last time
+        self._corrections = Corrections(ratio_max=ratio_max)
+        self._session_W = np.zeros(0, np.int64)  # of each correction; 0: nothing was measured
+        self._rate_W = np.zeros(0)  # told the last time
 
-    def learn(self, workers: Sequence[WorkerView]) -> None:
-        """Take in what they have measured since the last time."""
-        for view in workers:
-            rate = view.load.prefill_tokens_per_second
-            told = (view.session_number, rate)
-            if not rate or self._told.get(view.index) == told:
-                continue
-            self._told[view.index] = told
-            session, correction = self._corrections.get(view.index, (0, None))
-            if correction is None or session != view.session_number:
-                # A worker that came back may be another machine.
-                correction = Correction(ratio_max=self._ratio_max)
-                self._corrections[view.index] = (view.session_number, correction)
-            correction.observe(predicted=self.token_seconds, measured=1 / rate)
+    def learn(self, fleet: FleetColumns, able_W: Bools) -> None:
+        """Take in what the able have measured since the last time."""
+        if fleet.num_rows > len(self._rate_W):
+            num_more = fleet.num_rows - len(self._rate_W)
+            self._corrections.grow(fleet.num_rows)
+            self._session_W = np.append(self._session_W, np.zeros(num_more, np.int64))
+            self._rate_W = np.append(self._rate_W, np.zeros(num_more))
+        is_other_W = fleet.session_W != self._session_W
+        is_new_W = (
+            able_W & (fleet.prefill_rate_W != 0) & (is_other_W | (fleet.prefill_rate_W != self._rate_W))
+        )
+        rows = np.flatnonzero(is_new_W)
+        if not len(rows):
+            return
+        # A worker that came back may be another machine.
+        self._corrections.forget(rows[is_other_W[rows]])
+        self._session_W[rows] = fleet.session_W[rows]
+        self._rate_W[rows] = fleet.prefill_rate_W[rows]
+        self._corrections.observe(rows, predicted=self.token_seconds, measured=1 / self._rate_W[rows])
 
-    def factors(self, workers: Sequence[WorkerView]) -> list[float]:
-        """For each of these: by how much predicted seconds are to be multiplied."""
-        known = {
-            view.index: found[1].factor
-            for view in workers
-            if (found := self._corrections.get(view.index)) is not None and found[0] == view.session_number
-        }
-        unknown = median(known.values()) if known else 1.0
-        return [known.get(view.index, unknown) for view in workers]
+    def factors_W(self, fleet: FleetColumns, able_W: Bools) -> Float64s:
+        """By how much predicted seconds are to be multiplied, for each of the able; 1 for others."""
+        is_known_W = able_W & (self._session_W == fleet.session_W)
+        factor_W = np.where(is_known_W, self._corrections.factors, 1.0)
+        is_unknown_W = able_W & ~is_known_W
+        if is_unknown_W.any() and is_known_W.any():
+            factor_W[is_unknown_W] = np.median(factor_W[is_known_W])
+        return factor_W

@@ -87,43 +87,42 @@ class SoonestFirstToken:
         found = fleet.caches.look_up(request.keys)
         promised = self._promises.added_to(found, request.keys)
         pages_W, tail_W = promised.pages_W, promised.tail_W
-        best = self._from_own(fleet, request, pages_W, tail_W)
+        compute_D = self._compute(request)
+        best = self._from_own(fleet, compute_D, pages_W, tail_W)
         ways = [best]
         if self._config.fetches:
-            ways += self._from_peers(fleet, request, found, pages_W, best.depth_W)
+            ways += self._from_peers(fleet, compute_D, found, pages_W, best.depth_W)
         seconds_W = np.minimum.reduce([way.seconds_W for way in ways])
         worker = least(self._score(fleet, request, seconds_W, pages_W), fleet.prefill_W)
         way = min(ways, key=lambda item: float(item.seconds_W[worker]))
         self._remember(request, worker, num_present=int(pages_W[worker]))
-        context = int(way.depth_W[worker]) * PAGE_TOKENS
-        tokens = max(request.num_tokens - context, 1)
-        alone = self._model.prefill_seconds(tokens, context) - self._model.work_seconds(tokens, context)
-        alone_W = fleet.corrected(np.full(fleet.num_workers, float(alone)))
+        depth = int(way.depth_W[worker])
+        tokens = max(request.num_tokens - depth * PAGE_TOKENS, 1)
+        alone = float(self._model.prefill_seconds(tokens, depth * PAGE_TOKENS)) - float(compute_D[depth])
+        slowness = 1.0 if fleet.slowness_W is None else float(fleet.slowness_W[worker])
         return Decision(
             prefill=worker,
             decode=fleet.decode_worker(),
-            resume=int(way.depth_W[worker]),
+            resume=depth,
             fetch=_plan(
                 way,
                 num_own=int(pages_W[worker]),
                 num_pages=request.num_pages,
-                has_own_tail=0 < way.depth_W[worker] == tail_W[worker],
+                has_own_tail=0 < depth == tail_W[worker],
             ),
-            predicted_seconds=float(seconds_W[worker] + alone_W[worker]),
+            predicted_seconds=float(seconds_W[worker]) + alone * slowness,
         )
 
     def finished(self, number: int) -> None:
         self._promises.forget(number)
 
-    def _from_own(
-        self, fleet: FleetPicture, request: CacheDemand, pages_W: Int32s, tail_W: Int32s
-    ) -> _Starts:
+    def _from_own(self, fleet: FleetPicture, compute_D: Float64s, pages_W: Int32s, tail_W: Int32s) -> _Starts:
         depth_W = np.maximum(tail_W, pages_W - self._rebuild_pages)
-        seconds_W = fleet.wait_seconds_W + fleet.corrected(self._compute(request, depth_W))
+        seconds_W = fleet.wait_seconds_W + fleet.corrected(compute_D[depth_W])
         return _Starts(depth_W, seconds_W, -1, 0, False)
 
     def _from_peers(
-        self, fleet: FleetPicture, request: CacheDemand, found: Found, pages_W: Int32s, own_W: Int32s
+        self, fleet: FleetPicture, compute_D: Float64s, found: Found, pages_W: Int32s, own_W: Int32s
     ) -> list[_Starts]:
         """Two ways: with the deepest tail of all workers, and with the most pages and a rebuild."""
         ways: list[_Starts] = []
@@ -134,13 +133,13 @@ class SoonestFirstToken:
         least_own = int(own_W.min())
         if tail >= least_own + self._config.fetch_pages_min:
             ways.append(
-                self._way(fleet, request, pages_W, peer=tail_peer, depth=tail, reach=tail, has_tail=True)
+                self._way(fleet, compute_D, pages_W, peer=tail_peer, depth=tail, reach=tail, has_tail=True)
             )
         rebuilt = pages - self._rebuild_pages
         if rebuilt >= max(tail, least_own) + self._config.fetch_pages_min:
             ways.append(
                 self._way(
-                    fleet, request, pages_W, peer=pages_peer, depth=rebuilt, reach=pages, has_tail=False
+                    fleet, compute_D, pages_W, peer=pages_peer, depth=rebuilt, reach=pages, has_tail=False
                 )
             )
         return ways
@@ -148,7 +147,7 @@ class SoonestFirstToken:
     def _way(
         self,
         fleet: FleetPicture,
-        request: CacheDemand,
+        compute_D: Float64s,
         pages_W: Int32s,
         *,
         peer: int,
@@ -158,19 +157,18 @@ class SoonestFirstToken:
     ) -> _Starts:
         missing_W = np.maximum(reach - pages_W, 0)
         num_bytes_W = missing_W * float(self._page_bytes) + (self._tail_bytes if has_tail else 0.0)
-        depth_W = np.full(fleet.num_workers, depth, np.int32)
         seconds_W = np.maximum(fleet.wait_seconds_W, self._model.fetch_seconds(num_bytes_W))
-        seconds_W = seconds_W + fleet.corrected(self._compute(request, depth_W))
+        depth_W = np.full(fleet.num_workers, depth, np.int32)
+        seconds_W = seconds_W + fleet.corrected(compute_D[depth_W])
         seconds_W[peer] = np.inf  # nobody reads from itself
         if fleet.readable_W is not None:
             seconds_W[~fleet.readable_W] = np.inf
         return _Starts(depth_W, seconds_W, peer, reach, has_tail)
 
-    def _compute(self, request: CacheDemand, depth_W: Int32s) -> Float64s:
-        """Many workers have the same start, above all none: each start is computed once."""
-        depths, inverse = np.unique(depth_W, return_inverse=True)
-        context = depths.astype(np.float64) * PAGE_TOKENS
-        return self._model.work_seconds(np.maximum(request.num_tokens - context, 1.0), context)[inverse]
+    def _compute(self, request: CacheDemand) -> Float64s:
+        """Of each depth a worker may begin at: all workers and ways have some of them."""
+        context_D = np.arange(request.num_pages + 1, dtype=np.float64) * PAGE_TOKENS
+        return self._model.work_seconds(np.maximum(request.num_tokens - context_D, 1.0), context_D)
 
     def _score(
         self, fleet: FleetPicture, request: CacheDemand, seconds_W: Float64s, pages_W: Int32s

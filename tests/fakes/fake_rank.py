@@ -1,7 +1,8 @@
 """A rank with a computable answer that holds its host to the contract of `engine.plan` to the letter.
 
 The next token is a hash of (the token before, its position, seed, choice). `FakeRank` answers plans in the process;
-run as a program (`python fake_rank.py --fd N [--step-ms M]`) it is the other end of `engine.worker.rank_link`.
+run as a program (`python fake_rank.py --fd N [--step-ms M]`) it is the other end of `engine.worker.rank_link`, and
+reads what other such programs lend (`fake_memory`).
 
 Its memory is what the pages and records of a real one would be a function of: a page holds its tokens and a hash of
 all that came before them. Every step checks that a sequence's pages still hold what it has put there; so a page or
@@ -16,9 +17,11 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 from fake_host_memory import FakeHostMemory
+from fake_memory import RemoteOwner, serve_memory
 from fake_state import (
     EOS,
     NUM_PAGE_COMPONENTS,
@@ -89,6 +92,7 @@ class FakeRank:
         num_host_pages: int = 0,
         num_host_records: int = 0,
         first_host_id: int = 0,
+        positions_max: int = POSITIONS_MAX,
     ) -> None:
         self.num_pages = num_pages
         self.num_slots = num_slots
@@ -97,6 +101,8 @@ class FakeRank:
         self.agent = agent
         self.drafts_max = drafts_max
         self.drafts_well = drafts_well
+        self.positions_max = positions_max
+        self.metadata = b""  # how it is reached from other processes
         self.slots: dict[int, Slot] = {}
         self.memory: list[Rows | None] = [None] * num_pages
         self.records: list[bytes | None] = [None] * num_records
@@ -119,7 +125,7 @@ class FakeRank:
         if self.num_records:
             transfer = {
                 "wire_id": WIRE_ID_DRAFTS if self.drafts_max else WIRE_ID,
-                "endpoint": Endpoint(backend="fake", agent=self.agent, metadata=b"", regions=()),
+                "endpoint": Endpoint(backend="fake", agent=self.agent, metadata=self.metadata, regions=()),
                 "num_records": self.num_records,
                 "num_page_components": NUM_PAGE_COMPONENTS,
             }
@@ -127,7 +133,7 @@ class FakeRank:
             num_pages=self.num_pages,
             num_slots=self.num_slots,
             vocab_size=VOCAB_SIZE,
-            max_position_embeddings=POSITIONS_MAX,
+            max_position_embeddings=self.positions_max,
             eos_token_ids=(EOS,),
             model_fingerprint="fake",
             numerics="float32",
@@ -488,6 +494,29 @@ class FakeRank:
             verified.append(Verified(slot=segment.slot, num_drafts=num_rows - 1, num_accepted=num_accepted))
 
 
+class Owners:
+    """The other ranks, as a program reaches them."""
+
+    def __init__(self, rank: FakeRank) -> None:
+        self._rank = rank
+        self._owners: dict[str, Any] = {}  # by agent; what `FakeRank` reads of another rank
+        if rank.num_records:
+            rank.metadata = serve_memory(rank.memory, rank.records)
+
+    def carry_out(self, message: ToTransfer) -> FromTransfer | None:
+        try:
+            if isinstance(message, PeerOpen):
+                self._owners[message.endpoint.agent] = RemoteOwner(message.endpoint.metadata)
+            answered = self._rank.transfer(message, self._owners)
+        except ConnectionError:
+            if isinstance(message, PeerOpen):
+                return self._rank.transfer(message, {})
+            assert isinstance(message, Fetch)
+            gone = "the peer is gone"
+            return Fetched(fetch=message.fetch, error=gone, num_bytes=0, transfer_ms=1.0, verify_ms=0.0)
+        return answered
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
@@ -496,6 +525,7 @@ def main() -> None:
         "--fail", choices=["at-load", "at-step", "exit-at-step", "hang-at-step", "ignore-shutdown"]
     )
     parser.add_argument("--no-mtp", action="store_true")
+    parser.add_argument("--positions-max", type=int, default=POSITIONS_MAX)
     args = parser.parse_args()
     connection = join_host(args.fd)
     settings = read_frame(connection)
@@ -515,7 +545,9 @@ def main() -> None:
         drafts_max=0 if args.no_mtp else settings.drafts_max,
         num_host_pages=settings.num_host_pages,
         num_host_records=settings.num_host_pages,
+        positions_max=args.positions_max,
     )
+    owners = Owners(rank)
     write_frame(connection, RankProgress(stage="weights", done=1.0, total=2.0, unit="GB"))
     write_frame(connection, rank.ready())
     while (message := read_frame(connection)) is not None:
@@ -524,7 +556,7 @@ def main() -> None:
                 time.sleep(60)
             return
         if isinstance(message, ToTransfer):
-            answered = rank.transfer(message, {})
+            answered = owners.carry_out(message)
             if answered is not None:
                 write_frame(connection, answered)
             continue

@@ -30,6 +30,16 @@ from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
 from router.fleet import Fleet, FleetConfig
 from router.fleet_metrics import FleetMetrics
 from router.generation import ChoiceUpdate, Generation
+from router.placement import (
+    Demand,
+    FleetColumns,
+    Placement,
+    Predicted,
+    Split,
+    Whole,
+    missing_roles,
+)
+from router.placement.columns import Bools
 from router.placement.policies import WorkerModel, make_placement
 from router.text import ChoiceText, StopStrings
 
@@ -125,12 +135,57 @@ class Cluster:
         await until(lambda: all(view.sequences_outstanding == 0 for view in self.fleet.view()))
         for view in self.fleet.view():
             assert (view.tokens_outstanding, view.prompt_tokens_outstanding) == (0, 0)
+        check_table(self.fleet)
         assert self.fleet.credit.num_waiting == self.count("credit_waiting") == 0
         for address in self.decodes:
             use = self.fleet.credit.use_of(address)
             assert use is None or (use.sequences, use.pages) == (0, 0)
             assert self.count("credit_sequences", worker=address) == 0
             assert self.count("credit_pages", worker=address) == 0
+
+
+@dataclass
+class Checked:
+    """A placement that finds the fleet's table as links and ledger have it, whenever it is asked."""
+
+    placement: Placement
+    fleet: Fleet
+
+    @property
+    def uses_keys(self) -> bool:
+        return self.placement.uses_keys
+
+    def choose(self, fleet: FleetColumns, able_W: Bools, demand: Demand) -> Whole | Split | None:
+        assert fleet is self.fleet.columns
+        check_table(self.fleet)
+        return self.placement.choose(fleet, able_W, demand)
+
+    def finished(self, predicted: Predicted) -> None:
+        self.placement.finished(predicted)
+
+
+def check_table(fleet: Fleet) -> None:
+    """Every row says what its link and the ledger of credit say, and members are the links that are connected."""
+    views = {view.address: view for view in fleet.view()}
+    links = {address: fleet.link(address) for address in fleet.columns.addresses}
+    connected = {address: link for address, link in links.items() if link.welcome is not None}
+    assert views.keys() == connected.keys()
+    for address, link in connected.items():
+        view, sequences = views[address], link._sequences.values()
+        assert (view.session_number, view.index) == (link.session_number, link.feed.index)
+        assert (view.role, view.draining) == (link.welcome.role, link._draining)
+        assert view.sequences_outstanding == len(sequences)
+        assert view.tokens_outstanding == sum(item.tokens_outstanding for item in sequences)
+        assert view.prompt_tokens_outstanding == sum(item.prompt_tokens_outstanding for item in sequences)
+        assert view.prompt_tokens_sent == sum(item.prompt_tokens_sent for item in sequences)
+        assert view.pages_cached == link.feed.reader.num_entries
+        assert view.credit == fleet.credit.use_of(address)
+    members, welcomes = fleet.members, [link.welcome for link in connected.values()]
+    assert len(members) == len(welcomes)
+    assert members.missing() == missing_roles(welcome.role for welcome in welcomes)
+    assert {root.wire_id for root in members.roots} == {welcome.wire_id for welcome in welcomes}
+    if welcomes:
+        assert members.sequence_tokens_max == min(welcome.sequence_tokens_max for welcome in welcomes)
 
 
 @asynccontextmanager
@@ -155,11 +210,12 @@ async def a_cluster(
         router_id="router",
         randomness=random.Random(1),
     )
+    policy = make_placement(
+        placement, caches=the_fleet.picture, workers=WorkerModel(costs=model_costs(FLASH))
+    )
     dispatcher = Dispatcher(
         fleet=the_fleet,
-        placement=make_placement(
-            placement, caches=the_fleet.picture, workers=WorkerModel(costs=model_costs(FLASH))
-        ),
+        placement=Checked(policy, the_fleet),
         make_texts=make_texts,
         config=DispatchConfig(served_name="fake", created=5, **stages),
         metrics=metrics,

@@ -9,10 +9,13 @@ whatever was lent returns `RETURN_SECONDS_MAX` after its request has ended.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from kvstore.transfer.contract import Endpoint
 from tests.harness.asking import Asking, Door, ask
 from tests.harness.pools import Pools, Role
+from tests.harness.raw_session import attach, raw_session
 from tests.harness.system import IDS_CONFIG, SECONDS_MAX, wait_until
 
 LEASE_SECONDS = 4.0
@@ -139,3 +142,23 @@ def opened_by(pools: Pools, role: Role, before: dict[str, float]) -> str:
 def num_ended(pools: Pools, name: str, reason: str) -> float:
     """Sequences that a worker counts as ended so."""
     return pools[name].by_label("rorqual_worker_sequences_ended_total", "reason").get(reason, 0)
+
+
+def endpoint_of(pools: Pools, name: str) -> Endpoint:
+    address = pools[name].address
+    with raw_session(address) as session:
+        welcome = session.welcome
+    return attach(address, incarnation=welcome.incarnation, wire_id=welcome.wire_id)
+
+
+def spoil(pid: int, endpoint: Endpoint, region_name: str, *, at: int) -> None:
+    """Flip one bit of every unit of a region, where it lies in the memory of its owner's rank."""
+    (region,) = [region for region in endpoint.regions if region.name == region_name]
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDWR)
+    try:
+        for unit in range(region.num_units):
+            address = region.address + unit * region.unit_bytes + at
+            (byte,) = os.pread(memory, 1, address)
+            assert os.pwrite(memory, bytes((byte ^ 4,)), address) == 1
+    finally:
+        os.close(memory)

@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,7 @@ COMMANDS: Mapping[Role, str] = {
     "both": "worker",
     "router": "router",
 }
+FAKE_WORKER = Path(__file__).parents[1] / "fakes" / "fake_worker.py"
 STOP_SECONDS_MAX = 30.0
 
 PORTS = range(12000, 30000)
@@ -72,7 +74,9 @@ class Member:
         arguments: list[str],
         folder: Path,
         environment: dict[str, str],
+        fake: tuple[str, ...] | None = None,
     ) -> None:
+        """`fake`: options of a worker over a fake rank (`tests/fakes/fake_worker.py`); None: it is real."""
         self.name = name
         self.role: Role = role
         self.address = address  # of a worker's sessions, of a router's HTTP
@@ -82,7 +86,8 @@ class Member:
         self._arguments = arguments
         self._folder = folder
         self._environment = environment
-        self._ready_file = folder / f"{name}.ready.json"
+        self._fake = fake
+        self.ready_file = folder / f"{name}.ready.json"
         self._process: subprocess.Popen[bytes] | None = None
         self._num_lives = 0
         self._was_hurt = False
@@ -99,15 +104,15 @@ class Member:
     def start(self, *options: str) -> None:
         """It need not be ready yet: see `wait_until_ready`. `options` are this life's, and come last: they win."""
         assert not self.is_alive(), f"{self.name} is still there"
-        self._ready_file.unlink(missing_ok=True)
+        self.ready_file.unlink(missing_ok=True)
         self._num_lives += 1
         self._was_hurt = False
         self.is_stopped = False
         self.pids = []
-        arguments = [COMMANDS[self.role], *self._arguments, *options, "--ready-file", str(self._ready_file)]
+        arguments = [*self._arguments, *options, "--ready-file", str(self.ready_file)]
         with self._output_file().open("wb") as output:
             self._process = subprocess.Popen(
-                rorqual_command(*arguments),
+                self._command(arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -116,9 +121,9 @@ class Member:
 
     def wait_until_ready(self) -> dict[str, Any]:
         process = self._running()
-        wait_until(lambda: self._ready_file.exists() or process.poll() is not None, seconds_max=SECONDS_MAX)
-        assert self._ready_file.exists(), f"{self.name} did not become ready:\n{self.output()}"
-        ready = json.loads(self._ready_file.read_text(encoding="utf-8"))
+        wait_until(lambda: self.ready_file.exists() or process.poll() is not None, seconds_max=SECONDS_MAX)
+        assert self.ready_file.exists(), f"{self.name} did not become ready:\n{self.output()}"
+        ready = json.loads(self.ready_file.read_text(encoding="utf-8"))
         self.pids = [ready["pid"]] if self.role == "router" else ready["processes"]
         self.metrics_url = f"{ready['http']}/metrics" if self.role == "router" else ready["metrics"]
         assert self.pids[0] == process.pid
@@ -213,6 +218,12 @@ class Member:
                     os.kill(pid, signal.SIGKILL)
             self._running().wait(STOP_SECONDS_MAX)
 
+    def _command(self, arguments: list[str]) -> list[str]:
+        if self._fake is None:
+            return rorqual_command(COMMANDS[self.role], *arguments)
+        fake = ["--parent", str(os.getpid()), "--role", self.role, *self._fake]
+        return [sys.executable, str(FAKE_WORKER), *fake, "--", *arguments]
+
     def _running(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, f"{self.name} was never started"
         return self._process
@@ -232,8 +243,10 @@ class Pools(Served):
         transfer: str | None = None,
         ucx_tls: str | None = None,
         environment: Mapping[str, str] | None = None,
+        fake: tuple[str, ...] | None = None,
     ) -> None:
-        """`options` are every worker's; `transfer` every prefill and decode worker's."""
+        """`options` are every worker's; `transfer` every prefill and decode worker's; `fake`, if given, those of the
+        fake workers that take the place of real ones."""
         super().__init__(model.name)
         self.members: dict[str, Member] = {}
         self._model = model
@@ -242,6 +255,7 @@ class Pools(Served):
         self._transfer = transfer
         self._environment = dict(os.environ) | ENVIRONMENT | ({"UCX_TLS": ucx_tls} if ucx_tls else {})
         self._environment |= environment or {}
+        self._fake = fake
         self._ports = free_ports()
 
     def __getitem__(self, name: str) -> Member:
@@ -394,6 +408,7 @@ class Pools(Served):
             arguments=arguments,
             folder=self._folder,
             environment=self._environment,
+            fake=None if role == "router" else self._fake,
         )
         return self.members[name]
 

@@ -35,6 +35,7 @@ from kvstore.pools import Pools
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
+from rorqual.session import Role
 
 FIRST_HOST_ID = 1000
 
@@ -97,6 +98,7 @@ class Reusing:
         num_host_pages: int = 0,
         num_host_records: int = 0,
         **tier: float,
+        role: Role = Role.BOTH,
     ) -> None:
         vocab_size = model.config.vocab_size
         self.runner = Runner(
@@ -140,8 +142,9 @@ class Reusing:
                 sequence_tokens_max=min(model.config.max_position_embeddings, num_pages * PAGE_TOKENS),
                 eos_token_ids=frozenset(),
                 prefill_tokens_max=prefill_tokens_max,
+                role=role,
                 num_records=num_records,
-                num_page_components=2,
+                num_page_components=len(self.rank.digests.components),
                 drafts_max=drafts,
                 cache=cache if keeps else None,
                 host_tier=HostTierConfig(
@@ -157,7 +160,13 @@ class Reusing:
         self._pipe: deque[StepPlan] = deque()
 
     def open(
-        self, prompt: Sequence[int], num_tokens: int, *, sampling: SamplingParams, salt: str = ""
+        self,
+        prompt: Sequence[int],
+        num_tokens: int,
+        *,
+        sampling: SamplingParams,
+        salt: str = "",
+        fetching: bool = False,
     ) -> int:
         key = len(self.answers)
         self.answers[key] = []
@@ -168,6 +177,7 @@ class Reusing:
             ignore_eos=True,
             sampling=sampling,
             salt=salt,
+            fetching=fetching,
         )
         return key
 

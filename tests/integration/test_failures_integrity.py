@@ -3,7 +3,6 @@ found out, nobody is harmed, and the next request is served."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from engine.worker.wire import ATTACH_PATH, RENEW_PATH, AttachRequest, encode_attach_request
-from kvstore.transfer.contract import Endpoint
 from rorqual.ids import Incarnation, LeaseName, SequenceId
 from rorqual.sampling import SamplingParams
 from rorqual.session import Cancel, ErrorCode, FinishReason, Open, Renew, SequenceReport, Source
@@ -23,11 +21,13 @@ from tests.harness.failures import (
     RETURN_SECONDS_MAX,
     SLACK_SECONDS,
     check_serving,
+    endpoint_of,
     living,
+    spoil,
     unread,
 )
 from tests.harness.pools import Pools
-from tests.harness.raw_session import RawSession, attach, raw_session, refusal, release, renew
+from tests.harness.raw_session import RawSession, raw_session, refusal, release, renew
 from tests.harness.system import wait_until
 
 pytestmark = [pytest.mark.minutes, pytest.mark.timeout(180)]
@@ -50,26 +50,6 @@ def routed(two_of_each: Pools) -> Iterator[Pools]:
 def pools(routed: Pools) -> Iterator[Pools]:
     yield routed
     routed.heal()
-
-
-def endpoint_of(pools: Pools, name: str) -> Endpoint:
-    address = pools[name].address
-    with raw_session(address) as session:
-        welcome = session.welcome
-    return attach(address, incarnation=welcome.incarnation, wire_id=welcome.wire_id)
-
-
-def spoil(pid: int, endpoint: Endpoint, region_name: str, *, at: int) -> None:
-    """Flip one bit of every unit of a region, where it lies in the memory of its owner's rank."""
-    (region,) = [region for region in endpoint.regions if region.name == region_name]
-    memory = os.open(f"/proc/{pid}/mem", os.O_RDWR)
-    try:
-        for unit in range(region.num_units):
-            address = region.address + unit * region.unit_bytes + at
-            (byte,) = os.pread(memory, 1, address)
-            assert os.pwrite(memory, bytes((byte ^ 4,)), address) == 1
-    finally:
-        os.close(memory)
 
 
 def outcomes(pools: Pools, outcome: str) -> float:

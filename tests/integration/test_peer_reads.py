@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from rorqual.ids import SequenceId
 from rorqual.model_config import PAGE_TOKENS
-from tests.harness.pools import Pools
+from rorqual.sampling import SamplingParams
+from rorqual.session import Open, PeerFetch, SequenceReport
+from tests.harness.failures import endpoint_of, spoil
+from tests.harness.pools import Member, Pools
+from tests.harness.raw_session import raw_session
 from tests.harness.system import IDS_CONFIG, Served, make_checkpoint, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -47,11 +54,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("models"), IDS_CONFIG, name="kept")
 
 
-@pytest.mark.parametrize("transfer", ["nixl", "shm"])
+@pytest.mark.parametrize(
+    ("transfer", "options"), [("nixl", ()), ("shm", ()), ("shm", ("--drafts", "1"))], ids=str
+)
 def test_the_next_turn_starts_from_what_the_decode_worker_has_generated(
-    model: Path, tmp_path: Path, transfer: str
+    model: Path, tmp_path: Path, transfer: str, options: tuple[str, ...]
 ) -> None:
-    pools = Pools(model, tmp_path, *SYSTEM, transfer=transfer)
+    pools = Pools(model, tmp_path, *SYSTEM, *options, transfer=transfer)
     try:
         pools.start("prefill")
         pools.start("decode")
@@ -110,3 +119,89 @@ def test_a_router_that_was_started_anew_knows_what_workers_keep(model: Path, tmp
         pools.wait_until_idle()
     finally:
         pools.close()
+
+
+@pytest.fixture(scope="module")
+def neighbours(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    """Two prefill workers, told by the test who reads from whom."""
+    pools = Pools(model, tmp_path_factory.mktemp("neighbours"), *SYSTEM, transfer="nixl")
+    try:
+        pools.start("prefill", 2)
+        yield pools
+    finally:
+        pools.close()
+
+
+def compute(worker: Member, prompt: list[int], *, source: Member | None = None) -> SequenceReport:
+    """One token and its logprob, by a worker that is to read all full pages from another one first."""
+    fetch = None
+    if source is not None:
+        num_pages = len(prompt) // PAGE_TOKENS
+        fetch = PeerFetch(address=source.address, num_pages=num_pages, wants_tail=True, seconds_max=20.0)
+    with raw_session(worker.address) as session:
+        session.send(
+            Open(
+                sequence_id=SequenceId(1),
+                request_id="a test's",
+                prompt=np.array(prompt, dtype=np.int32),
+                max_tokens=1,
+                ignore_eos=True,
+                sampling=SamplingParams(seed=3, logprobs=1),
+                fetch=fetch,
+            )
+        )
+        report = session.wait_for(lambda item: bool(item.token_ids or item.error))
+    assert len(report.token_ids) == 1, report.error
+    return report
+
+
+def outcome_of(worker: Member, before: dict[str, float]) -> str:
+    """Of the one read since."""
+    now = worker.by_label("rorqual_worker_peer_reads_total", "outcome")
+    (outcome,) = [name for name in now if now[name] == before.get(name, 0) + 1]
+    return outcome
+
+
+@pytest.mark.parametrize("region", ["c4", "c128", "records", ""])
+def test_bytes_that_are_not_what_a_peer_has_computed_are_computed_anew(
+    neighbours: Pools, region: str
+) -> None:
+    owner, reader = neighbours["prefill-0"], neighbours["prefill-1"]
+    prompt = a_prompt(20 + len(region), 2 * PAGE_TOKENS + 90)
+    computed = compute(owner, prompt)
+    before = reader.by_label("rorqual_worker_peer_reads_total", "outcome")
+    if region:
+        spoil(owner.rank, endpoint_of(neighbours, owner.name), region, at=100)
+    try:
+        got = compute(reader, prompt, source=owner)
+    finally:
+        if region:
+            spoil(owner.rank, endpoint_of(neighbours, owner.name), region, at=100)  # as it was
+    assert (got.token_ids, got.logprobs) == (computed.token_ids, computed.logprobs)
+    assert outcome_of(reader, before) == ("failed" if region else "read")
+    assert got.cached_tokens == (0 if region else 2 * PAGE_TOKENS)
+    neighbours.wait_until_idle()
+
+
+def test_a_peer_that_was_started_anew_has_nothing_of_its_life_before(neighbours: Pools) -> None:
+    owner, reader = neighbours["prefill-0"], neighbours["prefill-1"]
+    prompts = [a_prompt(seed, 2 * PAGE_TOKENS + 90) for seed in (30, 31)]
+    first = [compute(owner, prompt) for prompt in prompts]
+    assert compute(reader, prompts[0], source=owner).cached_tokens == 2 * PAGE_TOKENS
+    neighbours.kill("prefill-0")
+    before = reader.by_label("rorqual_worker_peer_reads_total", "outcome")
+    lost = compute(reader, prompts[1], source=owner)
+    assert (lost.token_ids, lost.logprobs) == (first[1].token_ids, first[1].logprobs)
+    assert (outcome_of(reader, before), lost.cached_tokens) == ("failed", 0)
+    owner.start()
+    owner.wait_until_ready()
+    # Known there now: of another prompt nothing is, and what the new life computes can be read.
+    other = a_prompt(32, 2 * PAGE_TOKENS + 90)
+    before = reader.by_label("rorqual_worker_peer_reads_total", "outcome")
+    assert compute(reader, other[: PAGE_TOKENS + 5], source=owner).cached_tokens == 0
+    assert outcome_of(reader, before) == "gone"
+    computed = compute(owner, other)
+    got = compute(reader, other, source=owner)
+    assert (got.token_ids, got.logprobs) == (computed.token_ids, computed.logprobs)
+    assert got.cached_tokens == 2 * PAGE_TOKENS
+    neighbours.wait_until_idle()

@@ -121,6 +121,7 @@ def test_the_ground_and_the_router_load_without_torch():
         "engine.worker.process",
         "kvstore.pages",
         "kvstore.shadow_radix",
+        "kvstore.store.redis_store",
     ],
 )
 def test_a_workers_host_loads_without_torch(module):

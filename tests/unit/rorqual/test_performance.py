@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rorqual.performance import FLASH, HARDWARE, PRO, Correction, Efficiency, PerformanceModel, model_costs
+from rorqual.performance import FLASH, HARDWARE, PRO, Corrections, Efficiency, PerformanceModel, model_costs
 from rorqual.performance.correction import RATIO_MAX
 
 IDEAL = Efficiency(memory=1.0, arithmetic=1.0, network=1.0, step_seconds=0.0)
@@ -97,23 +97,39 @@ def test_more_tokens_or_more_context_never_take_less_time(tokens: int, context: 
     )
 
 
-def test_a_correction_comes_to_the_measured_ratio() -> None:
-    correction = Correction(weight=0.2)
+def observe(corrections: Corrections, predicted: float, measured: float, *, row: int = 0) -> None:
+    corrections.observe(np.array([row]), predicted=predicted, measured=np.array([measured]))
+
+
+def test_a_correction_comes_to_the_measured_ratio_and_moves_nobody_elses() -> None:
+    corrections = Corrections(2, weight=0.2)
     for _ in range(60):
-        correction.observe(predicted=2.0, measured=3.0)
-    assert correction.factor == pytest.approx(1.5, rel=1e-3)
+        observe(corrections, 2.0, 3.0, row=1)
+    assert corrections.factors == pytest.approx([1.0, 1.5], rel=1e-3)
+    corrections.grow(3)
+    assert corrections.factors == pytest.approx([1.0, 1.5, 1.0], rel=1e-3)
+    corrections.forget(np.array([1]))
+    assert corrections.factors.tolist() == [1.0, 1.0, 1.0]
+
+
+@given(st.lists(st.floats(0.2, 5.0), min_size=1, max_size=10))
+def test_a_correction_is_at_first_the_mean_of_what_was_measured(ratios: list[float]) -> None:
+    corrections = Corrections(1)
+    for ratio in ratios:
+        observe(corrections, 2.0, 2.0 * ratio)
+    assert corrections.factors[0] == pytest.approx(sum(ratios) / len(ratios))
 
 
 @given(st.lists(st.tuples(st.floats(-1, 1e9), st.floats(-1, 1e9))))
 def test_a_correction_stays_within_its_bounds(pairs: list[tuple[float, float]]) -> None:
-    correction = Correction()
+    corrections = Corrections(1)
     for predicted, measured in pairs:
-        correction.observe(predicted=predicted, measured=measured)
-        assert 1 / RATIO_MAX <= correction.factor <= RATIO_MAX
+        observe(corrections, predicted, measured)
+        assert 1 / RATIO_MAX <= corrections.factors[0] <= RATIO_MAX
 
 
 def test_nothing_is_learned_from_what_was_not_measured() -> None:
-    correction = Correction()
-    correction.observe(predicted=0.0, measured=1.0)
-    correction.observe(predicted=1.0, measured=0.0)
-    assert correction.factor == 1.0
+    corrections = Corrections(1)
+    observe(corrections, 0.0, 1.0)
+    observe(corrections, 1.0, 0.0)
+    assert corrections.factors[0] == 1.0

@@ -56,6 +56,17 @@ def test_the_preferred_worker_is_taken_where_it_has_room_and_else_the_least_full
     assert desk.ask("e", preferred="d3").address == "d1"
 
 
+def test_preferring_a_worker_overrules_neither_its_draining_nor_who_avoids_it_nor_who_waits_for_it() -> None:
+    desk = a_desk(d1=4, d2=4)
+    desk.limit("d2", 4, 100, session=2, draining=True)
+    assert desk.ask("a", preferred="d2").address == "d1"
+    desk.limit("d2", 4, 100, session=2)
+    assert desk.ask("b", preferred="d2", avoided=frozenset({2})).address == "d1"
+    long = desk.ask("long", 99, avoided=frozenset({2}))  # waits for the first
+    assert long.is_waiting
+    assert desk.ask("c", preferred="d1").address == "d2"
+
+
 def test_those_who_wait_are_granted_in_order_as_room_comes() -> None:
     desk = a_desk(d=1)
     first = desk.ask("first")
@@ -175,7 +186,8 @@ class Ledger(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = CreditLedger(waiting_max=6)
+        self.uses: dict[str, CreditUse | None] = {}  # as they were told
+        self.ledger = CreditLedger(waiting_max=6, on_use=self.uses.__setitem__)
         self.limits: dict[str, tuple[int, Credit, bool]] = {}
         self.tickets: list[Ticket] = []
         self.told: list[Ticket] = []
@@ -199,13 +211,22 @@ class Ledger(RuleBasedStateMachine):
         self.ledger.drop(address)
         self.check_turns(before)
 
-    @rule(pages=st.integers(1, 5), urgent=st.booleans(), avoided=st.frozensets(st.integers(1, 4), max_size=2))
-    def ask(self, pages: int, urgent: bool, avoided: frozenset[int]) -> None:
+    @rule(
+        pages=st.integers(1, 5),
+        urgent=st.booleans(),
+        avoided=st.frozensets(st.integers(1, 4), max_size=2),
+        preferred=st.just("") | ADDRESSES,
+    )
+    def ask(self, pages: int, urgent: bool, avoided: frozenset[int], preferred: str) -> None:
         num_ordinary = sum(1 for ticket in self.waiting() if not ticket.is_urgent)
         tickets: list[Ticket] = []
         try:
             ticket = self.ledger.ask(
-                pages, on_grant=lambda: self.told.append(tickets[0]), is_urgent=urgent, avoided=avoided
+                pages,
+                on_grant=lambda: self.told.append(tickets[0]),
+                is_urgent=urgent,
+                avoided=avoided,
+                preferred=preferred,
             )
         except Overloaded:
             assert not urgent
@@ -244,6 +265,9 @@ class Ledger(RuleBasedStateMachine):
             assert use == CreditUse(
                 limit=limit, sequences=len(charged), pages=sum(ticket.pages for ticket in charged)
             )
+        for address, use in self.uses.items():
+            assert use == self.ledger.use_of(address)
+        assert self.uses.keys() >= self.limits.keys()
         for ticket in self.tickets:
             assert not ticket.is_granted or ticket.address in self.limits
         assert self.ledger.num_waiting == len(self.waiting())

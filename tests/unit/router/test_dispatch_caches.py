@@ -84,7 +84,7 @@ async def test_a_prompt_that_ends_without_a_token_is_promised_no_longer() -> Non
     async with a_cluster("a", start=False, placement="rorqual", first_token_seconds_max=0.2) as cluster:
         await a_keeping_cluster(cluster, "a")
         cluster.links["a"].gate.clear()
-        policy = cluster.dispatcher._placement._policy  # pyright: ignore
+        policy = cluster.dispatcher._placement.placement._policy  # pyright: ignore
         closing = cluster.dispatcher.generate(a_turn([7] * 800, 1))
         waiting = asyncio.create_task(anext(closing))
         await until(lambda: len(policy._promises) == 1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 
+import pytest
 from fake_transport import FakeChannel
 
 from kvstore.keys import PageKey, page_keys, root_key
-from rorqual.feed import Delta
+from rorqual.feed import CONTENT_ENTRIES_MAX, Delta, FeedItem, SnapshotPart
+from rorqual.ids import Incarnation
 from rorqual.session import StepReport, TokenArray, Welcome
 from router.picture import Found
 from tests.harness.cluster import Cluster, a_cluster, a_generation, collect, the_answer, until
@@ -88,37 +91,96 @@ async def test_a_worker_that_was_started_anew_is_followed_from_nothing() -> None
 
 
 class Tampering:
-    """The first delta that passes is changed."""
+    """The first delta that passes is changed: None, it is left out."""
 
-    def __init__(self, channel: FakeChannel) -> None:
+    def __init__(self, channel: FakeChannel, change: Callable[[Delta], FeedItem | None]) -> None:
         self.num_changed = 0
+        self._change = change
         self._receive = channel.receive
         channel.receive = self.receive  # type: ignore[method-assign]
 
     async def receive(self) -> Welcome | StepReport:
         report = await self._receive()
         if isinstance(report, StepReport) and not self.num_changed:
-            items = list(report.feed)
-            for number, item in enumerate(items):
-                if isinstance(item, Delta):
-                    items[number] = dataclasses.replace(item, digest=item.digest ^ 1)
+            items: list[FeedItem] = []
+            for item in report.feed:
+                changed: FeedItem | None = item
+                if isinstance(item, Delta) and not self.num_changed:
                     self.num_changed += 1
-                    break
+                    changed = self._change(item)
+                items += [changed] if changed is not None else []
             report = dataclasses.replace(report, feed=tuple(items))
         return report
 
 
-async def test_a_feed_that_is_damaged_is_counted_and_asked_for_anew() -> None:
+def an_absurd_snapshot(delta: Delta) -> SnapshotPart:
+    return SnapshotPart(
+        incarnation=delta.incarnation,
+        number=delta.number,
+        part=0,
+        num_parts=1,
+        num_entries=CONTENT_ENTRIES_MAX + 1,
+        digest=delta.digest,
+        keys=b"",
+        flags=b"",
+    )
+
+
+TAMPERINGS: dict[str, Callable[[Delta], FeedItem | None]] = {
+    "digest": lambda delta: dataclasses.replace(delta, digest=delta.digest ^ 1),
+    "incarnation": lambda delta: dataclasses.replace(delta, incarnation=Incarnation(delta.incarnation + 1)),
+    "gap": lambda _: None,  # which the next item finds
+    "duplicate": lambda delta: dataclasses.replace(delta, number=delta.number - 1),
+    "count": an_absurd_snapshot,
+    "entry": lambda delta: dataclasses.replace(delta, changes=b"\x77" * len(delta.changes)),
+}
+
+
+@pytest.mark.parametrize("reason", TAMPERINGS)
+async def test_a_feed_that_cannot_be_right_is_counted_and_asked_for_anew_and_all_are_served(
+    reason: str,
+) -> None:
     async with a_cluster("a") as cluster:
-        tampering = Tampering(cluster.transport.latest["a"])
+        tampering = Tampering(cluster.transport.latest["a"], TAMPERINGS[reason])
         await collect(cluster, a_generation(9))  # the report that is awaited now passes as it is
-        generation = a_generation(length=600)
-        (got,) = await collect(cluster, generation)
-        assert got.tokens == the_answer(generation)
+        for number in range(2):
+            generation = a_generation(number, length=600)
+            (got,) = await collect(cluster, generation)
+            assert got.tokens == the_answer(generation)
         await until(lambda: tampering.num_changed == 1 and is_exact(cluster, "a"))
         assert look_up_all(cluster, generation.prompt) == 2
-        assert cluster.count("feed_faults_total", worker="a", reason="digest") == 1
+        assert cluster.count("feed_faults_total", worker="a", reason=reason) == 1
         assert cluster.count("feed_pages", worker="a") == len(holds(cluster, "a"))
+        cluster.fleet.picture.check()
+
+
+async def test_items_of_a_workers_life_before_are_counted_and_never_seen() -> None:
+    async with a_cluster("a") as cluster:
+        old: list[FeedItem] = []
+
+        def remember(delta: Delta) -> FeedItem:
+            old.append(delta)
+            return delta
+
+        Tampering(cluster.transport.latest["a"], remember)
+        await collect(cluster, a_generation(9))
+        before = a_generation(1, length=600)
+        await collect(cluster, before)
+        await until(lambda: look_up_all(cluster, before.prompt) == 2)
+        (delta,) = old
+        cluster.transport.latest["a"].cut()
+        cluster.start_worker("a", incarnation=2)
+        await until(lambda: len(cluster.transport.channels) > 1 and bool(cluster.fleet.welcomes()))
+        await until(lambda: cluster.fleet.link("a").feed.reader.number == 0)
+        cluster.fleet.link("a").feed.take([delta])
+        assert look_up_all(cluster, before.prompt) == 0
+        assert cluster.count("feed_faults_total", worker="a", reason="incarnation") == 1
+        await until(lambda: is_exact(cluster, "a"))
+        after = a_generation(2, length=600)
+        (got,) = await collect(cluster, after)
+        assert got.tokens == the_answer(after)
+        await until(lambda: look_up_all(cluster, after.prompt) == 2)
+        assert look_up_all(cluster, before.prompt) == 0
 
 
 async def test_under_eviction_all_the_time_the_picture_is_the_workers_index() -> None:

@@ -167,6 +167,7 @@ CASES = {
     "add_pairs": Case(draw=add_pairs_args, rows=(1, 2)),
 }
 WHOLE_NUMBERS = {"top_rows", "route_experts", "group_pairs", "locate_rows"}
+WITH_STATE = {"hot_rows", "prefetch_rows"}  # test_hot_rows.py
 BIT_EQUAL = {"round_bf16": (), "round_fp8": (64,)}  # the torch form is the truth, to the bit
 IN_PLACE = {"norm_rope", "rope"}  # allowed to work in its first argument
 
@@ -199,7 +200,7 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 def test_every_operation_has_a_case_and_two_implementations() -> None:
-    assert set(CASES) | WHOLE_NUMBERS | set(BIT_EQUAL) == set(OPERATIONS)
+    assert set(CASES) | WHOLE_NUMBERS | WITH_STATE | set(BIT_EQUAL) == set(OPERATIONS)
     for operation in OPERATIONS:
         names = [item.name for item in implementations(operation, "cpu")]
         assert "torch" in names

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from engine.worker.draft_costs import StepCosts
 from engine.worker.drafting import (
+    GAIN_MIN,
     AdaptiveDrafts,
     DraftPolicy,
     DraftRoom,
@@ -143,14 +144,16 @@ def test_adaptive_drafts_come_close_to_the_best_fixed_number(name: str, batch: i
     costs=st.tuples(st.floats(1, 50), st.floats(0.01, 3), st.floats(0.1, 8), st.floats(0.01, 1)),
     seed=st.integers(0, 100),
 )
-def test_so_they_do_with_any_costs(
+def test_with_any_costs_they_lose_no_more_than_the_gain_that_is_left_alone(
     rate: float, batch: int, costs: tuple[float, float, float, float], seed: int
 ) -> None:
     cost = linear(*costs)
     found = ride(
         AdaptiveDrafts(4), batch=batch, rate=lambda *_: rate, cost=cost, steps=700, seed=seed, noise=0.02
     )
-    assert found.speed(first=100) >= 0.97 * best_fixed(batch, rate, cost)
+    # A gain of less than GAIN_MIN over no drafts is left alone on purpose.
+    plain, best = batch / cost(batch, 0, 0), best_fixed(batch, rate, cost)
+    assert found.speed(first=100) >= 0.97 * max(plain, best / (1 + GAIN_MIN))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 32])

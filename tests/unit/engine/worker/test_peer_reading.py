@@ -304,6 +304,37 @@ async def test_memory_stays_apart_until_a_read_that_is_overdue_has_ended() -> No
 
 
 @virtual
+async def test_nothing_is_read_into_memory_that_a_plan_in_flight_may_still_write() -> None:
+    async with two_workers(num_pages=12) as (owner, reader, _):
+        await ask(owner, 1300)
+        await ask(reader, 300, fetch_of(1))  # the rank knows the owner from now on
+        reader.link.gate.clear()
+        num_plans = len(reader.link.plans)
+        session = reader.host.connect("r")
+        other = np.arange(11 * PAGE_TOKENS - 10, dtype=np.int32) % 50
+        session.submit(
+            Open(
+                sequence_id=SequenceId(1),
+                request_id="r1",
+                prompt=other,
+                max_tokens=1,
+                ignore_eos=True,
+                sampling=SamplingParams(seed=3),
+            )
+        )
+        while len(reader.link.plans) == num_plans:
+            await asyncio.sleep(0.01)
+        session.close()  # and all its pages are free
+        asking = asyncio.create_task(ask(reader, 1300, fetch_of(5, seconds=9.0)))
+        await asyncio.sleep(0.5)
+        assert owner.count("key_leases_total", outcome="granted") == 2
+        assert len(reader.link.fetches) == 1
+        reader.link.gate.set()
+        assert await asking == 5 * PAGE_TOKENS
+        assert len(reader.link.fetches) == 2
+
+
+@virtual
 async def test_a_lease_that_ended_before_the_proof_makes_what_was_read_worthless() -> None:
     async with two_workers() as (owner, reader, neighbours):
         await ask(owner, 1300)

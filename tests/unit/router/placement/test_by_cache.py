@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kvstore.keys import PageKey
 from rorqual.performance import FLASH, model_costs
@@ -15,6 +16,7 @@ from router.credit import CreditUse
 from router.placement import Demand, Placement, Split, Whole, WorkerView
 from router.placement.policies import NAMES, WorkerModel, make_placement
 from router.placement.predictions import RATIO_MAX_UNKNOWN, Predictions, unknown_hardware_model
+from tests.unit.router.placement.fleets import able_of, fleet_of
 from tests.unit.router.placement.pictures import Caches, keys
 
 COSTS = model_costs(FLASH)
@@ -32,7 +34,6 @@ def a_view(
         role=role,
         draining=False,
         sequences_outstanding=0,
-        sequences_outstanding_max=100,
         tokens_outstanding=ahead,
         prompt_tokens_outstanding=ahead,
         prompt_tokens_sent=ahead,
@@ -63,10 +64,17 @@ def placement_of(name: str = "rorqual", *, held: Held | None = None, workers: in
     return make_placement(name, caches=Caches(workers, held or {}), workers=WorkerModel(costs=COSTS))
 
 
+def choose(
+    placement: Placement, views: Sequence[WorkerView], demand: Demand, *, workers: int = 3
+) -> Whole | Split | None:
+    fleet = fleet_of(views, rows=workers)
+    return placement.choose(fleet, able_of(fleet), demand)
+
+
 def test_the_worker_that_keeps_the_prompt_computes_it_and_reuse_is_predicted() -> None:
     prompt = keys("abcdef", 40)
     placement = placement_of(held={1: (prompt[:30], (30,))})
-    placed = placement.choose([a_view(0), a_view(1), a_view(2)], a_demand(prompt))
+    placed = choose(placement, [a_view(0), a_view(1), a_view(2)], a_demand(prompt))
     assert isinstance(placed, Whole)
     assert placed.worker.address == "w1"
     assert placed.predicted.tokens_reused == 30 * 256
@@ -76,7 +84,7 @@ def test_the_worker_that_keeps_the_prompt_computes_it_and_reuse_is_predicted() -
 def test_the_owner_of_the_prompt_is_passed_over_when_its_queue_takes_longer() -> None:
     prompt = keys("abcdef", 40)
     placement = placement_of(held={1: (prompt[:30], (30,))})
-    placed = placement.choose([a_view(0), a_view(1, ahead=1_000_000)], a_demand(prompt))
+    placed = choose(placement, [a_view(0), a_view(1, ahead=1_000_000)], a_demand(prompt))
     assert isinstance(placed, Whole)
     assert placed.worker.address == "w0"
     assert placed.predicted.tokens_reused == 0
@@ -85,7 +93,7 @@ def test_the_owner_of_the_prompt_is_passed_over_when_its_queue_takes_longer() ->
 def test_a_worker_ten_times_slower_gets_what_its_speed_is_worth() -> None:
     placement = placement_of()
     views = [a_view(0, rate=200.0), a_view(1, rate=2000.0, ahead=4000)]
-    placed = placement.choose(views, a_demand(keys("ab", 8)))
+    placed = choose(placement, views, a_demand(keys("ab", 8)))
     assert isinstance(placed, Whole)
     assert placed.worker.address == "w1"  # 3 s with its queue, 10 s on the other
 
@@ -96,7 +104,7 @@ def test_tokens_that_other_routers_have_queued_count_and_those_sent_with_reuse_d
     busy = replace(busy, load=replace(busy.load, tokens_waiting=9000))
     mine = a_view(1, prompt_tokens_outstanding=500, prompt_tokens_sent=9000)
     mine = replace(mine, load=replace(mine.load, tokens_waiting=9000))
-    placed = placement.choose([busy, mine], a_demand(keys("ab", 4)))
+    placed = choose(placement, [busy, mine], a_demand(keys("ab", 4)))
     assert isinstance(placed, Whole)
     assert placed.worker.address == "w1"
 
@@ -104,7 +112,7 @@ def test_tokens_that_other_routers_have_queued_count_and_those_sent_with_reuse_d
 def test_with_nothing_known_of_caches_load_decides() -> None:
     placement = placement_of()
     views = [a_view(0, ahead=5000), a_view(1), a_view(2, ahead=900)]
-    placed = placement.choose(views, a_demand((), extra=100, keys={}))
+    placed = choose(placement, views, a_demand((), extra=100, keys={}))
     assert isinstance(placed, Whole)
     assert placed.worker.address == "w1"
 
@@ -115,7 +123,7 @@ def test_a_split_takes_the_prefill_worker_by_cache_and_the_decode_worker_by_cred
     prefills = [a_view(0, role=Role.PREFILL), a_view(1, role=Role.PREFILL)]
     full = CreditUse(limit=Credit(sequences=1, pages=10))
     decodes = [a_view(2, role=Role.DECODE, credit=full), a_view(3, role=Role.DECODE)]
-    placed = placement.choose([*prefills, *decodes], a_demand(prompt))
+    placed = choose(placement, [*prefills, *decodes], a_demand(prompt), workers=4)
     assert isinstance(placed, Split)
     assert (placed.prefill.address, placed.decode.address) == ("w1", "w3")
 
@@ -124,7 +132,7 @@ def test_of_decode_workers_alike_the_one_that_has_the_prompt_reads_least_and_is_
     prompt = keys("abcdef", 40)
     placement = placement_of(held={2: (prompt[:20], ())}, workers=3)
     views = [a_view(0, role=Role.PREFILL), a_view(1, role=Role.DECODE), a_view(2, role=Role.DECODE)]
-    placed = placement.choose(views, a_demand(prompt))
+    placed = choose(placement, views, a_demand(prompt))
     assert isinstance(placed, Split)
     assert placed.decode.address == "w2"
 
@@ -133,25 +141,25 @@ def test_without_credit_nothing_is_promised_and_the_choice_waits() -> None:
     placement = placement_of()
     full = CreditUse(limit=Credit(sequences=0, pages=0))
     views = [a_view(0, role=Role.PREFILL), a_view(1, role=Role.DECODE, credit=full)]
-    placed = placement.choose(views, a_demand(keys("ab", 4)))
+    placed = choose(placement, views, a_demand(keys("ab", 4)))
     assert isinstance(placed, Split)
     assert placed.decode is None
     assert placed.predicted is None
-    assert placement.choose(views[:1], a_demand(keys("ab", 4))) is None
+    assert choose(placement, views[:1], a_demand(keys("ab", 4))) is None
 
 
 def test_a_prompt_promised_to_a_worker_draws_the_next_one_with_the_same_head() -> None:
     prompt = keys("abcdef", 40)
     placement = placement_of()
     views = [a_view(0), a_view(1), a_view(2)]
-    first = placement.choose(views, a_demand(prompt))
+    first = choose(placement, views, a_demand(prompt))
     views[first.worker.index] = a_view(first.worker.index, ahead=100)
-    second = placement.choose(views, a_demand(prompt))
+    second = choose(placement, views, a_demand(prompt))
     assert second.worker.index == first.worker.index
     assert second.predicted.tokens_reused == 40 * 256
     placement.finished(first.predicted)
     placement.finished(second.predicted)
-    third = placement.choose(views, a_demand(prompt))
+    third = choose(placement, views, a_demand(prompt))
     assert third.predicted.tokens_reused == 0  # nothing is there, nothing is promised
 
 
@@ -160,7 +168,7 @@ def test_idle_workers_take_turns() -> None:
     views = [a_view(index) for index in range(3)]
     chosen = []
     for number in range(6):
-        placed = placement.choose(views, a_demand(keys(str(number), 4)))
+        placed = choose(placement, views, a_demand(keys(str(number), 4)))
         placement.finished(placed.predicted)
         chosen.append(placed.worker.index)
     assert sorted(chosen) == [0, 0, 1, 1, 2, 2]
@@ -171,7 +179,7 @@ def test_every_policy_places_and_takes_its_promise_back(name: str) -> None:
     prompt = keys("abcdef", 12)
     placement = placement_of(name, held={1: (prompt[:6], (6,))})
     for _ in range(5):
-        placed = placement.choose([a_view(0), a_view(2)], a_demand(prompt, session="s"))
+        placed = choose(placement, [a_view(0), a_view(2)], a_demand(prompt, session="s"))
         assert isinstance(placed, Whole)
         assert placed.worker.index in (0, 2)  # 1 is known and may not be chosen
         assert (placed.predicted is None) == (name == "least_wait")
@@ -183,22 +191,29 @@ def test_chains_of_two_wire_ids_are_looked_up_each_for_its_workers() -> None:
     mine, other = keys("a", 4), keys("b", 4)
     placement = placement_of(held={0: (other, (2,)), 1: (mine, (4,))})
     demand = a_demand(mine, keys={"wire": mine, "wire2": other})
-    placed = placement.choose([a_view(0), a_view(1)], demand)
+    placed = choose(placement, [a_view(0), a_view(1)], demand)
     assert placed.worker.address == "w1"
 
 
 def test_a_worker_is_believed_what_it_measures_and_one_that_has_not_the_median_of_the_others() -> None:
     predictions = Predictions(unknown_hardware_model(COSTS), ratio_max=RATIO_MAX_UNKNOWN)
     views = [a_view(0, rate=50_000.0), a_view(1, rate=100.0), a_view(2, rate=0.0), a_view(3, rate=2000.0)]
-    predictions.learn(views)
-    seconds = np.array(predictions.factors(views)) * predictions.token_seconds
+    seconds = factors(predictions, views) * predictions.token_seconds
     assert 1 / seconds == pytest.approx([50_000, 100, 2000, 2000])
 
 
 def test_a_worker_that_comes_back_is_measured_anew() -> None:
     predictions = Predictions(unknown_hardware_model(COSTS), ratio_max=RATIO_MAX_UNKNOWN)
-    predictions.learn([a_view(0, rate=100.0)])
+    assert factors(predictions, [a_view(0, rate=100.0)]) * predictions.token_seconds == pytest.approx(1 / 100)
     back = a_view(0, rate=0.0, session_number=9)
-    assert predictions.factors([back]) == [1.0]
-    predictions.learn([a_view(0, rate=4000.0, session_number=9)])
-    assert predictions.factors([back])[0] * predictions.token_seconds == pytest.approx(1 / 4000)
+    assert factors(predictions, [back]) == [1.0]
+    measured = a_view(0, rate=4000.0, session_number=9)
+    assert factors(predictions, [measured]) * predictions.token_seconds == pytest.approx(1 / 4000)
+    assert factors(predictions, [back]) * predictions.token_seconds == pytest.approx(1 / 4000)
+
+
+def factors(predictions: Predictions, views: Sequence[WorkerView]) -> NDArray[np.float64]:
+    """Once the figures of these workers have come."""
+    fleet = fleet_of(views)
+    predictions.learn(fleet, able_of(fleet))
+    return predictions.factors_W(fleet, able_of(fleet))

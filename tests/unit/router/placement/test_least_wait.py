@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -17,10 +18,10 @@ from router.placement import (
     Split,
     Whole,
     WorkerView,
-    candidates,
     missing_roles,
-    predicted_wait,
+    predicted_wait_W,
 )
+from tests.unit.router.placement.fleets import SEQUENCES_MAX, fleet_of
 
 LOAD = Load(
     sequences_running=0,
@@ -56,7 +57,6 @@ def a_view(
         role=role,
         draining=draining,
         sequences_outstanding=sequences,
-        sequences_outstanding_max=8,
         tokens_outstanding=max(tokens, ahead),
         prompt_tokens_outstanding=ahead,
         sequences_max=4,
@@ -65,9 +65,19 @@ def a_view(
     )
 
 
+def placed(workers: Sequence[WorkerView], demand: Demand = DEMAND) -> Whole | Split | None:
+    """Every one of them is able, and their rows are in this order."""
+    fleet = fleet_of([dataclasses.replace(view, index=index) for index, view in enumerate(workers)])
+    return LeastPredictedWait().choose(fleet, fleet.connected_W, demand)
+
+
+def predicted_wait(view: WorkerView, prompt_tokens: int) -> float:
+    return float(predicted_wait_W(fleet_of([dataclasses.replace(view, index=0)]), prompt_tokens)[0])
+
+
 def choose(*workers: WorkerView, demand: Demand = DEMAND) -> str:
     """The addresses chosen, "-" for a decode worker that has to be waited for, empty for nobody."""
-    chosen = LeastPredictedWait().choose(workers, demand)
+    chosen = placed(workers, demand)
     match chosen:
         case Whole(worker=worker):
             return worker.address
@@ -180,11 +190,13 @@ views = st.lists(
 def test_a_candidate_is_never_draining_full_or_excluded_and_none_else_is_left_out(
     workers: list[WorkerView], excluded: frozenset[int]
 ) -> None:
-    found = candidates(workers, excluded=excluded)
-    for view in workers:
-        has_room = view.role is Role.DECODE or view.sequences_outstanding < 8
+    fleet = fleet_of([dataclasses.replace(view, index=index) for index, view in enumerate(workers)], rows=12)
+    able_W = fleet.able_W(excluded=excluded)
+    for view, is_found in zip(workers, able_W.tolist(), strict=False):
+        has_room = view.role is Role.DECODE or view.sequences_outstanding < SEQUENCES_MAX
         is_able = not view.draining and view.session_number not in excluded and has_room
-        assert (view in found) == is_able
+        assert is_found == is_able
+    assert not able_W[len(workers) :].any()
 
 
 @given(views, st.booleans())
@@ -199,7 +211,7 @@ def test_the_same_picture_gives_the_same_answer_and_it_can_serve(
 
 @given(views)
 def test_nobody_else_would_give_the_first_token_much_sooner(workers: list[WorkerView]) -> None:
-    chosen = LeastPredictedWait().choose(workers, DEMAND)
+    chosen = placed(workers)
     if chosen is None:
         return
     first = chosen.worker if isinstance(chosen, Whole) else chosen.prefill
