@@ -97,8 +97,8 @@ class Reusing:
         policy: TailPolicy | None = None,
         num_host_pages: int = 0,
         num_host_records: int = 0,
-        **tier: float,
         role: Role = Role.BOTH,
+        **tier: float,
     ) -> None:
         vocab_size = model.config.vocab_size
         self.runner = Runner(
