@@ -1,9 +1,10 @@
 """Host memory of a rank: pages and tails that its pools have no room for, and the copies between the two.
 
 Owned by the rank (`engine.rank`), which makes the copies of a plan before anything else of it; the worker's host
-decides what lies where (`engine.worker.host_tier`). A page is kept in wire form, its paged components one behind the
-other in layout order, so that its bytes are those that any other tier or worker knows it by; a record as it is. Memory
-comes from a callable, so that it can be shared with other processes, and is pinned where the pools are on a GPU.
+decides what lies where (`engine.worker.host_tier`), and with a store reads and writes it too, where no plan does. A
+page is kept in wire form, its paged components one behind the other in layout order, so that its bytes are those that
+any other tier or worker knows it by; a record as it is. Memory is shared with the host if that asks for it, and is
+pinned where the pools are on a GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.plan import Copies
+from engine.plan import Copies, SharedMemory
 from kvstore.layout import IndexSpace
 from kvstore.pools import Allocate, Pools, plain_memory
+from kvstore.transfer.memory import Segments, make_segments
 from kvstore.transfer.runs import RECORDS
 
 PAGES = "pages"
@@ -31,8 +33,12 @@ class HostMemory:
         *,
         num_pages: int,
         num_records: int,
-        allocate: Allocate = plain_memory,
+        agent: str = "",
     ) -> None:
+        """With an `agent`, a name fresh for each incarnation, the memory can be mapped by the host: `shared`."""
+        self._agent = agent
+        self._segments: Segments | None = make_segments(agent) if agent else None
+        allocate = plain_memory if self._segments is None else _shared_memory(self._segments)
         page_bytes, record_bytes = pools.layout.page_bytes, records_RB.shape[1]
         self.num_pages = num_pages
         self.num_records = num_records
@@ -58,6 +64,17 @@ class HostMemory:
     def num_bytes(self) -> int:
         return self.pages.numel() + self.records.numel()
 
+    @property
+    def shared(self) -> SharedMemory | None:
+        if self._segments is None:
+            return None
+        return SharedMemory(agent=self._agent, metadata=self._segments.metadata)
+
+    def close(self) -> None:
+        """Nobody else can map it any more. It goes with the last process that has mapped it."""
+        if self._segments is not None:
+            self._segments.close()
+
     def demote(self, copies: Copies) -> None:
         """From the device to host memory."""
         for units_dev, units_host in self._components:
@@ -75,6 +92,10 @@ class HostMemory:
         for item in copies.records:
             target, size = self._records_dev[item.record], item.num_bytes
             target[:size].copy_(self.records[item.host_record, :size], non_blocking=True)
+
+
+def _shared_memory(segments: Segments) -> Allocate:
+    return lambda _, unit_bytes, num_units: segments.allocate(unit_bytes * num_units)
 
 
 def _allocate(allocate: Allocate, name: str, unit_bytes: int, num_units: int) -> Tensor:

@@ -39,6 +39,15 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     drafts_required: bool = False  # else a checkpoint without an MTP block is served without
     num_host_pages: int = 0  # in host memory, for what the pools have no room for; tails come on top
     host_bytes: int | None = None  # or so many bytes of both
+    shares_host_memory: bool = False  # with the host, which then moves values in and out of a store
+
+
+class SharedMemory(msgspec.Struct, frozen=True, array_like=True):
+    """Where the host finds the rank's host memory: for `kvstore.transfer.memory.map_segments`. First the pages, then
+    the records; what has no bytes has no segment."""
+
+    agent: str
+    metadata: bytes
 
 
 class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -307,7 +316,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     weight_bytes: int
     state_bytes: int
     has_mtp: bool
-    wire_id: str = ""  # with a transfer
+    wire_id: str = ""  # of its state, wherever that goes
     endpoint: Endpoint | None = None
     num_records: int = 0
     num_page_components: int = 0  # digests of a page
@@ -320,6 +329,7 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     )
     num_host_pages: int = 0  # 0 .. num_host_pages - 1 in host memory
     num_host_records: int = 0
+    host_memory: SharedMemory | None = None  # if it is shared with the host
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

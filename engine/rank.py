@@ -99,11 +99,15 @@ def _serve(connection: socket.socket) -> int:
     # Weights and code live as long as the process: the collector need not walk them again.
     gc.collect()
     gc.freeze()
-    if loaded.engine is not None:
-        return _serve_with_transfer(connection, loaded.rank, loaded.engine)
-    while isinstance(plan := read_frame(connection), StepPlan):
-        write_frame(connection, loaded.rank.step(plan))
-    return 0
+    try:
+        if loaded.engine is not None:
+            return _serve_with_transfer(connection, loaded.rank, loaded.engine)
+        while isinstance(plan := read_frame(connection), StepPlan):
+            write_frame(connection, loaded.rank.step(plan))
+        return 0
+    finally:
+        if loaded.rank.host_memory is not None:
+            loaded.rank.host_memory.close()
 
 
 def _serve_with_transfer(connection: socket.socket, rank: Rank, engine: Transfer) -> int:
@@ -473,6 +477,7 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
             runner.records,
             num_pages=below.num_pages,
             num_records=below.num_records,
+            agent=f"{settings.agent}/host" if settings.shares_host_memory else "",
         ),
     )
     drafter = MtpDrafter(runner, sampler) if drafts_max else None
@@ -514,7 +519,7 @@ def _ready(
         weight_bytes=weight_bytes,
         state_bytes=runner.pools.num_bytes + runner.records.nbytes,
         has_mtp=checkpoint.has_mtp,
-        wire_id="" if engine is None else wire_id(layout, fingerprint, drafts=runner.drafts, exact=exact),
+        wire_id=wire_id(layout, fingerprint, drafts=runner.drafts, exact=exact),
         endpoint=None if engine is None else engine.endpoint,
         num_records=len(runner.records),
         num_page_components=len(rank.digests.components),
@@ -525,6 +530,7 @@ def _ready(
         rebuild_tokens=rebuild_tokens(layout),
         num_host_pages=host_memory.num_pages if host_memory is not None else 0,
         num_host_records=host_memory.num_records if host_memory is not None else 0,
+        host_memory=host_memory.shared if host_memory is not None else None,
     )
 
 

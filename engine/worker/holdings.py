@@ -268,9 +268,9 @@ class Holdings:
         last_plan = self._newest_plan
         if self._tier is not None and self._tier.take(departed):
             last_plan += 1
-            self._record_plans.update((item.record, last_plan) for item, _ in departed.tails)
+            self._record_plans.update((item.record, last_plan) for item, _, _ in departed.tails)
         self._pages.free((item.page for item, _ in departed.pages), last_plan=last_plan)
-        for item, _ in departed.tails:
+        for item, _, _ in departed.tails:
             self._records.free(item.record)
 
     def _last_plan(self, pages: Iterable[PageId], record: RecordId | None) -> int:

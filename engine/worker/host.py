@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Protocol
 
 from engine.plan import (
@@ -36,12 +35,15 @@ from engine.worker.metrics import WorkerMetrics
 from engine.worker.prefill_rate import PrefillRate
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.rank_link import RankLost
+from engine.worker.reports import error_report, offer_report, scores_report, token_report, with_tokens
 from engine.worker.role import BothRole, RoleHandler
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
+from engine.worker.store_tier import StoreTier
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
+from kvstore.store.contract import WritePolicy
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError
 from rorqual.feed import Subscribe
 from rorqual.ids import Incarnation, SequenceId, WorkerId
@@ -51,14 +53,12 @@ from rorqual.session import (
     ErrorCode,
     FinishReason,
     Load,
-    Offer,
     Open,
     Renew,
     Role,
     SequenceReport,
     Take,
     Welcome,
-    alternatives_of,
 )
 from rorqual.telemetry import fields
 
@@ -87,6 +87,7 @@ class HostConfig(SessionBounds):
     step_seconds_max: float = 600.0
     drafts: DraftsOption = 0
     prefix_cache: bool = True
+    writes: WritePolicy | None = None  # to the store; None: there is none
 
 
 class Host:
@@ -100,6 +101,7 @@ class Host:
         config: HostConfig,
         metrics: WorkerMetrics,
         handler: RoleHandler | None = None,
+        store: StoreTier | None = None,
     ) -> None:
         self.config = config
         self.metrics = metrics
@@ -123,7 +125,10 @@ class Host:
         self._draining = False
         self._failure = ""
         self._prefill_rate = PrefillRate()
+        self._store = store
         self._handler.attach(self)
+        if store is not None:
+            store.attach(self)
         metrics.watch(
             load=self.load,
             num_preemptions=lambda: self._scheduler.num_preemptions,
@@ -142,7 +147,12 @@ class Host:
     @property
     def is_idle(self) -> bool:
         """Nothing open, in flight, or left open on the rank."""
-        return not self._owners and not self._commands and self._scheduler.is_idle and self._handler.is_idle
+        is_idle = self._store is None or self._store.is_idle
+        return is_idle and not (self._owners or self._commands) and self._is_idle_below
+
+    @property
+    def _is_idle_below(self) -> bool:
+        return self._scheduler.is_idle and self._handler.is_idle
 
     @property
     def scheduler(self) -> Scheduler:
@@ -153,6 +163,11 @@ class Host:
     def feed(self) -> CacheFeed:
         """What routers are told of the prefix cache."""
         return self._feed
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """For the store: what it competes with."""
+        return self._prefill_rate.tokens_per_second
 
     def load(self) -> Load:
         return replace(self._scheduler.load(), prefill_tokens_per_second=self._prefill_rate.tokens_per_second)
@@ -179,6 +194,8 @@ class Host:
             self._plan_when_there_is_work(),
             self._receive_results(),
         ]
+        if self._store is not None:
+            work.insert(0, self._store.run())
         tasks = [asyncio.create_task(item) for item in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -205,6 +222,8 @@ class Host:
             async with asyncio.timeout(seconds_max):
                 await self._idle.wait()
                 await self._handler.finish()
+                if self._store is not None:
+                    await self._store.finish()
                 return True
         except TimeoutError:
             log.warning("ended sequences at the drain deadline %s", fields(sequences=len(self._owners)))
@@ -291,7 +310,7 @@ class Host:
         self._scheduler.cancel(key)
         owner = self._drop(key, "error")
         log.warning("failed a sequence %s", fields(request=owner.request_id, code=code.value, error=text))
-        owner.session.push([_error_report(owner.sequence_id, code, text)])
+        owner.session.push([error_report(owner.sequence_id, code, text)])
 
     async def _plan_when_there_is_work(self) -> None:
         while True:
@@ -344,6 +363,8 @@ class Host:
                 self._set_step_deadline()
             self._count(plan)
             self._handler.turned()  # what the plan has freed may give room
+        if self._store is not None:
+            self._store.turned()
         if self._feed.publish():
             for session in self._sessions:
                 session.note_feed()
@@ -381,6 +402,7 @@ class Host:
         try:
             self._handler.check(command)
             fetching = self._handler.fetches(command)
+            reading = self._store is not None and self._store.wants()
             self._scheduler.open(
                 key,
                 prompt=command.prompt,
@@ -389,7 +411,7 @@ class Host:
                 sampling=command.sampling,
                 adopt=self._handler.role is Role.DECODE,
                 salt=command.cache_salt,
-                fetching=fetching,
+                num_fetches=fetching + reading,
             )
         except InvalidRequest as error:
             self._refuse(session, command, ErrorCode.INVALID, str(error))
@@ -401,6 +423,9 @@ class Host:
         self._owners[key] = _Owner(session, command.sequence_id, command.request_id)
         session.keys[command.sequence_id] = key
         self._handler.opened(key, command, fetching=fetching)
+        if self._store is not None and reading:
+            coming = command.fetch.num_pages if fetching and command.fetch is not None else 0
+            self._store.opened(key, num_pages_coming=coming)
         self._idle.clear()
         self.metrics.sequences_opened.inc()
         log.debug(
@@ -412,7 +437,7 @@ class Host:
         self.metrics.sequences_refused.labels(code.value).inc()
         log.info("refused a sequence %s", fields(request=command.request_id, code=code.value, error=text))
         session.release(command.sequence_id)
-        session.push([_error_report(command.sequence_id, code, text)])
+        session.push([error_report(command.sequence_id, code, text)])
 
     def _cancel(self, session: Session, sequence_id: SequenceId) -> None:
         key = session.keys.get(sequence_id)
@@ -454,7 +479,7 @@ class Host:
         self._scheduler.cancel_all(self._owners)
         for key in list(self._owners):
             owner = self._drop(key, "error")
-            report = _error_report(owner.sequence_id, ErrorCode.FAILED, text)
+            report = error_report(owner.sequence_id, ErrorCode.FAILED, text)
             reports.setdefault(owner.session, []).append(report)
         for session, items in reports.items():
             session.push(items)
@@ -472,19 +497,19 @@ class Host:
     def _report(self, events: Iterable[Event]) -> None:
         reports: dict[Session, list[SequenceReport]] = {}
         num_tokens = 0
-        for event, tokens in _with_tokens(events):
+        for event, tokens in with_tokens(events):
             owner = self._owners[event.key]
             sequence_id, items = owner.sequence_id, reports.setdefault(owner.session, [])
             match event:
                 case ScoresEvent():
-                    items.append(_scores_report(sequence_id, event))
+                    items.append(scores_report(sequence_id, event))
                 case PagesEvent() | LentEvent():
                     offer = self._handler.lend(event)
                     if offer is not None:
-                        items.append(_offer_report(sequence_id, offer))
+                        items.append(offer_report(sequence_id, offer))
                 case TokenEvent():
                     num_tokens += len(tokens)
-                    items.append(_token_report(sequence_id, tokens))
+                    items.append(token_report(sequence_id, tokens))
                     self._handler.landed(event.key)
                     if (reason := tokens[-1].finish_reason) is not None:
                         self._drop(event.key, reason.value)
@@ -519,9 +544,17 @@ def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.
         # A prefill worker keeps the state that drafts are made from, and makes none.
         drafts_max=0 if role is Role.PREFILL or config.drafts == 0 else ready.drafts_max,
         cache=cache_config(ready) if config.prefix_cache else None,
-        host_tier=HostTierConfig(num_pages=ready.num_host_pages, num_records=ready.num_host_records)
-        if config.prefix_cache and ready.num_host_pages
-        else None,
+        host_tier=_tier_config(ready, config) if config.prefix_cache and ready.num_host_pages else None,
+        keeps_digests=config.writes is not None,
+    )
+
+
+def _tier_config(ready: RankReady, config: HostConfig) -> HostTierConfig:
+    return HostTierConfig(
+        num_pages=ready.num_host_pages,
+        num_records=ready.num_host_records,
+        keeps_landed=config.writes not in (None, WritePolicy.NEVER),
+        takes_turns=config.writes is WritePolicy.AT_TURN_END,
     )
 
 
@@ -537,45 +570,4 @@ def cache_config(ready: RankReady) -> CacheConfig:
             tail_bytes=max(1, ready.record_bytes),
             rebuild_pages=max(1, pages_for(ready.rebuild_tokens)),
         ),
-    )
-
-
-def _with_tokens(events: Iterable[Event]) -> Iterator[tuple[Event, list[TokenEvent]]]:
-    """Each event; the first of several tokens of one sequence stands for all of them, which come along."""
-    for _, run in groupby(events, key=lambda event: (event.key, type(event))):
-        first, *rest = run
-        if isinstance(first, TokenEvent):
-            yield first, [first, *(event for event in rest if isinstance(event, TokenEvent))]
-        else:
-            yield from ((event, []) for event in (first, *rest))
-
-
-def _token_report(sequence_id: SequenceId, tokens: Sequence[TokenEvent]) -> SequenceReport:
-    has_logprobs = tokens[0].logprob is not None
-    return SequenceReport(
-        sequence_id=sequence_id,
-        first_index=tokens[0].index,
-        token_ids=tuple(token.token_id for token in tokens),
-        logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
-        alternatives=tuple(alternatives_of(token.alternatives) for token in tokens) if has_logprobs else (),
-        finish_reason=tokens[-1].finish_reason,
-        cached_tokens=tokens[0].cached_tokens,
-    )
-
-
-def _scores_report(sequence_id: SequenceId, event: ScoresEvent) -> SequenceReport:
-    return SequenceReport(sequence_id=sequence_id, first_index=0, prompt_logprobs=event.prompt_logprobs)
-
-
-def _offer_report(sequence_id: SequenceId, offer: Offer) -> SequenceReport:
-    return SequenceReport(sequence_id=sequence_id, first_index=0, offer=offer)
-
-
-def _error_report(sequence_id: SequenceId, code: ErrorCode, text: str) -> SequenceReport:
-    return SequenceReport(
-        sequence_id=sequence_id,
-        first_index=0,
-        finish_reason=FinishReason.ERROR,
-        error=text,
-        error_code=code,
     )

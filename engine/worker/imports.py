@@ -13,7 +13,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 from engine.worker.holdings import Holdings
-from engine.worker.prefix_cache import Packed, PrefixCache
+from engine.worker.prefix_cache import Packed, PageFacts, PrefixCache
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Pin, TailKind
 from rorqual.ids import PageId, RecordId
@@ -73,23 +73,22 @@ class Imports:
         self,
         item: Import,
         *,
-        num_pages: int = 0,
-        digests: Several[tuple[int, ...] | None] = (),
+        facts: Several[PageFacts] = (),
         tail_depth: int = 0,
         packed: Packed | None = None,
         kind: TailKind | None = None,
     ) -> None:
-        """Nothing is written into it any more. Its first `num_pages` pages hold what they should, with these digests,
-        one tuple for each, or None where they are not known; and the record the tail behind `tail_depth` pages of the
+        """Nothing is written into it any more. Its first pages, one for each of `facts`, hold what they should; and the
+        record the tail behind `tail_depth` pages of the
         path, if `packed` is given. `kind` of that, where it is known."""
         assert self._cache is not None
+        num_pages = len(facts)
         assert num_pages <= len(item.pages)
-        assert len(digests) == num_pages
         self._open.remove(item)
         unused = list(item.pages[num_pages:])
         for number in range(num_pages):
             page = item.pages[number]
-            if not self._cache.take_in(item.pin, item.keys[item.first + number], page, digests[number]):
+            if not self._cache.take_in(item.pin, item.keys[item.first + number], page, facts[number]):
                 unused.append(page)
         record = item.record
         if record is not None and packed is not None and 0 < tail_depth <= item.first + num_pages:

@@ -6,6 +6,7 @@ Used by `engine.worker.process` (`rorqual worker`) and by the commands of the si
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,24 @@ from engine.worker.drafting import DraftsOption
 from engine.worker.rank_link import RANK_COMMAND
 from kvstore.budget import TAIL_SHARE
 from kvstore.layout import DRAFTS_MAX
+from kvstore.store.contract import WritePolicy
 from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.service import check_above_zero, parse_address
 from rorqual.telemetry import add_log_options
+
+STORE_VARIABLE = "RORQUAL_STORE"
+STORE_HOST_BYTES = 256 * 1024 * 1024
+"""Of host memory where there is a store and nothing is said: what is written and read passes through it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    url: str = field(repr=False)  # may have a password
+    budget_seconds: float = 0.02
+    writes: WritePolicy = WritePolicy.AT_TURN_END
+    ttl_seconds: float = 86400.0
+    tenant_bytes_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +65,7 @@ class WorkerOptions:
     prefix_cache: bool = True
     num_host_pages: int = 0  # below the cache, in host memory
     host_bytes: int | None = None  # or so many bytes
+    store: StoreOptions | None = None
 
 
 def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
@@ -75,6 +91,10 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         raise ConfigError(
             "--host-pages and --host-bytes take what --prefix-cache on has no room for; it is off"
         )
+    store = _store_options(args)
+    host_bytes = None if args.host_bytes is None else parse_bytes(args.host_bytes, option="--host-bytes")
+    if store is not None and not args.host_pages and host_bytes is None:
+        host_bytes = STORE_HOST_BYTES
     if not 0 <= args.metrics_port <= 65535:
         raise ConfigError(f"--metrics-port must be between 0 and 65535, not {args.metrics_port}")
     return WorkerOptions(
@@ -98,7 +118,26 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         drafts="auto" if args.drafts == "auto" else int(args.drafts),
         prefix_cache=args.prefix_cache == "on",
         num_host_pages=args.host_pages,
-        host_bytes=None if args.host_bytes is None else parse_bytes(args.host_bytes, option="--host-bytes"),
+        host_bytes=host_bytes,
+        store=store,
+    )
+
+
+def _store_options(args: argparse.Namespace) -> StoreOptions | None:
+    """Raises ConfigError; the store's own check of the URL, which never shows the password, comes before the model is
+    loaded."""
+    if not args.store or args.store == "none":
+        return None
+    if args.prefix_cache == "off":
+        raise ConfigError("--store keeps what --prefix-cache on has computed; it is off")
+    check_above_zero(args, "store_budget_ms", "store_ttl_seconds")
+    size = args.store_tenant_bytes
+    return StoreOptions(
+        url=args.store,
+        budget_seconds=args.store_budget_ms / 1000,
+        writes=WritePolicy(args.store_writes),
+        ttl_seconds=args.store_ttl_seconds,
+        tenant_bytes_max=None if size is None else parse_bytes(size, option="--store-tenant-bytes"),
     )
 
 
@@ -149,6 +188,7 @@ def worker_parser(
         " needs it (default 0: none)",
     )
     host_size.add_argument("--host-bytes", metavar="SIZE", help="or memory for them, such as 8GB")
+    _add_store_options(parser)
     add(
         "--records",
         type=int,
@@ -164,6 +204,46 @@ def worker_parser(
     add("--step-seconds", type=float, default=600.0, metavar="S", help="deadline of one step of the rank")
     add_log_options(parser)
     return parser
+
+
+def _add_store_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--store",
+        default=os.environ.get(STORE_VARIABLE, ""),
+        metavar="URL",
+        help="a Redis, Valkey or Cluster that keeps pages and tails for all workers, such as redis://host:6379,"
+        f" rediss://user:password@host or redis+cluster://host. Rather give it in {STORE_VARIABLE}, which other users"
+        " of the machine cannot see. Needs host memory: without --host-pages or --host-bytes that is"
+        f" {STORE_HOST_BYTES >> 20} MiB (default: none)",
+    )
+    add(
+        "--store-budget-ms",
+        type=float,
+        default=20.0,
+        metavar="MS",
+        help="a prompt waits so long for the store to answer, and then as long as its pages should take, but never"
+        " longer than computing them would (default 20)",
+    )
+    add(
+        "--store-writes",
+        choices=[policy.value for policy in WritePolicy],
+        default=WritePolicy.AT_TURN_END.value,
+        help="when pages are written to the store: as a sequence ends, as host memory takes what the device gives up,"
+        " or never (default at-turn-end)",
+    )
+    add(
+        "--store-ttl-seconds",
+        type=float,
+        default=86400.0,
+        metavar="S",
+        help="a value is kept so long after it was last written, or found written (default a day)",
+    )
+    add(
+        "--store-tenant-bytes",
+        metavar="SIZE",
+        help="one tenant's share of the store, such as 50GB (default: all)",
+    )
 
 
 def add_transfer_options(parser: argparse.ArgumentParser) -> None:

@@ -22,9 +22,10 @@ from engine.worker.events import SequenceKey
 from engine.worker.imports import Import
 from engine.worker.lenders import KeyLenders, LeaseEnded, LendingFailed
 from engine.worker.peers import Peer, Peers
-from engine.worker.prefix_cache import Packed
+from engine.worker.prefix_cache import Packed, PageFacts
 from engine.worker.role import HandlerHost
 from engine.worker.wire import KEYS_MAX, LeaseKeysRequest
+from kvstore.store.contract import TenantLabel, tenant_label
 from rorqual.clock import Clock
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Offer, Open, PeerFetch, Source
@@ -86,6 +87,7 @@ class _Read:
     """What one sequence's task has out. Its import ends with the last of it."""
 
     item: Import
+    tenant: TenantLabel
     peer: Peer | None = None
     source: Source | None = None
     offer: Offer | None = None  # of what has been read and proved
@@ -204,7 +206,7 @@ class PeerReader:
         def begin() -> None:
             nonlocal read
             item = self.host.scheduler.imports.begin(keys, with_record=fetch.wants_tail)
-            read = None if item is None else _Read(item=item)
+            read = None if item is None else _Read(item=item, tenant=tenant_label(command.cache_salt))
 
         try:
             # Cancelled while it waits, it may have begun all the same.
@@ -314,8 +316,10 @@ class PeerReader:
         record = offer.record
         imports.end(
             item,
-            num_pages=len(offer.pages),
-            digests=[offer.digests[at : at + size] for at in range(0, len(offer.digests), size)],
+            facts=[
+                PageFacts(digests=offer.digests[at : at + size], tenant=read.tenant)
+                for at in range(0, len(offer.digests), size)
+            ],
             tail_depth=record.num_tokens // PAGE_TOKENS if record is not None else 0,
             packed=Packed(num_bytes=record.num_bytes, digest=record.digest) if record is not None else None,
         )

@@ -32,6 +32,7 @@ from kvstore.shadow_radix import (
     cheapest_start,
     plan_tails,
 )
+from kvstore.store.contract import TenantLabel, tenant_label
 from rorqual.ids import PageId, RecordId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import TokenArray
@@ -102,11 +103,19 @@ class KeyLoan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PageFacts:
+    """What is known of a kept page besides its key: where it is not, nobody may be told of it."""
+
+    digests: tuple[int, ...] | None  # one for each paged component
+    tenant: TenantLabel  # whose prompts it is of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Departed:
     """What has been evicted, and what was known of its bytes: ids that are the caller's again."""
 
-    pages: tuple[tuple[EvictedPage, tuple[int, ...] | None], ...] = ()  # with their digests
-    tails: tuple[tuple[EvictedTail, Packed | None], ...] = ()
+    pages: tuple[tuple[EvictedPage, PageFacts], ...] = ()
+    tails: tuple[tuple[EvictedTail, Packed | None, TenantLabel], ...] = ()
 
 
 class Below(Protocol):
@@ -128,6 +137,7 @@ class PrefixCache:
         self._index = ShadowRadix(costs=config.costs)
         self._in_progress: InProgress[Sequence] = InProgress()
         self._digests: dict[PageId, tuple[int, ...]] = {}  # of pages in the index, where they are known
+        self._tenants: dict[PageId, TenantLabel] = {}  # of pages in the index
         self._packed: dict[RecordId, Packed] = {}  # of tails in the index, where it is known
         self._below: Below | None = None  # the tier that takes what is evicted here
         self._orphans: set[Pin] = set()  # whose sequences are gone while a plan reads their tails
@@ -160,6 +170,7 @@ class PrefixCache:
     def open(self, sequence: Sequence, *, salt: str) -> None:
         """Before it waits: the keys of its prompt, apart from those of every other salt."""
         config = self.config
+        sequence.tenant = tenant_label(salt)
         sequence.root = root_key(
             fingerprint=config.fingerprint, numerics=config.numerics, wire_id=config.wire_id, salt=salt
         )
@@ -255,6 +266,7 @@ class PrefixCache:
             key, page = sequence.keys[depth], sequence.pages[depth]
             if self._index.extend(pin, key, page) == page:
                 sequence.num_pages_cached += 1
+                self._tenants[page] = sequence.tenant
                 number = depth - num_pages + len(digests)
                 if number >= 0 and digests:
                     self._digests[page] = digests[number]
@@ -304,11 +316,13 @@ class PrefixCache:
         """Its first pages, which are here, until `take_back`."""
         return self._index.pin(keys, num_pages=num_pages)
 
-    def take_in(self, pin: Pin, key: PageKey, page: PageId, digests: tuple[int, ...] | None) -> bool:
+    def take_in(self, pin: Pin, key: PageKey, page: PageId, facts: PageFacts) -> bool:
         """The page that follows on what is held, which is held then too. False: it was here already."""
         is_new = self._index.extend(pin, key, page) == page
-        if is_new and digests is not None:
-            self._digests[page] = digests
+        if is_new:
+            self._tenants[page] = facts.tenant
+            if facts.digests is not None:
+                self._digests[page] = facts.digests
         return is_new
 
     def lend(self, keys: Several[PageKey], *, first: int, wants_tail: bool) -> KeyLoan | None:
@@ -380,10 +394,41 @@ class PrefixCache:
     def _departed(self, evicted: Evicted) -> Departed:
         self.counts.pages_evicted += len(evicted.page_items)
         self.counts.tails_evicted += len(evicted.tail_items)
+        tenants = {item.key: self._tenants.pop(item.page) for item in evicted.page_items}
         return Departed(
-            pages=tuple((item, self._digests.pop(item.page, None)) for item in evicted.page_items),
-            tails=tuple((item, self._packed.pop(item.record, None)) for item in evicted.tail_items),
+            pages=tuple(
+                (item, PageFacts(digests=self._digests.pop(item.page, None), tenant=tenants[item.key]))
+                for item in evicted.page_items
+            ),
+            tails=tuple(
+                (
+                    item,
+                    self._packed.pop(item.record, None),
+                    tenants[item.key] if item.key in tenants else self._tenant_of(item.key),
+                )
+                for item in evicted.tail_items
+            ),
         )
+
+    def look(self, key: PageKey, *, page: bool, tail: bool) -> Departed | None:
+        """A page and its tail, as far as they are wanted, as they would be evicted now; they stay. None: the page is
+        not here."""
+        found = self._index.look(key)
+        if found is None:
+            return None
+        item, its_tail = found
+        tenant = self._tenants[item.page]
+        facts = PageFacts(digests=self._digests.get(item.page), tenant=tenant)
+        return Departed(
+            pages=((item, facts),) if page else (),
+            tails=((its_tail, self._packed.get(its_tail.record), tenant),) if tail and its_tail else (),
+        )
+
+    def _tenant_of(self, key: PageKey) -> TenantLabel:
+        """Of a page that is here."""
+        found = self._index.look(key)
+        assert found is not None, "a tail without its page"
+        return self._tenants[found[0].page]
 
     def join(self, below: Below) -> None:
         """From now on the feed tells what is here or in this tier below."""
@@ -419,6 +464,7 @@ class PrefixCache:
         self._index.check()
         self._in_progress.check()
         assert len(self._digests) <= self.num_pages, "digests of pages that are gone"
+        assert len(self._tenants) == self.num_pages, "tenants of pages that are gone, or the reverse"
         assert len(self._packed) <= self.num_tails, "digests of tails that are gone"
 
 

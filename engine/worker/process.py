@@ -26,8 +26,12 @@ from engine.worker.options import WorkerOptions, parse_options
 from engine.worker.rank_link import RankLost, RankProcess, start_rank
 from engine.worker.role import BothRole, RoleHandler
 from engine.worker.session_server import SessionServer
+from engine.worker.store_metrics import StoreMetrics
+from engine.worker.store_tier import StoreTier
+from engine.worker.storing import make_store_tier
 from kvstore.budget import TAIL_SHARE
 from kvstore.layout import DRAFTS_MAX
+from kvstore.store.address import parse_address as parse_store_address
 from rorqual.errors import ConfigError
 from rorqual.ids import WorkerId, draw_incarnation
 from rorqual.metrics_endpoint import MetricsEndpoint
@@ -94,6 +98,8 @@ async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
     setup = setup or BothSetup()
     if not (options.model / "config.json").is_file():
         raise ConfigError(f"--model: {options.model / 'config.json'}: no such file")
+    if options.store is not None:
+        parse_store_address(options.store.url)  # what is wrong with it is told before weights are read
     signals = StopSignals()
     metrics = WorkerMetrics()
     server, endpoint = SessionServer(services=setup.services()), MetricsEndpoint(metrics.registry)
@@ -113,7 +119,11 @@ async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
         if options.drafts == "auto" and not ready.drafts_max:
             log.info("serves without drafts %s", fields(reason="the checkpoint has no MTP block"))
         handler = setup.make(ready, config, metrics)
-        host = Host(link=rank, ready=ready, config=config, metrics=metrics, handler=handler)
+        store: StoreTier | None = None
+        if options.store is not None:
+            counted = StoreMetrics(metrics.registry)
+            store = make_store_tier(options.store, ready, role=setup.role, metrics=counted)
+        host = Host(link=rank, ready=ready, config=config, metrics=metrics, handler=handler, store=store)
         # Modules and stubs live as long as the process: the collector need not walk them again.
         gc.collect()
         gc.freeze()
@@ -159,6 +169,7 @@ def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> Ran
         drafts_required=options.drafts not in ("auto", 0),
         num_host_pages=options.num_host_pages,
         host_bytes=options.host_bytes,
+        shares_host_memory=options.store is not None,
     )
 
 
@@ -236,4 +247,5 @@ def _host_config(options: WorkerOptions) -> HostConfig:
         step_seconds_max=options.step_seconds_max,
         drafts=options.drafts,
         prefix_cache=options.prefix_cache,
+        writes=None if options.store is None else options.store.writes,
     )

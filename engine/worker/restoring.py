@@ -23,7 +23,7 @@ from engine.plan import NO_COPIES, Copies, PageCopy, RecordCopy
 from engine.worker.holdings import Holdings
 from engine.worker.host_tier import HostTier
 from engine.worker.imports import PAGES_SHARE_MAX, Import, Imports
-from engine.worker.prefix_cache import Found, Packed, PrefixCache
+from engine.worker.prefix_cache import Found, Packed, PageFacts, PrefixCache
 from engine.worker.sequences import Sequence
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Match, StartKind
@@ -110,13 +110,13 @@ class Restoring:
                 if (pages or records) and room < page_bytes:
                     return Copies(pages=tuple(pages), records=tuple(records))
                 room -= page_bytes
-                pages.append(self._plan_page(restore))
+                pages.append(self._plan_page(restore, number))
             tail = restore.tail
             if tail is not None:
                 if (pages or records) and room < tail.num_bytes:
                     break
                 room -= tail.num_bytes
-                records.append(self._plan_tail(restore, tail))
+                records.append(self._plan_tail(restore, tail, number))
             self._planned.append((number, self._queued.popleft()))
         return Copies(pages=tuple(pages), records=tuple(records))
 
@@ -206,16 +206,18 @@ class Restoring:
             self._tails[tail.key] = restore
         return restore
 
-    def _plan_page(self, restore: _Restore) -> PageCopy:
+    def _plan_page(self, restore: _Restore, number: int) -> PageCopy:
         """From now on its place in host memory may be copied to: that is done by a later plan."""
-        number = restore.num_planned
-        page = restore.pages[number]
+        at = restore.num_planned
+        page = restore.pages[at]
         restore.num_planned += 1
+        self._tier.used(page, number)
         self._tier.index.unpin_page(page)
-        return PageCopy(page=restore.item.pages[number], host_page=page.page)
+        return PageCopy(page=restore.item.pages[at], host_page=page.page)
 
-    def _plan_tail(self, restore: _Restore, tail: HostTail) -> RecordCopy:
+    def _plan_tail(self, restore: _Restore, tail: HostTail, number: int) -> RecordCopy:
         assert restore.item.record is not None
+        self._tier.used(tail, number)
         self._tier.index.unpin_tail(tail)
         return RecordCopy(record=restore.item.record, host_record=tail.record, num_bytes=tail.num_bytes)
 
@@ -229,8 +231,7 @@ class Restoring:
             del self._tails[tail.key]
         self._imports.end(
             restore.item,
-            num_pages=len(restore.pages),
-            digests=[page.digests for page in restore.pages],
+            facts=[PageFacts(digests=page.digests, tenant=page.tenant) for page in restore.pages],
             tail_depth=len(restore.item.keys) if tail is not None else 0,
             packed=Packed(num_bytes=tail.num_bytes, digest=tail.digest) if tail is not None else None,
             kind=tail.kind if tail is not None else None,

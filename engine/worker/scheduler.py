@@ -24,8 +24,8 @@ With a cache (`engine.worker.prefix_cache`), full pages stay when their sequence
 left (`engine.worker.tails`). A page enters the cache when the result that completes it is in: only then are its tokens
 certain. So a landing sequence keeps its full pages until its last token is here. Sequences that begin alike share
 pages, which nobody writes; what starts between a tail and the end of what is shared replays it. With host memory below
-the cache, what is evicted goes there (`engine.worker.host_tier`) and comes back while a sequence waits
-(`engine.worker.restoring`); copies alone are worth a step.
+the cache, what is evicted goes there (`engine.worker.host_tier`, `engine.worker.spilling`) and comes back
+while a sequence waits (`engine.worker.restoring`); copies alone are worth a step.
 
 On a prefill worker a sequence **lends**: its first token is its last one here. The host is told of every full page
 as it is computed and, with the token, of the record that holds the rest of the state. What the host has been told of
@@ -61,6 +61,7 @@ from engine.worker.events import (
     Surrender,
     TokenEvent,
 )
+from engine.worker.filling import Filling
 from engine.worker.holdings import Holdings
 from engine.worker.host_tier import HostTier
 from engine.worker.imports import Imports
@@ -69,11 +70,11 @@ from engine.worker.restoring import Restoring
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
+from engine.worker.spilling import Spilling
 from engine.worker.tails import Tails, digests_by_slot
 from engine.worker.telling import lent_event, pages_events, score_events
 from rorqual.errors import InvalidRequest
 from rorqual.ids import RecordId, SlotId
-from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
 from rorqual.session import Load, Role, TokenArray, check_sequence, credit_pages
 
@@ -84,6 +85,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
+        self._sequences: dict[SequenceKey, Sequence] = {}
         self._cache = PrefixCache(config.cache) if config.cache is not None else None
         self._tier: HostTier | None = None
         if self._cache is not None and config.host_tier is not None:
@@ -97,8 +99,13 @@ class Scheduler:
         )
         self.imports = Imports(self._holdings, self._cache)
         self._restoring: Restoring | None = None
+        self._filling: Filling | None = None
+        self._spilling: Spilling | None = None
         if self._tier is not None and self._cache is not None:
             self._restoring = Restoring(self._tier, self._holdings, self._cache, self.imports)
+            self._filling = Filling(self._tier, self._cache, self._sequences)
+            if self._tier.config.takes_turns:
+                self._spilling = Spilling(self._tier, self._cache)
         self._admission = Admission(
             self._holdings,
             self._cache,
@@ -117,7 +124,6 @@ class Scheduler:
             drafts_max=config.drafts_max,
             rows_max=config.draft_rows_max,
         )
-        self._sequences: dict[SequenceKey, Sequence] = {}
         self._running: dict[SequenceKey, Sequence] = {}  # oldest first
         self._adopting: dict[SequenceKey, Sequence] = {}
         self._adoptions: dict[SequenceKey, Adoption] = {}  # of those, not taken yet
@@ -145,6 +151,7 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Nothing to compute, nothing on its way, nothing left open on the rank, nothing with others."""
         is_copying = self._tier is not None and not self._tier.is_idle
+        is_copying |= self._spilling is not None and not self._spilling.is_idle
         is_open = self._sequences or self._inflight or self._closes or is_copying
         return self._holdings.is_clear and not is_open
 
@@ -158,10 +165,10 @@ class Scheduler:
         sampling: SamplingParams,
         adopt: bool = False,
         salt: str = "",
-        fetching: bool = False,
+        num_fetches: int = 0,
     ) -> None:
         """Queue a sequence; with `adopt` one whose prompt is computed elsewhere, and scored there. It shares pages with
-        those of the same `salt`. With `fetching` it waits for `fetched`. Raises InvalidRequest if it can never be
+        those of the same `salt`. It waits for so many calls of `fetched`. Raises InvalidRequest if it can never be
         served here, Overloaded if the queue is full.
         """
         assert key not in self._sequences, f"sequence {key} opened twice"
@@ -186,7 +193,7 @@ class Scheduler:
             sampling=sampling,
             is_lending=self.config.role is Role.PREFILL and max_tokens > 1,
             is_adopting=adopt,
-            is_fetching=fetching,
+            num_fetches=num_fetches,
         )
         if self._cache is not None:
             self._cache.open(sequence, salt=salt)
@@ -194,10 +201,12 @@ class Scheduler:
         self._admission.add(sequence)
 
     def fetched(self, key: SequenceKey) -> None:
-        """What it waited for is in the cache, or will not come. One that has ended is passed over."""
+        """One thing it waited for is in the cache or in host memory, or will not come in time. A sequence that has
+        ended is passed over."""
         sequence = self._sequences.get(key)
         if sequence is not None:
-            sequence.is_fetching = False
+            assert sequence.num_fetches > 0, f"sequence {key} does not wait for a read"
+            sequence.num_fetches -= 1
 
     def cancel(self, key: SequenceKey) -> bool:
         """End a sequence now; its pages and slot are free for the next plan, but for what others may be reading or
@@ -221,7 +230,9 @@ class Scheduler:
         self._plan_decodes(step)
         self._admit()
         self._plan_chunks(step)
-        demote = self._tier.take_copies() if self._tier is not None else NO_COPIES
+        if self._spilling is not None:
+            self._spilling.feed()
+        demote = self._tier.take_copies(step.number) if self._tier is not None else NO_COPIES
         promote = self._restoring.take_copies(step.number) if self._restoring is not None else NO_COPIES
         step.has_copies = bool(demote or promote)
         if not step.segments and not step.has_copies and (not self._closes or self._inflight):
@@ -262,6 +273,8 @@ class Scheduler:
         for sequence in step.sequences.values():
             sequence.num_inflight -= 1
         self._free_read(step)
+        if self._tier is not None:
+            self._tier.landed(step.number)
         if self._restoring is not None:
             self._restoring.landed(step.number)
         events: list[Event] = []
@@ -330,7 +343,7 @@ class Scheduler:
         assert key in self._adopting, f"sequence {key} is not adopting"
         assert key not in self._adoptions, f"state of sequence {key} came before its adoption was taken"
         sequence = self._adopting[key]
-        self._check_generated(sequence, token_ids)
+        self.config.check_generated(token_ids, max_tokens=sequence.max_tokens)
         del self._adopting[key]
         sequence.adopt(token_ids)
         self._running[key] = sequence
@@ -358,6 +371,11 @@ class Scheduler:
         """What of the cache is in host memory. None where it is off."""
         return self._tier
 
+    @property
+    def filling(self) -> Filling | None:
+        """What a store could add to the cache. None without host memory."""
+        return self._filling
+
     def cache_state(self) -> CacheState:
         return self._cache.state if self._cache is not None else CacheState()
 
@@ -374,7 +392,7 @@ class Scheduler:
     @property
     def _keeps_digests(self) -> bool:
         """Of the pages that it may lend later."""
-        return self._cache is not None and self.config.role is not Role.BOTH
+        return self._cache is not None and (self.config.role is not Role.BOTH or self.config.keeps_digests)
 
     def _plan_decodes(self, step: Step) -> None:
         """One token for every running sequence whose next token is the only one missing, and drafts behind it. Oldest
@@ -418,16 +436,6 @@ class Scheduler:
             record=sequence.record,
             after=last_plan if last_plan > self.last_applied else 0,
         )
-
-    def _check_generated(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
-        """At most a page: so many are computed in one chunk, wherever in a page it begins."""
-        num_max = min(sequence.max_tokens - 1, PAGE_TOKENS)
-        if not 1 <= len(token_ids) <= num_max:
-            text = f"{len(token_ids)} tokens came with the state; it can go on from 1 to {num_max}"
-            raise InvalidRequest(text, field="token_ids")
-        if min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
-            text = f"a token that came with the state is not one of {self.config.vocab_size}"
-            raise InvalidRequest(text, field="token_ids")
 
     def _plan_chunks(self, step: Step) -> None:
         """The next chunk of every running sequence that is still in its prompt, as far as the budget goes; of one whose
@@ -552,6 +560,8 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         key = sequence.key
+        if self._spilling is not None and sequence.phase in (Phase.RUNNING, Phase.LANDING):
+            self._spilling.ended(sequence)
         match sequence.phase:
             case Phase.WAITING:
                 self._admission.remove(sequence)

@@ -5,10 +5,12 @@ Made by `engine.worker.host` from what the rank reports; read by `engine.worker.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
+from rorqual.errors import InvalidRequest
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Role
 
@@ -33,6 +35,19 @@ class SchedulerConfig:
     host_tier: HostTierConfig | None = (
         None  # None: what the cache gives up is gone; of use with a cache alone
     )
+
+    keeps_digests: bool = False  # of kept pages, also where nothing is lent: a store keeps them, too
+
+    def check_generated(self, token_ids: Sequence[int], *, max_tokens: int) -> None:
+        """Tokens that came with the state of a prompt, whose sequence generates `max_tokens`. At most a page: so many
+        are computed in one chunk, wherever in a page it begins. Raises InvalidRequest."""
+        num_max = min(max_tokens - 1, PAGE_TOKENS)
+        if not 1 <= len(token_ids) <= num_max:
+            text = f"{len(token_ids)} tokens came with the state; it can go on from 1 to {num_max}"
+            raise InvalidRequest(text, field="token_ids")
+        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            text = f"a token that came with the state is not one of {self.vocab_size}"
+            raise InvalidRequest(text, field="token_ids")
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens_max > 0

@@ -19,6 +19,7 @@ from engine.worker.events import SequenceKey, TokenEvent
 from kvstore.keys import PageKey
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Pin, Start, StartKind, TailKind
+from kvstore.store.contract import NO_TENANT, TenantLabel
 from rorqual.ids import PageId, RecordId, SlotId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
@@ -63,6 +64,7 @@ class Sequence:
     num_pages_told: int = 0  # of the first pages: the host may have lent them
     is_told: bool = False  # of any page or of the record
     root: PageKey | None = None  # of its page keys; None: no page of it is ever shared
+    tenant: TenantLabel = NO_TENANT  # whose it is, for a store
     keys: list[PageKey] = field(
         default_factory=list[PageKey]
     )  # of full pages of known tokens, the first ones
@@ -75,13 +77,17 @@ class Sequence:
         None  # of the prompt, that did not have to be computed when it first started
     )
     is_following: bool = False  # waits for pages that another is computing
-    is_fetching: bool = False  # waits for pages that are read from another worker
+    num_fetches: int = 0  # reads from other workers, or from a store, that it waits for
     is_restoring: bool = False  # waits for pages that come back from host memory
     num_restores: int = 0  # for which it has waited since it last started
     host_clock: int = -1  # of the host index, when that was last found to have nothing for it
     tails_planned: dict[int, TailKind] = field(default_factory=dict[int, TailKind])  # by depth in pages
     tail_record: RecordId | None = None  # for boundaries that it crosses as it decodes
     tail_depth: int = 0  # in pages, of the boundary whose state is there; 0: of none yet
+
+    @property
+    def is_fetching(self) -> bool:
+        return self.num_fetches > 0
 
     @property
     def num_known(self) -> int:

@@ -131,6 +131,13 @@ class ShadowRadix:
         node = self._nodes.get(key)
         return node is not None and node.tail is not None
 
+    def look(self, key: PageKey) -> tuple[EvictedPage, EvictedTail | None] | None:
+        """A page and its tail, as they would be evicted now. Changes nothing. None: it is not here."""
+        node = self._nodes.get(key)
+        if node is None:
+            return None
+        return self._left(node), None if node.tail is None else self._tail_left(node.tail)
+
     def match(self, keys: Sequence[PageKey]) -> Match:
         """What is there of the prefix that these keys, from its first page on, stand for. Changes nothing."""
         get = self._nodes.get
@@ -380,14 +387,7 @@ class ShadowRadix:
         assert not node.num_children
         assert not node.num_holds
         self._leaves.remove(node)
-        left = EvictedPage(
-            page=node.page,
-            key=node.key,
-            parent=parent.key,
-            hits=node.hits,
-            worth=self._value.page_worth(node),
-        )
-        pages.append(left)
+        pages.append(self._left(node))
         if node.tail is not None:
             tails.append(self._drop_tail(node.tail))
         self._log.note_page(node.key, self._state(node.key))
@@ -400,13 +400,32 @@ class ShadowRadix:
     def _drop_tail(self, tail: Tail) -> EvictedTail:
         assert not tail.num_pins, "a pinned tail is evicted"
         self._log.note_tail(tail.node.key, (True, True))
-        worth = self._value.tail_worth(tail)
+        left = self._tail_left(tail)
         self._tails.remove(tail)
         tail.node.tail = None
         self._num_tails -= 1
         if tail.node.entry:
             self._leaves.add(tail.node)  # worth less now that nothing resumes behind it
-        return EvictedTail(record=tail.record, key=tail.node.key, kind=tail.kind, hits=tail.hits, worth=worth)
+        return left
+
+    def _left(self, node: Node) -> EvictedPage:
+        assert node.parent is not None
+        return EvictedPage(
+            page=node.page,
+            key=node.key,
+            parent=node.parent.key,
+            hits=node.hits,
+            worth=self._value.page_worth(node),
+        )
+
+    def _tail_left(self, tail: Tail) -> EvictedTail:
+        return EvictedTail(
+            record=tail.record,
+            key=tail.node.key,
+            kind=tail.kind,
+            hits=tail.hits,
+            worth=self._value.tail_worth(tail),
+        )
 
 
 def _nothing(key: PageKey) -> tuple[bool, bool]:

@@ -19,6 +19,9 @@ Payload = bytes | bytearray | memoryview
 TenantLabel = NewType("TenantLabel", str)
 """16 hex digits that stand for a salt where people and servers can see them."""
 
+NO_TENANT = TenantLabel("")
+"""Nobody has said whose it is."""
+
 
 class Kind(enum.Enum):
     PAGE = "page"  # of a page key, its rows in all paged components: `StateLayout.page_bytes` wire bytes

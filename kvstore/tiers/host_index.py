@@ -20,6 +20,7 @@ from typing import Protocol
 
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Ageing, EvictedPage, EvictedTail, EvictionOrder, EvictionQueue, TailKind
+from kvstore.store.contract import NO_TENANT, TenantLabel
 from rorqual.ids import HostPageId, HostRecordId
 
 
@@ -44,6 +45,7 @@ class HostPage:
     stamp: int  # the index's clock when the device last gave it up, or it was last used from here
     hits: int
     worth: float  # pages of computing saved for its bytes in pages
+    tenant: TenantLabel = NO_TENANT  # whose prompts it is of; empty: unknown
     num_pins: int = 0
     entry: int = 0  # its live entry in the eviction queue; 0: none
 
@@ -60,6 +62,7 @@ class HostTail:
     stamp: int
     hits: int
     worth: float
+    tenant: TenantLabel = NO_TENANT
     num_pins: int = 0
     entry: int = 0
 
@@ -78,6 +81,8 @@ class HostCounts:
 
     pages_taken: int = 0  # from the device, by a copy
     tails_taken: int = 0
+    pages_read: int = 0  # from a store
+    tails_read: int = 0
     pages_kept: int = 0  # given up by the device while they were here already: nothing was copied
     tails_kept: int = 0
     pages_refused: int = 0  # worth less than all that is here, or all that is here is in use
@@ -111,6 +116,8 @@ class HostIndex:
         )  # pages here that follow on a key, which may be elsewhere
         self._page_ids = _Ids(first_id, num_pages)
         self._record_ids = _Ids(first_id, num_records)
+        self._reserved_pages: set[HostPageId] = set()  # of nobody: somebody writes into them
+        self._reserved_records: set[HostRecordId] = set()
         self._leaves = EvictionQueue[HostPage](self._priority)  # not pinned, and none here follows on them
         self._loose = EvictionQueue[HostTail](self._priority)  # not pinned
 
@@ -151,7 +158,9 @@ class HostIndex:
         tails = tuple(depth for depth in range(1, end + 1) if keys[depth - 1] in self._tails)
         return HostMatch(num_pages=end - first, tail_depths=tails)
 
-    def put_page(self, left: EvictedPage, digests: tuple[int, ...] | None) -> HostPageId | None:
+    def put_page(
+        self, left: EvictedPage, digests: tuple[int, ...] | None, tenant: TenantLabel = NO_TENANT
+    ) -> HostPageId | None:
         """The device has given up a page: where it is to be copied to. None: nowhere, since it is here already, or is
         worth too little."""
         self._ages.used()
@@ -169,23 +178,19 @@ class HostIndex:
             stamp=self._ages.clock,
             hits=left.hits,
             worth=left.worth,
+            tenant=tenant,
         )
         if not self._page_ids.num_free and not self._make_room_for(page):
             self.counts.pages_refused += 1
             self._drop_orphan(left.key)
             return None
         self.counts.pages_taken += 1
-        self._above.note(left.key)
-        page.page = HostPageId(self._page_ids.take())
-        self._pages[left.key] = page
-        self._num_following[left.parent] += 1
-        parent = self._pages.get(left.parent)
-        if parent is not None:
-            self._leaves.remove(parent)
-        self._queue_if_leaf(page)
+        self._add_page(page, HostPageId(self._page_ids.take()))
         return page.page
 
-    def put_tail(self, left: EvictedTail, *, num_bytes: int, digest: int) -> HostRecordId | None:
+    def put_tail(
+        self, left: EvictedTail, *, num_bytes: int, digest: int, tenant: TenantLabel = NO_TENANT
+    ) -> HostRecordId | None:
         """As `put_page`. Its page has been offered before, or is on the device still."""
         self._ages.used()
         tail = self._tails.get(left.key)
@@ -204,17 +209,92 @@ class HostIndex:
             stamp=self._ages.clock,
             hits=left.hits,
             worth=left.worth,
+            tenant=tenant,
         )
         is_of_use = left.key in self._pages or self._above.has_page(left.key)
         if not is_of_use or (not self._record_ids.num_free and not self._make_room_for_tail(tail)):
             self.counts.tails_refused += 1
             return None
         self.counts.tails_taken += 1
-        self._above.note(left.key)
-        tail.record = HostRecordId(self._record_ids.take())
-        self._tails[left.key] = tail
-        self._loose.add(tail)
+        self._add_tail(tail, HostRecordId(self._record_ids.take()))
         return tail.record
+
+    def touch(self, keys: Sequence[PageKey]) -> None:
+        """Pages and tails that are here are about to be used."""
+        self._ages.used()
+        for key in keys:
+            for item in (self._pages.get(key), self._tails.get(key)):
+                if item is not None:
+                    item.stamp = self._ages.clock
+
+    def reserve_page(self) -> HostPageId | None:
+        """A place of no page, for bytes from elsewhere: until `admit_page` or `give_back_page`. What is worth least
+        goes for it. None: all that is here is in use."""
+        if not self._page_ids.num_free:
+            first = self._leaves.first()
+            if first is None:
+                return None
+            self._drop_page(first[1])
+        page = HostPageId(self._page_ids.take())
+        self._reserved_pages.add(page)
+        return page
+
+    def admit_page(self, page: HostPage) -> bool:
+        """The place it has, which was reserved, holds it now. False: it is here already, and the place free again."""
+        if page.key in self._pages:
+            self.give_back_page(page.page)
+            return False
+        self._ages.used()
+        self._reserved_pages.remove(page.page)
+        self.counts.pages_read += 1
+        page.stamp = self._ages.clock
+        self._add_page(page, page.page)
+        return True
+
+    def give_back_page(self, page: HostPageId) -> None:
+        self._reserved_pages.remove(page)
+        self._page_ids.give_back(page)
+
+    def reserve_tail(self) -> HostRecordId | None:
+        """As `reserve_page`."""
+        if not self._record_ids.num_free:
+            first = self._loose.first()
+            if first is None:
+                return None
+            self._drop_tail(first[1])
+        record = HostRecordId(self._record_ids.take())
+        self._reserved_records.add(record)
+        return record
+
+    def admit_tail(self, tail: HostTail) -> bool:
+        """As `admit_page`; of no use without its page, too."""
+        is_of_use = tail.key in self._pages or self._above.has_page(tail.key)
+        if tail.key in self._tails or not is_of_use:
+            self.give_back_tail(tail.record)
+            return False
+        self._ages.used()
+        self._reserved_records.remove(tail.record)
+        self.counts.tails_read += 1
+        tail.stamp = self._ages.clock
+        self._add_tail(tail, tail.record)
+        return True
+
+    def give_back_tail(self, record: HostRecordId) -> None:
+        self._reserved_records.remove(record)
+        self._record_ids.give_back(record)
+
+    def hold_page(self, key: PageKey) -> HostPage:
+        """As `pin_page`, but no use: its bytes are read for a tier below."""
+        page = self._pages[key]
+        page.num_pins += 1
+        self._leaves.remove(page)
+        return page
+
+    def hold_tail(self, key: PageKey) -> HostTail:
+        tail = self._tails[key]
+        tail.num_pins += 1
+        self._loose.remove(tail)
+        return tail
 
     def pin_page(self, key: PageKey) -> HostPage:
         """Hold a page that is here until `unpin_page`: it is copied to the device. Counts as a use."""
@@ -262,10 +342,26 @@ class HostIndex:
             assert bool(tail.entry) == (not tail.num_pins), "queued, or not, against the rule"
             is_of_use = key in self._pages or self._above.has_page(key)
             assert is_of_use or tail.num_pins, "a tail without its page"
-        self._page_ids.check([page.page for page in self._pages.values()])
-        self._record_ids.check([tail.record for tail in self._tails.values()])
+        self._page_ids.check([*(page.page for page in self._pages.values()), *self._reserved_pages])
+        self._record_ids.check([*(tail.record for tail in self._tails.values()), *self._reserved_records])
         assert len(self._leaves) == sum(page.entry > 0 for page in self._pages.values())
         assert len(self._loose) == sum(tail.entry > 0 for tail in self._tails.values())
+
+    def _add_page(self, page: HostPage, number: HostPageId) -> None:
+        self._above.note(page.key)
+        page.page = number
+        self._pages[page.key] = page
+        self._num_following[page.parent] += 1
+        parent = self._pages.get(page.parent)
+        if parent is not None:
+            self._leaves.remove(parent)
+        self._queue_if_leaf(page)
+
+    def _add_tail(self, tail: HostTail, number: HostRecordId) -> None:
+        self._above.note(tail.key)
+        tail.record = number
+        self._tails[tail.key] = tail
+        self._loose.add(tail)
 
     def _priority(self, item: HostPage | HostTail) -> float:
         return self._ages.priority(item.stamp, (1 + item.hits) * item.worth)

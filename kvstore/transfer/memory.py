@@ -70,8 +70,11 @@ def make_segments(agent: str, *, named: bool = sys.platform != "linux") -> Segme
     return _NamedOwner() if named else _FileOwner(agent)
 
 
-def map_segments(metadata: bytes, *, agent: str, sizes: Sequence[int]) -> list[ByteArray]:
-    """Arrays over the segments of owner `agent`, which cannot be written to. They outlive the owner.
+def map_segments(
+    metadata: bytes, *, agent: str, sizes: Sequence[int], writable: bool = False
+) -> list[ByteArray]:
+    """Arrays over the segments of owner `agent`, which can be written to only if the two have agreed who writes where.
+    They outlive the owner.
 
     Raises TransferError: broken metadata, an owner on another host or gone, segments shorter than `sizes`.
     """
@@ -84,9 +87,12 @@ def map_segments(metadata: bytes, *, agent: str, sizes: Sequence[int]) -> list[B
         raise TransferError(f"{agent} has {count} segments for {len(sizes)} regions")
     try:
         if isinstance(found, NamedSegments):
-            return [_map_named(name, size) for name, size in zip(found.names, sizes, strict=True)]
+            return [
+                _map_named(name, size, writable=writable)
+                for name, size in zip(found.names, sizes, strict=True)
+            ]
         return [
-            _map_file(f"/proc/{found.pid}/fd/{fd}", _file_name(agent, index), size)
+            _map_file(f"/proc/{found.pid}/fd/{fd}", _file_name(agent, index), size, writable=writable)
             for index, (fd, size) in enumerate(zip(found.fds, sizes, strict=True))
         ]
     except (OSError, ValueError) as error:
@@ -128,12 +134,12 @@ def _file_name(agent: str, index: int) -> str:
     return f"rorqual-{hashlib.sha256(agent.encode()).hexdigest()[:32]}-{index}"
 
 
-def _map_file(path: str, name: str, size: int) -> ByteArray:
+def _map_file(path: str, name: str, size: int, *, writable: bool) -> ByteArray:
     if sys.platform != "linux":
         raise OSError("anonymous files are Linux's")
     # The owner may be gone, and its number and descriptor be somebody else's, even a pipe that would keep us waiting.
     wanted = f"/memfd:{name} (deleted)"
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if os.readlink(f"/proc/self/fd/{fd}") != wanted:
             raise OSError(f"{path} is not {name}: the owner is gone, or on another host")
@@ -141,7 +147,7 @@ def _map_file(path: str, name: str, size: int) -> ByteArray:
             raise OSError(f"{path} could shrink")
         if os.fstat(fd).st_size < size:
             raise OSError(f"{path} has {os.fstat(fd).st_size} bytes, not {size}")
-        return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), dtype=np.uint8)
+        return _mapped(fd, size, writable=writable)
     finally:
         os.close(fd)
 
@@ -179,13 +185,20 @@ class _NamedOwner:
         self._mappings.clear()
 
 
-def _map_named(name: str, size: int) -> ByteArray:
+def _map_named(name: str, size: int, *, writable: bool) -> ByteArray:
     # What SharedMemory itself is made of: that would map it for writing and, up to Python 3.12, unlink it when this
     # reader ends.
-    fd: int = importlib.import_module("_posixshmem").shm_open(f"/{name}", os.O_RDONLY, mode=0)
+    fd: int = importlib.import_module("_posixshmem").shm_open(
+        f"/{name}", os.O_RDWR if writable else os.O_RDONLY, mode=0
+    )
     try:
         if os.fstat(fd).st_size < size:
             raise OSError(f"{name} has {os.fstat(fd).st_size} bytes, not {size}")
-        return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), dtype=np.uint8)
+        return _mapped(fd, size, writable=writable)
     finally:
         os.close(fd)
+
+
+def _mapped(fd: int, size: int, *, writable: bool) -> ByteArray:
+    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    return np.frombuffer(mmap.mmap(fd, size, prot=access), dtype=np.uint8)

@@ -177,7 +177,7 @@ class Reusing:
             ignore_eos=True,
             sampling=sampling,
             salt=salt,
-            fetching=fetching,
+            num_fetches=int(fetching),
         )
         return key
 
