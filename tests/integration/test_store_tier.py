@@ -3,21 +3,16 @@ happens to Redis harms a request."""
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from redis import Redis
 
 from kvstore.store.embedded import EmbeddedServer
 from rorqual.model_config import PAGE_TOKENS
 from tests.harness.pools import Pools
-from tests.harness.store_cluster import started_cluster
 from tests.harness.system import IDS_CONFIG, Served, make_checkpoint, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -34,7 +29,9 @@ def a_prompt(seed: int, length: int = LENGTH) -> list[int]:
     return random.Random(seed).choices(range(3, IDS_CONFIG["vocab_size"]), k=length)
 
 
-def ask(system: Served, prompt: list[int], num_tokens: int = 6, *, key: str | None = None) -> tuple[Answer, int]:
+def ask(
+    system: Served, prompt: list[int], num_tokens: int = 6, *, key: str | None = None
+) -> tuple[Answer, int]:
     """The answer, and how many tokens of the prompt were kept."""
     body: dict[str, Any] = {
         "prompt": prompt,
@@ -66,7 +63,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[int]], Answer]]:
+def expected(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[list[int]], Answer]]:
     """From a worker that keeps nothing."""
     pools = Pools(model, tmp_path_factory.mktemp("off"), *WORKER[:-2], "--prefix-cache", "off")
     try:
@@ -87,7 +86,9 @@ def redis() -> Iterator[EmbeddedServer]:
 def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pools]]:
     started: list[Pools] = []
 
-    def make(url: str, *roles: str, options: tuple[str, ...] = PATIENT, router: tuple[str, ...] = ()) -> Pools:
+    def make(
+        url: str, *roles: str, options: tuple[str, ...] = PATIENT, router: tuple[str, ...] = ()
+    ) -> Pools:
         folder = tmp_path / str(len(started))
         folder.mkdir()
         pools = Pools(model, folder, *WORKER, *options, transfer="shm", environment={"RORQUAL_STORE": url})
