@@ -19,7 +19,8 @@ import httpx
 from engine.plan import RankFailed, RankReady, RankSettings, StepResult
 from engine.worker.events import SequenceKey
 from engine.worker.rank_link import RankProcess, start_rank
-from engine.worker.scheduler import Scheduler, SchedulerConfig
+from engine.worker.scheduler import Scheduler
+from engine.worker.scheduler_config import SchedulerConfig
 from rorqual.errors import RorqualError
 from rorqual.local_cluster import LocalCluster
 from rorqual.sampling import SamplingParams

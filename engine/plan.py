@@ -37,6 +37,8 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     agent: str = ""  # name of the transfer agent, fresh for each incarnation
     drafts_max: int = 0  # of a segment; above 0 the state of the MTP block is kept up, and handed over
     drafts_required: bool = False  # else a checkpoint without an MTP block is served without
+    num_host_pages: int = 0  # in host memory, for what the pools have no room for; tails come on top
+    host_bytes: int | None = None  # or so many bytes of both
 
 
 class SlotOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -112,13 +114,45 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     )  # of a decode: when the accepted tokens reach a page boundary, pack their state there
 
 
+class PageCopy(msgspec.Struct, frozen=True, array_like=True):
+    """A whole page, between the device's pools and host memory."""
+
+    page: int
+    host_page: int
+
+
+class RecordCopy(msgspec.Struct, frozen=True, array_like=True):
+    """The first `num_bytes` of a record, between the device's records and host memory."""
+
+    record: int
+    host_record: int
+    num_bytes: int
+
+
+class Copies(msgspec.Struct, frozen=True, array_like=True):
+    """All of one direction. No target is named twice."""
+
+    pages: tuple[PageCopy, ...] = ()
+    records: tuple[RecordCopy, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.pages or self.records)
+
+
+NO_COPIES = Copies()
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Order of effects: close slots, open slots, then all segments as one ragged forward."""
+    """Order of effects: close slots; copy from the device to host memory (`demote`), then from there to the device
+    (`promote`); open slots; then all segments as one ragged forward. So what was copied away may be written by the
+    same plan, and what was copied here may be read by it. A copy cannot fail, and has no answer of its own."""
 
     number: int
     closes: tuple[int, ...]
     opens: tuple[SlotOpen, ...]
     segments: tuple[Segment, ...]
+    demote: Copies = NO_COPIES
+    promote: Copies = NO_COPIES
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
@@ -187,6 +221,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     verified: tuple[Verified, ...] = ()
     completed: tuple[Completed, ...] = ()
     tailed: tuple[Tailed, ...] = ()
+    copy_ms: float = 0.0  # of step_ms, for the plan's copies
 
 
 class PeerOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -283,6 +318,8 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rebuild_tokens: int = (
         0  # to replay before a page boundary whose tail is gone: `kvstore.handover.rebuild_tokens`
     )
+    num_host_pages: int = 0  # 0 .. num_host_pages - 1 in host memory
+    num_host_records: int = 0
 
 
 class RankFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -33,6 +33,7 @@ from engine.checkpoint.reader import Checkpoint, open_checkpoint
 from engine.drafter import Drafter, DraftWish, MtpDrafter
 from engine.exactness import check_exactness
 from engine.frames import FrameWriter, join_host, read_frame, write_frame
+from engine.host_memory import HostMemory
 from engine.kernels import registry
 from engine.kernels.suite import choose_kernels
 from engine.model.forward import Model
@@ -50,24 +51,23 @@ from engine.plan import (
     StepResult,
     Verified,
 )
+from engine.rank_budget import device_budget, host_budget
 from engine.rank_transfer import PageDigest, PlanQueue, RankTransfer, StateDigests, ThreadFailed, read_host
 from engine.runner import Runner, SegmentTokens
 from engine.sampler import Continuation, Sampler
 from engine.state_report import NOTHING, Reached, StateReport, report_state
 from engine.warm_up import warm_up
-from kvstore.budget import Budget, divide
-from kvstore.handover import rebuild_tokens, record_bytes_max, wire_id
-from kvstore.layout import DRAFTS_MAX, Numerics, build_layout
+from kvstore.handover import rebuild_tokens, wire_id
+from kvstore.layout import DRAFTS_MAX, Numerics
 from kvstore.pools import plain_memory
 from kvstore.transfer.contract import Transfer
 from kvstore.transfer.opening import TransferBuilder, open_transfer
 from rorqual.clock import SystemClock
 from rorqual.errors import RorqualError
-from rorqual.model_config import PAGE_TOKENS, ModelConfig
+from rorqual.model_config import PAGE_TOKENS
 
 Made = TypeVar("Made")
 
-KV_BYTES_DEFAULT = 1 << 30
 SCORED_ROWS = 32
 """Prompt logprobs are computed this many tokens at a time: 32 x 129,280 f32 logits are 16 MiB."""
 
@@ -142,13 +142,20 @@ class Rank:
     """Everything between two frames. Tests drive it without a process."""
 
     def __init__(
-        self, runner: Runner, *, sampler: Sampler, page_digest: PageDigest, drafter: Drafter | None = None
+        self,
+        runner: Runner,
+        *,
+        sampler: Sampler,
+        page_digest: PageDigest,
+        drafter: Drafter | None = None,
+        host_memory: HostMemory | None = None,
     ) -> None:
         self.digests = StateDigests(runner.pools, runner.records, page_digest=page_digest)
         self.record_bytes = runner.record_bytes
-        self._runner = runner
+        self.runner = runner
         self._sampler = sampler
         self._drafter = drafter
+        self.host_memory = host_memory
         self._slots: dict[int, _Slot] = {}
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -156,6 +163,12 @@ class Rank:
         for slot in plan.closes:
             self._sampler.close(slot)
             del self._slots[slot]
+        copied = started
+        if plan.demote or plan.promote:
+            assert self.host_memory is not None, "a plan copies, and there is no host memory"
+            self.host_memory.demote(plan.demote)
+            self.host_memory.promote(plan.promote)
+            copied = time.perf_counter()
         for item in plan.opens:
             self._open(item)
         done = self._compute(plan.segments)
@@ -168,15 +181,16 @@ class Rank:
             verified=tuple(done.verified),
             completed=done.state.completed,
             tailed=done.state.tailed,
+            copy_ms=(copied - started) * 1e3,
         )
 
     def _open(self, item: SlotOpen) -> None:
         assert item.slot not in self._slots, f"slot {item.slot} is open"
         self._sampler.open(item)
         if (known := item.restore) is None:
-            self._runner.open(item.slot)
+            self.runner.open(item.slot)
         else:
-            self._runner.restore(item.slot, known.num_computed, known.pages, known.record)
+            self.runner.restore(item.slot, known.num_computed, known.pages, known.record)
         if self._drafter is not None:
             self._drafter.open(item.slot, num_computed=0 if known is None else known.num_computed)
         tokens = np.frombuffer(item.tokens, dtype="<i4")
@@ -196,7 +210,7 @@ class Rank:
         done = _Done()
         for segment in segments:
             if segment.pages:
-                self._runner.extend(segment.slot, segment.pages)
+                self.runner.extend(segment.slot, segment.pages)
         parts = self._with_drafts([self._part(segment) for segment in segments])
         self._forward([part for part in parts if part.count or part.is_hit], done)
         counts = Counter(item.slot for item in done.sampled)
@@ -209,7 +223,7 @@ class Rank:
             for part in parts
             if part.segment.drafts
         ]
-        done.state = report_state(self._runner, self.digests, [self._reached(part) for part in parts])
+        done.state = report_state(self.runner, self.digests, [self._reached(part) for part in parts])
         return done
 
     def _part(self, segment: Segment) -> _Part:
@@ -234,7 +248,7 @@ class Rank:
 
     def _check_rebuilt(self, segment: Segment) -> None:
         """While a sequence is rebuilt its rows are not what they were: they must not reach anybody."""
-        least, end = self._runner.rebuilt_at(segment.slot), segment.start + segment.count
+        least, end = self.runner.rebuilt_at(segment.slot), segment.start + segment.count
         assert segment.replay or segment.start >= least, f"slot {segment.slot} is not rebuilt before {least}"
         assert not (segment.replay and segment.drafts), "drafts behind tokens that are replayed"
         wanted = [point.num_tokens for point in segment.tails]
@@ -269,7 +283,7 @@ class Rank:
             segment, slot = part.segment, self._slots[part.segment.slot]
             position = part.start + part.count
             if part.is_hit:
-                chosen.append(self._runner.kept_streams([segment.slot], [position - 1]))
+                chosen.append(self.runner.kept_streams([segment.slot], [position - 1]))
             else:
                 known_rows, *draft_rows = islice(rows, 1 + len(part.drafts))
                 if slot.wants_scores:
@@ -281,7 +295,7 @@ class Rank:
                 wanted.append(Continuation(slot=segment.slot, position=position, drafts=part.drafts))
         if not wanted:
             return
-        logits_RV = self._runner.model.logits(torch.cat(chosen))
+        logits_RV = self.runner.model.logits(torch.cat(chosen))
         for item, accepted in zip(wanted, self._sampler.verify(wanted, logits_RV), strict=True):
             for index, sampled in enumerate(accepted):
                 self._slots[item.slot].append(sampled.token_id, item.position + index)
@@ -289,7 +303,7 @@ class Rank:
 
     def _streams(self, parts: list[_Part], work: list[SegmentTokens]) -> tuple[Tensor, list[Tensor]]:
         """One ragged forward, which the drafter follows."""
-        streams, rows_of_work = self._runner.streams(work)
+        streams, rows_of_work = self.runner.streams(work)
         if self._drafter is not None:
             prompts: dict[int, int] = {}
             for part in parts:
@@ -298,7 +312,7 @@ class Rank:
                 if part.count and (ends or not _is_decode(segment)):
                     prompts[segment.slot] = min((self._slots[segment.slot].num_tokens, *ends))
             self._drafter.follow(work, streams, prompts)
-        self._runner.keep_streams(streams)
+        self.runner.keep_streams(streams)
         return streams, rows_of_work
 
     def _reached(self, part: _Part) -> Reached:
@@ -322,7 +336,7 @@ class Rank:
                 self._sampler.prompt_scores(
                     segment.slot,
                     first_position=position,
-                    logits_RV=self._runner.model.logits(streams[rows[first:last]]),
+                    logits_RV=self.runner.model.logits(streams[rows[first:last]]),
                     token_ids=slot.tokens[position : position + last - first].tolist(),
                     num_alternatives=slot.prompt_logprobs,
                 )
@@ -426,7 +440,8 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     # What is wrong with an option is told before weights are read for minutes.
     implementations = registry.choose("cpu", settings.kernels)
     drafts_max = _drafts_max(settings, checkpoint)
-    budget = _budget(config, numerics, settings, drafts=drafts_max > 0)
+    budget = device_budget(config, numerics, settings, drafts=drafts_max > 0)
+    below = host_budget(config, numerics, settings, budget, drafts=drafts_max > 0)
     builder = _open_transfer(settings, connection)
     weights = _allocated("the weights", lambda: allocate_weights(config))
     checkpoint.load_into(weights.named.__getitem__, _Progress(connection, stage="weights").report)
@@ -451,35 +466,66 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
             allocate=plain_memory if builder is None else builder.allocate,
         ),
     )
+    host_memory = _allocated(
+        "host memory (a smaller --host-pages or --host-bytes needs less)",
+        lambda: HostMemory(
+            runner.pools,
+            runner.records,
+            num_pages=below.num_pages,
+            num_records=below.num_records,
+        ),
+    )
     drafter = MtpDrafter(runner, sampler) if drafts_max else None
-    rank = Rank(runner, sampler=sampler, page_digest=page_digest, drafter=drafter)
+    rank = Rank(runner, sampler=sampler, page_digest=page_digest, drafter=drafter, host_memory=host_memory)
     engine = None if builder is None else builder.start()
-    fingerprint = f"{config.fingerprint()}-{weights_id(checkpoint.stored)}"
-    ready = RankReady(
-        num_pages=budget.num_pages,
-        num_slots=settings.num_slots,
+    ready = _ready(
+        rank,
+        checkpoint,
+        engine,
+        kernels=tuple((name, item.name) for name, item in implementations.items()),
+        weight_bytes=weights.num_bytes,
+        drafts_max=drafts_max,
+        exact=settings.exact,
+    )
+    return _Loaded(rank=rank, ready=ready, engine=engine)
+
+
+def _ready(
+    rank: Rank,
+    checkpoint: Checkpoint,
+    engine: Transfer | None,
+    *,
+    kernels: tuple[tuple[str, str], ...],
+    weight_bytes: int,
+    drafts_max: int,
+    exact: bool,
+) -> RankReady:
+    config, runner, host_memory = checkpoint.config, rank.runner, rank.host_memory
+    fingerprint, layout = f"{config.fingerprint()}-{weights_id(checkpoint.stored)}", runner.layout
+    return RankReady(
+        num_pages=runner.pools.num_pages,
+        num_slots=runner.pools.num_slots,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         eos_token_ids=config.eos_token_ids,
         model_fingerprint=fingerprint,
-        numerics=numerics.value,
-        kernels=tuple((name, item.name) for name, item in implementations.items()),
-        weight_bytes=weights.num_bytes,
+        numerics=layout.numerics.value,
+        kernels=kernels,
+        weight_bytes=weight_bytes,
         state_bytes=runner.pools.num_bytes + runner.records.nbytes,
         has_mtp=checkpoint.has_mtp,
-        wire_id=""
-        if engine is None
-        else wire_id(runner.layout, fingerprint, drafts=runner.drafts, exact=settings.exact),
+        wire_id="" if engine is None else wire_id(layout, fingerprint, drafts=runner.drafts, exact=exact),
         endpoint=None if engine is None else engine.endpoint,
-        num_records=budget.num_records,
+        num_records=len(runner.records),
         num_page_components=len(rank.digests.components),
         notices=checkpoint.notices,
         drafts_max=drafts_max,
-        page_bytes=runner.layout.page_bytes,
+        page_bytes=layout.page_bytes,
         record_bytes=runner.records.shape[1],
-        rebuild_tokens=rebuild_tokens(runner.layout),
+        rebuild_tokens=rebuild_tokens(layout),
+        num_host_pages=host_memory.num_pages if host_memory is not None else 0,
+        num_host_records=host_memory.num_records if host_memory is not None else 0,
     )
-    return _Loaded(rank=rank, ready=ready, engine=engine)
 
 
 def _open_transfer(settings: RankSettings, connection: socket.socket) -> TransferBuilder | None:
@@ -502,28 +548,6 @@ def _drafts_max(settings: RankSettings, checkpoint: Checkpoint) -> int:
             " choose --drafts 0, or auto, which drafts where it can"
         )
     return 0
-
-
-def _budget(config: ModelConfig, numerics: Numerics, settings: RankSettings, *, drafts: bool) -> Budget:
-    """Of the bytes for pages as many pages as they hold, and no more than all slots could ever use, or, where prefixes
-    are kept, twice as many."""
-    layout = build_layout(config, numerics)
-    kv_bytes = settings.kv_bytes or KV_BYTES_DEFAULT
-    useful = settings.num_slots * -(-config.max_position_embeddings // PAGE_TOKENS)
-    budget = divide(
-        page_bytes=layout.page_bytes,
-        record_bytes=record_bytes_max(layout, drafts=drafts),
-        kv_bytes=kv_bytes,
-        num_pages=settings.num_pages,
-        num_pages_useful=useful * 2 if settings.tail_share else useful,
-        num_records=settings.num_records,
-        tail_share=settings.tail_share,
-    )
-    if budget.num_pages == 0:
-        raise RorqualError(
-            f"--kv-bytes {kv_bytes} holds no page: a page of {PAGE_TOKENS} tokens takes {layout.page_bytes}"
-        )
-    return budget
 
 
 def _allocated(what: str, make: Callable[[], Made]) -> Made:

@@ -21,6 +21,11 @@ SlotId = NewType("SlotId", int)
 RecordId = NewType("RecordId", int)
 """One buffer of a worker's hand-over records."""
 
+HostPageId = NewType("HostPageId", int)
+"""A page in a worker's host memory: no number of the device's pages."""
+HostRecordId = NewType("HostRecordId", int)
+"""A tail's record in a worker's host memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseName:

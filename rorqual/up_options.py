@@ -56,6 +56,8 @@ class UpOptions:
     kernels: tuple[str, ...] = ()
     drafts: str | None = None
     prefix_cache: str | None = None
+    host_pages: int | None = None
+    host_bytes: str | None = None
     transfer: str | None = None
     bind_early_tokens: int | None = None
     placement: str | None = None
@@ -95,6 +97,7 @@ def parse_options(argv: list[str]) -> UpOptions:
     for option in ("pages", "slots", "prefill_tokens", "threads"):
         _check_least(args, option, least=1)
     _check_least(args, "bind_early_tokens", least=0)
+    _check_least(args, "host_pages", least=0)
     check_above_zero(args, "credit_seconds", "hand_over_seconds")
     if args.exact and (args.threads or 1) > 1:
         raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
@@ -117,6 +120,8 @@ def parse_options(argv: list[str]) -> UpOptions:
         kernels=tuple(args.kernel),
         drafts=args.drafts,
         prefix_cache=args.prefix_cache,
+        host_pages=args.host_pages,
+        host_bytes=args.host_bytes,
         transfer=args.transfer,
         bind_early_tokens=args.bind_early_tokens,
         placement=args.placement,
@@ -190,6 +195,8 @@ def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path
         # The same for all: workers that hand state over must agree whether drafts' state belongs to it.
         ("--drafts", options.drafts),
         ("--prefix-cache", options.prefix_cache),
+        ("--host-pages", options.host_pages),
+        ("--host-bytes", options.host_bytes),
         ("--log-level", options.log_level),
         ("--drain-seconds", options.drain_seconds),
         # A worker that does both hands nothing over.
@@ -325,6 +332,14 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         choices=("on", "off"),
         help="workers keep the state of what they computed, for prompts that begin with the same tokens (default on)",
     )
+    host_size = parser.add_mutually_exclusive_group()
+    host_size.add_argument(
+        "--host-pages",
+        type=int,
+        metavar="N",
+        help="pages of host memory per worker for what the prefix cache gives up, tails beside them (default 0)",
+    )
+    host_size.add_argument("--host-bytes", metavar="SIZE", help="or memory for them per worker, such as 8GB")
     add(
         "--transfer",
         choices=("auto", "nixl", "shm"),

@@ -4,16 +4,18 @@ First come, first served: the head of the queue starts when slots, pages and rec
 it wait for it. It looks at those alone; the rank hears of a sequence with its first chunk. What the prefix cache has of
 a sequence it shares, and needs no pages for. A sequence whose next page another is computing follows that one: it lets
 others pass meanwhile, holds nothing, and keeps its place in the queue; so does one of which pages are being read from
-another worker. A preempted sequence, which was the youngest
+another worker, or come back from host memory. A preempted sequence, which was the youngest
 running one, returns to the head.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from engine.worker.holdings import Holdings
 from engine.worker.prefix_cache import PrefixCache
+from engine.worker.restoring import Restoring
 from engine.worker.sequences import Phase, Sequence
 from rorqual.errors import Overloaded
 
@@ -23,12 +25,14 @@ class Admission:
         self,
         holdings: Holdings,
         cache: PrefixCache | None,
+        restoring: Restoring | None,
         *,
         sequences_waiting_max: int,
         tokens_waiting_max: int,
     ) -> None:
         self._holdings = holdings
         self._cache = cache
+        self._restoring = restoring
         self._sequences_waiting_max = sequences_waiting_max
         self._tokens_waiting_max = tokens_waiting_max
         self._waiting: deque[Sequence] = deque()  # oldest first
@@ -43,6 +47,10 @@ class Admission:
     def tokens_waiting(self) -> int:
         """That will be computed here."""
         return self._tokens_waiting - self._tokens_awaited
+
+    def first(self, count: int) -> list[Sequence]:
+        """So many of those that wait, oldest first."""
+        return list(islice(self._waiting, count))
 
     def check_room(self, num_tokens: int) -> None:
         """For a prompt of so many tokens. Raises Overloaded; a single prompt may always wait."""
@@ -77,11 +85,13 @@ class Admission:
         if not self._holdings.num_slots_free:
             return None
         for sequence in self._waiting:
-            if sequence.is_following or sequence.is_fetching:
+            if sequence.is_following or sequence.is_fetching or sequence.is_restoring:
                 continue
             if sequence.num_inflight:
                 return None  # preempted: tokens it will resume from are still on their way
             found = self._cache.find(sequence) if self._cache is not None else None
+            if self._restoring is not None and found is not None and self._restoring.waits(sequence, found):
+                continue
             if self._cache is not None and found is not None and self._cache.follows(sequence, found):
                 continue
             if not self._holdings.start(sequence, found, pages_reserved=pages_reserved):

@@ -4,8 +4,9 @@ still be running.
 `engine.worker.scheduler` owns it; it, `engine.worker.admission` and `engine.worker.speculation`, which takes pages for
 drafts by `grow`, are the only ones to call it. What the host has been told of may have been lent: it comes back by
 `take_back` alone. What state is read into comes back when the read is settled. What the cache keeps and nobody has
-pinned is as good as free: it is evicted when it is needed. Everything of every kind is free or has one holder; `check`
-adds them up.
+pinned is as good as free: it is evicted when it is needed, and offered to the tier below (`engine.worker.host_tier`),
+if there is one, to which the next plan copies it before anything else. Everything of every kind is free or has one
+holder; `check` adds them up.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.worker.events import SequenceKey, Surrender
-from engine.worker.prefix_cache import Found, PrefixCache
+from engine.worker.host_tier import HostTier
+from engine.worker.prefix_cache import Departed, Found, PrefixCache
 from engine.worker.sequences import Sequence
 from kvstore.pages import IdAllocator, PageAllocator
-from kvstore.shadow_radix import Evicted, Pin
+from kvstore.shadow_radix import Pin
 from rorqual.ids import PageId, RecordId, SlotId
 
 
@@ -31,13 +33,21 @@ class _Lent:
 
 class Holdings:
     def __init__(
-        self, *, num_pages: int, num_slots: int, num_records: int, cache: PrefixCache | None = None
+        self,
+        *,
+        num_pages: int,
+        num_slots: int,
+        num_records: int,
+        cache: PrefixCache | None = None,
+        tier: HostTier | None = None,
     ) -> None:
         self._pages = PageAllocator(num_pages)
         self._slots = IdAllocator(num_slots, make=SlotId)
         self._records = IdAllocator(num_records, make=RecordId)
         self._cache = cache
+        self._tier = tier
         self._newest_plan = 0
+        self._record_plans: dict[RecordId, int] = {}  # the last plan that copies it to the tier below
         self._lent: dict[RecordId, _Lent] = {}
         self._surrenders: list[Surrender] = []  # not taken yet
         self._num_pages_imported = 0  # held by imports, as the next
@@ -90,7 +100,7 @@ class Holdings:
         num_pages = max(0, sequence.num_pages_to_start - num_shared)
         num_pages_free, num_records_free = self.num_pages_free, self.num_records_free
         if self._cache is not None and start is not None:
-            num_pages_free -= self._cache.num_pages_to_hold(sequence, start)
+            num_pages_free -= self._cache.num_pages_to_hold(sequence.keys, num_pages=start.reuse_depth)
             num_records_free -= self._cache.is_tail_evictable(sequence, start)
         if not self._slots.num_free or num_pages + pages_reserved > num_pages_free:
             return False
@@ -113,9 +123,9 @@ class Holdings:
         return self._records.allocate()
 
     def last_plan(self, sequence: Sequence) -> int:
-        """Number of the last plan that may use the pages of a sequence that has had no plan itself, but for those it
-        shares. Its record needs no look: a record becomes free when no plan reads it any more."""
-        return self._pages.last_plan(sequence.pages[sequence.num_pages_shared :])
+        """Number of the last plan that may use the pages and the record of a sequence that has had no plan itself, but
+        for pages that it shares. It may be the plan that comes next."""
+        return self._last_plan(sequence.pages[sequence.num_pages_shared :], sequence.record)
 
     def grow(self, sequence: Sequence) -> bool:
         """One page more, if one is to be had."""
@@ -191,7 +201,7 @@ class Holdings:
         record = self.take_record() if with_record else None
         self._num_pages_imported += len(pages)
         self._num_records_imported += record is not None
-        return pages, record, self._pages.last_plan(pages)
+        return pages, record, self._last_plan(pages, record)
 
     def end_import(
         self,
@@ -254,10 +264,20 @@ class Holdings:
             self._free_evicted(self._cache.evict_pages(num_missing))
         return self._pages.allocate(count, cold=cold)
 
-    def _free_evicted(self, evicted: Evicted) -> None:
-        self._pages.free(evicted.pages, last_plan=self._newest_plan)
-        for record in evicted.tails:
-            self._records.free(record)
+    def _free_evicted(self, departed: Departed) -> None:
+        last_plan = self._newest_plan
+        if self._tier is not None and self._tier.take(departed):
+            last_plan += 1
+            self._record_plans.update((item.record, last_plan) for item, _ in departed.tails)
+        self._pages.free((item.page for item, _ in departed.pages), last_plan=last_plan)
+        for item, _ in departed.tails:
+            self._records.free(item.record)
+
+    def _last_plan(self, pages: Iterable[PageId], record: RecordId | None) -> int:
+        """Of those that may use these pages or this record. A record needs a look for what copies it away alone: it
+        becomes free when no plan uses it in another way."""
+        of_record = self._record_plans.get(record, 0) if record is not None else 0
+        return max(self._pages.last_plan(pages), of_record)
 
     def _surrender(self, sequence: Sequence, pages: tuple[PageId, ...]) -> None:
         """`pages`: those that no index has, of the pages that the host was told of."""

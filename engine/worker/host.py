@@ -31,11 +31,14 @@ from engine.plan import (
 from engine.worker.cache_feed import CacheFeed
 from engine.worker.drafting import DraftsOption, make_policy
 from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
+from engine.worker.host_tier import HostTierConfig
 from engine.worker.metrics import WorkerMetrics
+from engine.worker.prefill_rate import PrefillRate
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.rank_link import RankLost
 from engine.worker.role import BothRole, RoleHandler
-from engine.worker.scheduler import Scheduler, SchedulerConfig
+from engine.worker.scheduler import Scheduler
+from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
@@ -60,8 +63,6 @@ from rorqual.session import (
 from rorqual.telemetry import fields
 
 log = logging.getLogger(__name__)
-
-RATED_TOKENS_MIN = 64
 
 
 class RankLink(Protocol):
@@ -130,6 +131,9 @@ class Host:
             num_records_free=lambda: self._scheduler.num_records_free,
             cache=self._scheduler.cache_state,
         )
+        tier = self._scheduler.host_tier
+        if tier is not None:
+            metrics.watch_host_tier(lambda: tier.state)
 
     @property
     def draining(self) -> bool:
@@ -314,6 +318,7 @@ class Host:
                 self._num_inflight -= 1
                 self._set_step_deadline()
                 self.metrics.step_seconds.observe(message.step_ms / 1000)
+                self.metrics.copy_seconds.inc(message.copy_ms / 1000)
                 self._prefill_rate.landed(message.step_ms / 1000)
                 self._count_drafts(message)
                 # Before the turn: a cancel in it would take away the owner of an event.
@@ -497,26 +502,6 @@ class _Owner:
     request_id: str  # for log lines
 
 
-class PrefillRate:
-    """Prompt tokens per second of the rank, over steps with a chunk. Steps land in the order they were planned in, so a
-    queue of their token counts is enough; it is as long as plans are in flight."""
-
-    def __init__(self) -> None:
-        self.tokens_per_second = 0.0
-        self._planned: deque[int] = deque()
-
-    def planned(self, num_prefill: int) -> None:
-        self._planned.append(num_prefill)
-
-    def landed(self, seconds: float) -> None:
-        num_prefill = self._planned.popleft()
-        if num_prefill < RATED_TOKENS_MIN or seconds <= 0:
-            return  # a step of few tokens says little about one of many
-        rate = num_prefill / seconds
-        old = self.tokens_per_second or rate
-        self.tokens_per_second = old + 0.25 * (rate - old)
-
-
 def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.BOTH) -> SchedulerConfig:
     """What the rank has, as the scheduler's bounds."""
     return SchedulerConfig(
@@ -534,6 +519,9 @@ def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.
         # A prefill worker keeps the state that drafts are made from, and makes none.
         drafts_max=0 if role is Role.PREFILL or config.drafts == 0 else ready.drafts_max,
         cache=cache_config(ready) if config.prefix_cache else None,
+        host_tier=HostTierConfig(num_pages=ready.num_host_pages, num_records=ready.num_host_records)
+        if config.prefix_cache and ready.num_host_pages
+        else None,
     )
 
 

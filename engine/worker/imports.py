@@ -1,9 +1,10 @@
-"""Pages and tails on their way into the prefix cache from another worker's memory. Pure; owned by the scheduler.
+"""Pages and tails on their way into the prefix cache: from another worker's memory, or from this one's host memory.
+Pure; owned by the scheduler.
 
-Called by `engine.worker.peer_reading`, in the host's own task. An import holds what is here already of its path, and
-pages and perhaps a record of its own, into which somebody reads. It ends once nothing is written there any more: what
-was read and proved enters the cache as if it had been computed here, the rest is free again. No sequence holds an
-import: what comes too late for one is there for the next.
+Called by `engine.worker.peer_reading`, in the host's own task, and by `engine.worker.restoring`. An import holds what
+is here already of its path, and pages and perhaps a record of its own, into which somebody reads or a plan copies. It
+ends once nothing is written there any more: what was read and proved enters the cache as if it had been computed here,
+the rest is free again. No sequence holds an import: what comes too late for one is there for the next.
 """
 
 from __future__ import annotations
@@ -73,12 +74,14 @@ class Imports:
         item: Import,
         *,
         num_pages: int = 0,
-        digests: Several[tuple[int, ...]] = (),
+        digests: Several[tuple[int, ...] | None] = (),
         tail_depth: int = 0,
         packed: Packed | None = None,
+        kind: TailKind | None = None,
     ) -> None:
         """Nothing is written into it any more. Its first `num_pages` pages hold what they should, with these digests,
-        one tuple for each, and the record the tail behind `tail_depth` pages of the path, if `packed` is given."""
+        one tuple for each, or None where they are not known; and the record the tail behind `tail_depth` pages of the
+        path, if `packed` is given. `kind` of that, where it is known."""
         assert self._cache is not None
         assert num_pages <= len(item.pages)
         assert len(digests) == num_pages
@@ -90,7 +93,8 @@ class Imports:
                 unused.append(page)
         record = item.record
         if record is not None and packed is not None and 0 < tail_depth <= item.first + num_pages:
-            kind = TailKind.PROMPT_END if tail_depth == len(item.keys) else TailKind.BRANCH
+            if kind is None:
+                kind = TailKind.PROMPT_END if tail_depth == len(item.keys) else TailKind.BRANCH
             record = self._cache.take_in_tail(item.keys[tail_depth - 1], record, kind=kind, packed=packed)
         self._cache.take_back(item.pin)
         self._holdings.end_import(item.pages, item.record, unused=unused, unused_record=record)

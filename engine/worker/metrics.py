@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from engine.worker.host_tier import HostTierState
 from engine.worker.prefix_cache import CacheState
 from kvstore.shadow_radix import StartKind
 from rorqual.session import Load
@@ -61,6 +62,11 @@ class WorkerMetrics:
             "rorqual_worker_step_seconds",
             "A step, measured on the rank.",
             buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
+        self.copy_seconds = Counter(
+            "rorqual_worker_copy_seconds",
+            "Part of the steps: copies of pages and tails to host memory and back.",
             registry=registry,
         )
         self.steps_overdue = Counter(
@@ -122,6 +128,32 @@ class WorkerMetrics:
             "rorqual_worker_preemptions", "Preemptions by recompute so far.", registry=self.registry
         )
         preemptions.set_function(lambda: float(num_preemptions()))
+
+    def watch_host_tier(self, state: Callable[[], HostTierState]) -> None:
+        """Export what host memory holds of prefixes, where there is some."""
+
+        def show(name: str, text: str, value: Callable[[HostTierState], float]) -> None:
+            gauge = Gauge(f"rorqual_worker_host_{name}", text, registry=self.registry)
+            gauge.set_function(lambda: float(value(state())))
+
+        show("pages", "Pages kept in host memory.", lambda now: now.num_pages)
+        show("tails", "Tails kept in host memory.", lambda now: now.num_tails)
+        show("bytes", "Of pages and tails kept in host memory.", lambda now: now.num_bytes)
+        show("pages_total", "Pages that host memory holds.", lambda now: now.num_pages_total)
+        show("records_total", "Tails that host memory holds.", lambda now: now.num_records_total)
+        for kind in ("pages", "tails"):
+            for name, text in (
+                ("taken", "copied to host memory so far"),
+                ("kept", "evicted so far while host memory had them already"),
+                ("hit", "that came back from host memory so far"),
+                ("refused", "evicted so far that host memory did not take"),
+                ("evicted", "that host memory has given up so far"),
+            ):
+                show(
+                    f"{kind}_{name}",
+                    f"{kind.capitalize()} {text}.",
+                    lambda now, field=f"{kind}_{name}": getattr(now.counts, field),
+                )
 
     def _watch_cache(self, cache: Callable[[], CacheState]) -> None:
         def show(name: str, text: str, value: Callable[[CacheState], float], **labels: str) -> None:

@@ -48,6 +48,8 @@ class WorkerOptions:
     )
     drafts: DraftsOption = 0
     prefix_cache: bool = True
+    num_host_pages: int = 0  # below the cache, in host memory
+    host_bytes: int | None = None  # or so many bytes
 
 
 def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
@@ -67,6 +69,12 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         raise ConfigError(f"--prefill-tokens must be a multiple of {PAGE_TOKENS}, not {args.prefill_tokens}")
     if args.exact and args.threads > 1:
         raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
+    if args.host_pages < 0:
+        raise ConfigError(f"--host-pages must be 0 or more, not {args.host_pages}")
+    if args.prefix_cache == "off" and (args.host_pages or args.host_bytes is not None):
+        raise ConfigError(
+            "--host-pages and --host-bytes take what --prefix-cache on has no room for; it is off"
+        )
     if not 0 <= args.metrics_port <= 65535:
         raise ConfigError(f"--metrics-port must be between 0 and 65535, not {args.metrics_port}")
     return WorkerOptions(
@@ -89,6 +97,8 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         num_records=args.records,
         drafts="auto" if args.drafts == "auto" else int(args.drafts),
         prefix_cache=args.prefix_cache == "on",
+        num_host_pages=args.host_pages,
+        host_bytes=None if args.host_bytes is None else parse_bytes(args.host_bytes, option="--host-bytes"),
     )
 
 
@@ -129,6 +139,16 @@ def worker_parser(
         default="on",
         help="keep the state of what was computed, for prompts that begin with the same tokens (default on)",
     )
+    host_size = parser.add_mutually_exclusive_group()
+    host_size.add_argument(
+        "--host-pages",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pages in host memory for what --prefix-cache gives up, and tails beside them: it comes back when a prompt"
+        " needs it (default 0: none)",
+    )
+    host_size.add_argument("--host-bytes", metavar="SIZE", help="or memory for them, such as 8GB")
     add(
         "--records",
         type=int,

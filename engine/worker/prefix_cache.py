@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from engine.worker.sequences import Sequence
 from kvstore.keys import PageKey, page_keys, root_key
@@ -18,6 +19,8 @@ from kvstore.shadow_radix import (
     Changes,
     Costs,
     Evicted,
+    EvictedPage,
+    EvictedTail,
     InProgress,
     Match,
     Pin,
@@ -98,6 +101,26 @@ class KeyLoan:
     packed: Packed | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departed:
+    """What has been evicted, and what was known of its bytes: ids that are the caller's again."""
+
+    pages: tuple[tuple[EvictedPage, tuple[int, ...] | None], ...] = ()  # with their digests
+    tails: tuple[tuple[EvictedTail, Packed | None], ...] = ()
+
+
+class Below(Protocol):
+    """A tier that keeps what is evicted here: `kvstore.tiers.HostIndex`. It says so before it changes."""
+
+    def state(self, key: PageKey) -> tuple[bool, bool]:
+        """Whether it has the page of this key, and the tail behind it."""
+        ...
+
+    def contents(self) -> Iterator[tuple[PageKey, bool]]:
+        """Every page that it has, and whether its tail is there."""
+        ...
+
+
 class PrefixCache:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
@@ -106,6 +129,7 @@ class PrefixCache:
         self._in_progress: InProgress[Sequence] = InProgress()
         self._digests: dict[PageId, tuple[int, ...]] = {}  # of pages in the index, where they are known
         self._packed: dict[RecordId, Packed] = {}  # of tails in the index, where it is known
+        self._below: Below | None = None  # the tier that takes what is evicted here
         self._orphans: set[Pin] = set()  # whose sequences are gone while a plan reads their tails
 
     @property
@@ -146,14 +170,18 @@ class PrefixCache:
         num_known = sequence.num_known
         _extend_keys(sequence, num_known)
         match = self._index.match(sequence.keys) if sequence.can_share else _NOTHING
+        return Found(match=match, start=self.start_at(sequence, match))
+
+    def start_at(self, sequence: Sequence, match: Match) -> Start:
+        """The cheapest one if so much was kept."""
         if sequence.is_adopting:
             shared = min(match.num_pages, sequence.num_full_pages)
-            start = Start(
+            return Start(
                 kind=StartKind.COLD, tail_depth=0, from_depth=0, reuse_depth=shared, num_tokens_computed=0
             )
-        else:
-            start = cheapest_start(match, num_tokens=num_known, rebuild_pages=self.config.costs.rebuild_pages)
-        return Found(match=match, start=start)
+        return cheapest_start(
+            match, num_tokens=sequence.num_known, rebuild_pages=self.config.costs.rebuild_pages
+        )
 
     def follows(self, sequence: Sequence, found: Found) -> bool:
         """Whether it had better wait, since another is computing the page it would compute first. If not, the pages
@@ -170,9 +198,9 @@ class PrefixCache:
         sequence.is_following = False
         _wake(self._in_progress.end(sequence))
 
-    def num_pages_to_hold(self, sequence: Sequence, start: Start) -> int:
-        """Pages that can be evicted now and could not if it were pinned there."""
-        return self._index.num_pages_to_hold(sequence.keys, num_pages=start.reuse_depth)
+    def num_pages_to_hold(self, keys: Several[PageKey], *, num_pages: int) -> int:
+        """Pages that can be evicted now and could not if these first ones of a path were pinned."""
+        return self._index.num_pages_to_hold(keys, num_pages=num_pages)
 
     def is_tail_evictable(self, sequence: Sequence, start: Start) -> bool:
         """Whether the tail it would start from counts among those evictable now."""
@@ -276,10 +304,10 @@ class PrefixCache:
         """Its first pages, which are here, until `take_back`."""
         return self._index.pin(keys, num_pages=num_pages)
 
-    def take_in(self, pin: Pin, key: PageKey, page: PageId, digests: tuple[int, ...]) -> bool:
+    def take_in(self, pin: Pin, key: PageKey, page: PageId, digests: tuple[int, ...] | None) -> bool:
         """The page that follows on what is held, which is held then too. False: it was here already."""
         is_new = self._index.extend(pin, key, page) == page
-        if is_new:
+        if is_new and digests is not None:
             self._digests[page] = digests
         return is_new
 
@@ -343,32 +371,48 @@ class PrefixCache:
     def take_back(self, pin: Pin) -> None:
         self._index.release(pin)
 
-    def evict_pages(self, count: int) -> Evicted:
-        evicted = self._index.evict_pages(count)
-        self.counts.pages_evicted += len(evicted.pages)
-        self.counts.tails_evicted += len(evicted.tails)
-        for page in evicted.pages:
-            self._digests.pop(page, None)
-        self._forget_tails(evicted)
-        return evicted
+    def evict_pages(self, count: int) -> Departed:
+        return self._departed(self._index.evict_pages(count))
 
-    def evict_tail(self) -> Evicted:
-        evicted = self._index.evict_tails(1)
-        self.counts.tails_evicted += len(evicted.tails)
-        self._forget_tails(evicted)
-        return evicted
+    def evict_tail(self) -> Departed:
+        return self._departed(self._index.evict_tails(1))
 
-    def _forget_tails(self, evicted: Evicted) -> None:
-        for record in evicted.tails:
-            self._packed.pop(record, None)
+    def _departed(self, evicted: Evicted) -> Departed:
+        self.counts.pages_evicted += len(evicted.page_items)
+        self.counts.tails_evicted += len(evicted.tail_items)
+        return Departed(
+            pages=tuple((item, self._digests.pop(item.page, None)) for item in evicted.page_items),
+            tails=tuple((item, self._packed.pop(item.record, None)) for item in evicted.tail_items),
+        )
+
+    def join(self, below: Below) -> None:
+        """From now on the feed tells what is here or in this tier below."""
+        self._below = below
+        self._index.join(below.state)
+
+    def has_page(self, key: PageKey) -> bool:
+        """Here, not below."""
+        return self._index.has_page(key)
+
+    def note(self, key: PageKey) -> None:
+        """What the tier below has of this key is about to change."""
+        self._index.note(key)
 
     def take_changes(self) -> Changes:
         """For the feed: what is different from the last time this was called."""
         return self._index.take_changes()
 
     def contents(self) -> Iterator[tuple[PageKey, bool]]:
-        """Every page, and whether it has a tail. The cache must not change meanwhile."""
-        return self._index.contents()
+        """Every page, and whether it has a tail, here or in the tier below. The cache must not change meanwhile."""
+        below = self._below
+        if below is None:
+            yield from self._index.contents()
+            return
+        for key, has_tail in self._index.contents():
+            yield key, has_tail or below.state(key)[1]
+        for key, has_tail in below.contents():
+            if not self._index.has_page(key):
+                yield key, has_tail
 
     def check(self) -> None:
         """Assert that everything adds up. O(pages): for tests."""

@@ -157,6 +157,8 @@ def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> Ran
         agent=f"{config.worker_id}#{config.incarnation:x}",
         drafts_max=DRAFTS_MAX if options.drafts == "auto" else options.drafts,
         drafts_required=options.drafts not in ("auto", 0),
+        num_host_pages=options.num_host_pages,
+        host_bytes=options.host_bytes,
     )
 
 
@@ -189,6 +191,7 @@ def _log_ready(ready: RankReady) -> None:
         fields(
             pages=ready.num_pages,
             slots=ready.num_slots,
+            host_pages=ready.num_host_pages,
             weights_mb=ready.weight_bytes // 1_000_000,
             state_mb=ready.state_bytes // 1_000_000,
             mtp=ready.has_mtp,

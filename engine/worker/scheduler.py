@@ -23,7 +23,9 @@ thus always get the pages it needs.
 With a cache (`engine.worker.prefix_cache`), full pages stay when their sequence has ended, and so do the tails it has
 left (`engine.worker.tails`). A page enters the cache when the result that completes it is in: only then are its tokens
 certain. So a landing sequence keeps its full pages until its last token is here. Sequences that begin alike share
-pages, which nobody writes; what starts between a tail and the end of what is shared replays it.
+pages, which nobody writes; what starts between a tail and the end of what is shared replays it. With host memory below
+the cache, what is evicted goes there (`engine.worker.host_tier`) and comes back while a sequence waits
+(`engine.worker.restoring`); copies alone are worth a step.
 
 On a prefill worker a sequence **lends**: its first token is its last one here. The host is told of every full page
 as it is computed and, with the token, of the record that holds the rest of the state. What the host has been told of
@@ -44,12 +46,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 from itertools import chain
 
 import msgspec
 
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import NO_COPIES, Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
@@ -61,8 +62,11 @@ from engine.worker.events import (
     TokenEvent,
 )
 from engine.worker.holdings import Holdings
+from engine.worker.host_tier import HostTier
 from engine.worker.imports import Imports
-from engine.worker.prefix_cache import CacheConfig, CacheState, PrefixCache
+from engine.worker.prefix_cache import CacheState, PrefixCache
+from engine.worker.restoring import Restoring
+from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
 from engine.worker.tails import Tails, digests_by_slot
@@ -74,32 +78,6 @@ from rorqual.sampling import SamplingParams
 from rorqual.session import Load, Role, TokenArray, check_sequence, credit_pages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    num_pages: int
-    num_slots: int
-    vocab_size: int
-    sequence_tokens_max: int  # prompt + completion of one sequence; all of it fits into num_pages
-    eos_token_ids: frozenset[int]
-    prefill_tokens_max: int  # of one step's chunks; decode segments come on top: neither starves the other
-    plans_inflight_max: int = 2
-    sequences_waiting_max: int = 1024
-    tokens_waiting_max: int = 8 * 1024 * 1024  # 32 MB of prompts; a single prompt may always wait
-    role: Role = Role.BOTH
-    num_records: int = 0  # hand-over records; none is needed with Role.BOTH
-    num_page_components: int = 0  # digests of a lent page
-    drafts_max: int = 0  # of a decode
-    draft_rows_max: int = 256  # of all decodes of a step: rows that the rank computes on top of one for each
-    cache: CacheConfig | None = None  # None: nothing is kept of a sequence that has ended
-
-    def __post_init__(self) -> None:
-        assert self.prefill_tokens_max > 0
-        assert self.prefill_tokens_max % PAGE_TOKENS == 0, "a chunk ends at a page boundary"
-        assert self.sequence_tokens_max <= self.num_pages * PAGE_TOKENS
-        assert self.plans_inflight_max > 0
-        assert self.role is Role.BOTH or self.num_records > 0, "state is handed over through records"
-
-
 class Scheduler:
     def __init__(self, config: SchedulerConfig, policy: DraftPolicy | None = None) -> None:
         self.config = config
@@ -107,15 +85,24 @@ class Scheduler:
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
         self._cache = PrefixCache(config.cache) if config.cache is not None else None
+        self._tier: HostTier | None = None
+        if self._cache is not None and config.host_tier is not None:
+            self._tier = HostTier(config.host_tier, self._cache)
         self._holdings = Holdings(
             num_pages=config.num_pages,
             num_slots=config.num_slots,
             num_records=config.num_records,
             cache=self._cache,
+            tier=self._tier,
         )
+        self.imports = Imports(self._holdings, self._cache)
+        self._restoring: Restoring | None = None
+        if self._tier is not None and self._cache is not None:
+            self._restoring = Restoring(self._tier, self._holdings, self._cache, self.imports)
         self._admission = Admission(
             self._holdings,
             self._cache,
+            self._restoring,
             sequences_waiting_max=config.sequences_waiting_max,
             tokens_waiting_max=config.tokens_waiting_max,
         )
@@ -130,7 +117,6 @@ class Scheduler:
             drafts_max=config.drafts_max,
             rows_max=config.draft_rows_max,
         )
-        self.imports = Imports(self._holdings, self._cache)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._running: dict[SequenceKey, Sequence] = {}  # oldest first
         self._adopting: dict[SequenceKey, Sequence] = {}
@@ -158,7 +144,9 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing to compute, nothing on its way, nothing left open on the rank, nothing with others."""
-        return self._holdings.is_clear and not (self._sequences or self._inflight or self._closes)
+        is_copying = self._tier is not None and not self._tier.is_idle
+        is_open = self._sequences or self._inflight or self._closes or is_copying
+        return self._holdings.is_clear and not is_open
 
     def open(
         self,
@@ -233,7 +221,10 @@ class Scheduler:
         self._plan_decodes(step)
         self._admit()
         self._plan_chunks(step)
-        if not step.segments and (not self._closes or self._inflight):
+        demote = self._tier.take_copies() if self._tier is not None else NO_COPIES
+        promote = self._restoring.take_copies(step.number) if self._restoring is not None else NO_COPIES
+        step.has_copies = bool(demote or promote)
+        if not step.segments and not step.has_copies and (not self._closes or self._inflight):
             # Closing slots alone is worth a step only when no other step will come to carry it.
             return None
         plan = StepPlan(
@@ -241,6 +232,8 @@ class Scheduler:
             closes=tuple(self._closes),
             opens=tuple(step.opens),
             segments=tuple(step.segments),
+            demote=demote,
+            promote=promote,
         )
         self._closes.clear()
         self._next_number += 1
@@ -269,6 +262,8 @@ class Scheduler:
         for sequence in step.sequences.values():
             sequence.num_inflight -= 1
         self._free_read(step)
+        if self._restoring is not None:
+            self._restoring.landed(step.number)
         events: list[Event] = []
         if result.prompt_scores:
             events.extend(score_events(step, result.prompt_scores))
@@ -358,6 +353,11 @@ class Scheduler:
         """For the feed, which looks only, and for those who lend what is in it. None where it is off."""
         return self._cache
 
+    @property
+    def host_tier(self) -> HostTier | None:
+        """What of the cache is in host memory. None where it is off."""
+        return self._tier
+
     def cache_state(self) -> CacheState:
         return self._cache.state if self._cache is not None else CacheState()
 
@@ -367,6 +367,9 @@ class Scheduler:
         self._admission.check()
         if self._cache is not None:
             self._cache.check()
+        if self._tier is not None and self._restoring is not None:
+            self._tier.index.check()
+            self._restoring.check()
 
     @property
     def _keeps_digests(self) -> bool:
@@ -399,6 +402,8 @@ class Scheduler:
             else:
                 self._running[sequence.key] = sequence
             reserve += sequence.is_near_page_end
+        if self._tier is not None and self._restoring is not None:
+            self._restoring.look(self._admission.first(self._tier.config.sequences_max))
 
     def _adopt_from_now(self, sequence: Sequence) -> None:
         assert sequence.slot is not None

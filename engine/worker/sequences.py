@@ -76,6 +76,9 @@ class Sequence:
     )
     is_following: bool = False  # waits for pages that another is computing
     is_fetching: bool = False  # waits for pages that are read from another worker
+    is_restoring: bool = False  # waits for pages that come back from host memory
+    num_restores: int = 0  # for which it has waited since it last started
+    host_clock: int = -1  # of the host index, when that was last found to have nothing for it
     tails_planned: dict[int, TailKind] = field(default_factory=dict[int, TailKind])  # by depth in pages
     tail_record: RecordId | None = None  # for boundaries that it crosses as it decodes
     tail_depth: int = 0  # in pages, of the boundary whose state is there; 0: of none yet
@@ -207,6 +210,7 @@ class Sequence:
         self.num_computed = 0
         self.num_landed = 0
         self.num_pages_shared = self.num_pages_cached = 0
+        self.num_restores = 0
         self.tails_planned = {}
         if start is not None:
             self.start_kind = start.kind
@@ -374,11 +378,13 @@ class Step:
     restoring: list[RecordId] = field(default_factory=list[RecordId])  # read by the rank in this step
     resuming: list[Pin] = field(default_factory=list[Pin])  # whose tails are read by the rank in this step
     tails: list[TailTaken] = field(default_factory=list[TailTaken])  # taken within chunks
+    has_copies: bool = False  # to or from host memory
 
     @property
     def is_plain_decode(self) -> bool:
         """It does nothing else: what it takes is what decoding takes."""
-        return not self.opens and all(segment.count == 1 for segment in self.segments)
+        is_alone = not self.opens and not self.has_copies
+        return is_alone and all(segment.count == 1 for segment in self.segments)
 
     def add(self, sequence: Sequence, count: int, *, drafts: int = 0, tails: Several[TailTaken] = ()) -> None:
         if not sequence.is_opened:

@@ -6,18 +6,22 @@ may read a clock, draw randomness, or wait.
 """
 
 from kvstore.shadow_radix.changes import Changes
-from kvstore.shadow_radix.eviction import Costs, EvictionOrder
+from kvstore.shadow_radix.eviction import Ageing, Costs, EvictionOrder, EvictionQueue
 from kvstore.shadow_radix.in_progress import InProgress, Wait
-from kvstore.shadow_radix.index import Evicted, ShadowRadix
+from kvstore.shadow_radix.index import Evicted, EvictedPage, EvictedTail, ShadowRadix
 from kvstore.shadow_radix.node import Match, Pin, TailKind
 from kvstore.shadow_radix.resume import Start, StartKind, cheapest_start
 from kvstore.shadow_radix.retention import TailPlan, TailPolicy, plan_tails, turn_end
 
 __all__ = [
+    "Ageing",
     "Changes",
     "Costs",
     "Evicted",
+    "EvictedPage",
+    "EvictedTail",
     "EvictionOrder",
+    "EvictionQueue",
     "InProgress",
     "Match",
     "Pin",

@@ -14,8 +14,8 @@ from kvstore.keys import PageKey
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """The difference between two moments. Parents are added before their children and removed after them. A tail that
-    went with its page is in `tails_removed` too."""
+    """The difference between two moments. Parents are added before their children and removed after them, unless a
+    tier below keeps pages too: then in any order. A tail that went with its page is in `tails_removed` too."""
 
     pages_added: tuple[PageKey, ...] = ()
     pages_removed: tuple[PageKey, ...] = ()
@@ -30,24 +30,25 @@ class Changes:
 
 
 class ChangeLog:
-    """Belongs to one index, which tells it what each key was before it changes."""
+    """Belongs to one index, which tells it what each key was before it changes: whether its page and its tail were
+    there."""
 
     def __init__(self, *, num_keys_max: int) -> None:
         self._num_keys_max = num_keys_max
         self._before: dict[PageKey, tuple[bool, bool]] = {}  # (page, tail) present at the last `take`
         self._is_overflowed = False
 
-    def note_page(self, key: PageKey, *, had_page: bool) -> None:
+    def note_page(self, key: PageKey, before: tuple[bool, bool]) -> None:
         """Called before a page comes, or goes after its tail. The key moves to the end, so that keys added stand in the
         order in which they came for good, and keys removed in that in which they went."""
         if not self._is_overflowed:
-            self._before[key] = self._before.pop(key, (had_page, False))
+            self._before[key] = self._before.pop(key, before)
             self._bound()
 
-    def note_tail(self, key: PageKey, *, had_tail: bool) -> None:
+    def note_tail(self, key: PageKey, before: tuple[bool, bool]) -> None:
         """Called before a tail comes or goes; its page is there. The key stays where it is, before its children."""
         if not self._is_overflowed:
-            self._before.setdefault(key, (True, had_tail))
+            self._before.setdefault(key, before)
             self._bound()
 
     def take(self, state: Callable[[PageKey], tuple[bool, bool]]) -> Changes:

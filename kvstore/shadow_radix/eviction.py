@@ -1,4 +1,5 @@
-"""What goes first: what pages and tails are worth, and queues that hand out the least. Called by `index` only.
+"""What goes first: what pages and tails are worth, and queues that hand out the least. Called by `index`, and by the
+index of the tier below (`kvstore.tiers.host_index`), which knows what they were worth when they left this one.
 
 Two orders. LRU: by last use alone. VALUE: by computing saved per byte,
 
@@ -20,11 +21,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from kvstore.shadow_radix.node import Node, Tail, TailKind
 
-Item = TypeVar("Item", Node, Tail)
+
+class Queued(Protocol):
+    entry: int  # its live entry in the queue, for the queue only; 0: none
+
+
+Item = TypeVar("Item", bound=Queued)
 
 # Chosen on Mooncake's conversation and synthetic traces, prompts sent by session to eight caches of the bytes of 8,000
 # Flash pages, tails at ends and branches: pages not computed rise from 32.7 to 33.1 % and from 62.6 to 63.3 % against
@@ -115,46 +121,62 @@ class EvictionQueue(Generic[Item]):
             heapq.heapify(self._heap)
 
 
-class Valuation:
-    """The clock of one index, and the priorities of what is in it. Lower goes first."""
+class Ageing:
+    """The clock of one index, and what age leaves of what its items are worth."""
 
-    def __init__(self, order: EvictionOrder, costs: Costs) -> None:
+    def __init__(self, order: EvictionOrder) -> None:
         self._order = order
-        self._tail_pages = costs.tail_bytes / costs.page_bytes
-        self._rebuild_pages = costs.rebuild_pages
         self._tau = 0.0
         self.clock = 0  # operations so far
 
     def used(self) -> None:
         self.clock += 1
 
-    def evicted(self, node: Node) -> None:
-        """A page goes: how long it was not used tells how long pages stay."""
+    def evicted(self, stamp: int) -> None:
+        """A page goes that was last used then: how long it was not used tells how long pages stay."""
         if self._order is EvictionOrder.VALUE:
-            self._tau += TAU_GAIN * (TAU_SHARE * (self.clock - node.stamp) - self._tau)
+            self._tau += TAU_GAIN * (TAU_SHARE * (self.clock - stamp) - self._tau)
+
+    def priority(self, stamp: int, value: float) -> float:
+        """Of what was last used then. `value` is above 0: uses x pages of computing saved / bytes in pages. Lower goes
+        first."""
+        return stamp + self._tau * math.log(value) if self._tau else stamp
+
+
+class Valuation(Ageing):
+    """The priorities of what is in one index."""
+
+    def __init__(self, order: EvictionOrder, costs: Costs) -> None:
+        super().__init__(order)
+        self._tail_pages = costs.tail_bytes / costs.page_bytes
+        self._rebuild_pages = costs.rebuild_pages
 
     def page_priority(self, node: Node) -> float:
         """Of a leaf, which takes its tail along."""
         tail = node.tail
         stamp = node.stamp if tail is None else max(node.stamp, tail.stamp)
-        if not self._tau:
-            return stamp
-        if tail is not None:
-            saved = (1 + self._tail_saves(node)) / (1 + self._tail_pages)
-        elif self._gap(node) >= self._rebuild_pages:
-            saved = 1.0  # itself, in a rebuild
-        else:
-            saved = TAILLESS_FACTOR  # from the tail before, or the start, all is computed with it or without
-        return stamp + self._tau * math.log((1 + node.hits) * saved)
+        return self.priority(stamp, (1 + node.hits) * self.page_worth(node)) if self._tau else stamp
 
     def tail_priority(self, tail: Tail) -> float:
         if not self._tau:
             return tail.stamp
+        return self.priority(tail.stamp, (1 + tail.hits) * self.tail_worth(tail))
+
+    def page_worth(self, node: Node) -> float:
+        """Pages of computing saved for its bytes in pages, of a leaf with its tail."""
+        if node.tail is not None:
+            return (1 + self._tail_saves(node)) / (1 + self._tail_pages)
+        if self._gap(node) >= self._rebuild_pages:
+            return 1.0  # itself, in a rebuild
+        return TAILLESS_FACTOR  # from the tail before, or the start, all is computed with it or without
+
+    def tail_worth(self, tail: Tail) -> float:
+        """Pages of computing saved for its bytes in pages."""
         node = tail.node
-        value = (1 + tail.hits) * self._tail_saves(node) / self._tail_pages
+        worth = self._tail_saves(node) / self._tail_pages
         if node.num_children and not node.is_branch and tail.kind is not TailKind.BRANCH:
-            value *= INNER_FACTOR
-        return tail.stamp + self._tau * math.log(value)
+            worth *= INNER_FACTOR
+        return worth
 
     def _tail_saves(self, node: Node) -> int:
         """Pages of computing: from the tail before, from the start, or by a rebuild, whichever is least. At least 1."""

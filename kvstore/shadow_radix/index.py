@@ -9,7 +9,7 @@ an eviction, or at once when the index has the same content already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvstore.keys import PageKey
@@ -22,11 +22,39 @@ _ROOT_KEY = PageKey(b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evicted:
-    """Ids that are the caller's again."""
+class EvictedPage:
+    """What was known of it: for a tier below, which may keep it."""
 
-    pages: tuple[PageId, ...] = ()
-    tails: tuple[RecordId, ...] = ()
+    page: PageId
+    key: PageKey
+    parent: PageKey  # key of the page before it; empty: it was the first
+    hits: int
+    worth: float  # pages of computing saved for its bytes in pages, with its tail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictedTail:
+    record: RecordId
+    key: PageKey  # of the page before it
+    kind: TailKind
+    hits: int
+    worth: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evicted:
+    """Ids that are the caller's again, in the order in which they went."""
+
+    page_items: tuple[EvictedPage, ...] = ()
+    tail_items: tuple[EvictedTail, ...] = ()
+
+    @property
+    def pages(self) -> tuple[PageId, ...]:
+        return tuple(item.page for item in self.page_items)
+
+    @property
+    def tails(self) -> tuple[RecordId, ...]:
+        return tuple(item.record for item in self.tail_items)
 
 
 class ShadowRadix:
@@ -48,6 +76,7 @@ class ShadowRadix:
         self._leaves = EvictionQueue[Node](self._value.page_priority)  # childless and not held
         self._tails = EvictionQueue[Tail](self._value.tail_priority)  # not pinned
         self._log = ChangeLog(num_keys_max=num_changes_max)
+        self._below: Callable[[PageKey], tuple[bool, bool]] = _nothing
         self._num_tails = 0
         self._num_held = 0
         self._num_tails_pinned = 0
@@ -83,6 +112,24 @@ class ShadowRadix:
     def num_bytes(self) -> int:
         """Of pages and tails together."""
         return len(self._nodes) * self._costs.page_bytes + self._num_tails * self._costs.tail_bytes
+
+    def join(self, below: Callable[[PageKey], tuple[bool, bool]]) -> None:
+        """From now on changes are those of this index and a tier below together: what either has is there. `below`
+        says whether that tier has a key's page, and its tail; before it changes it calls `note`."""
+        self._below = below
+
+    def note(self, key: PageKey) -> None:
+        """What the tier below has of this key is about to change."""
+        self._log.note_page(key, self._state(key))
+
+    def has_page(self, key: PageKey) -> bool:
+        """Here, not below."""
+        return key in self._nodes
+
+    def has_tail(self, key: PageKey) -> bool:
+        """Here, not below."""
+        node = self._nodes.get(key)
+        return node is not None and node.tail is not None
 
     def match(self, keys: Sequence[PageKey]) -> Match:
         """What is there of the prefix that these keys, from its first page on, stand for. Changes nothing."""
@@ -153,7 +200,7 @@ class ShadowRadix:
         self._value.used()
         node = self._nodes.get(key)
         if node is None:
-            self._log.note_page(key, had_page=False)
+            self._log.note_page(key, self._state(key))
             node = Node(key, parent, page, self._value.clock)
             self._nodes[key] = node
             parent.num_children += 1
@@ -183,7 +230,7 @@ class ShadowRadix:
             node.tail.kind = max(node.tail.kind, kind)
             node.tail.stamp = self._value.clock
             return record
-        self._log.note_tail(key, had_tail=False)
+        self._log.note_tail(key, self._state(key))
         node.tail = Tail(node, record, kind, self._value.clock)
         self._num_tails += 1
         self._tails.add(node.tail)
@@ -212,24 +259,24 @@ class ShadowRadix:
 
     def evict_pages(self, count: int) -> Evicted:
         """Up to `count` pages, with their tails: fewer when the others are pinned."""
-        pages: list[PageId] = []
-        tails: list[RecordId] = []
+        pages: list[EvictedPage] = []
+        tails: list[EvictedTail] = []
         while len(pages) < count and (first := self._leaves.first()) is not None:
             self._drop_page(first[1], pages, tails)
-        return Evicted(pages=tuple(pages), tails=tuple(tails))
+        return Evicted(page_items=tuple(pages), tail_items=tuple(tails))
 
     def evict_tails(self, count: int) -> Evicted:
         """Up to `count` tails; their pages stay."""
-        tails: list[RecordId] = []
+        tails: list[EvictedTail] = []
         while len(tails) < count and (first := self._tails.first()) is not None:
             tails.append(self._drop_tail(first[1]))
-        return Evicted(tails=tuple(tails))
+        return Evicted(tail_items=tuple(tails))
 
     def evict_cheapest(self, num_bytes: int) -> Evicted:
         """Pages and tails, the least worth for its bytes first, until so many bytes are free; fewer when the rest is
         pinned. For a budget that both share."""
-        pages: list[PageId] = []
-        tails: list[RecordId] = []
+        pages: list[EvictedPage] = []
+        tails: list[EvictedTail] = []
         page_bytes, tail_bytes = self._costs.page_bytes, self._costs.tail_bytes
         while len(pages) * page_bytes + len(tails) * tail_bytes < num_bytes:
             leaf, tail = self._leaves.first(), self._tails.first()
@@ -239,7 +286,7 @@ class ShadowRadix:
                 self._drop_page(leaf[1], pages, tails)
             else:
                 break
-        return Evicted(pages=tuple(pages), tails=tuple(tails))
+        return Evicted(page_items=tuple(pages), tail_items=tuple(tails))
 
     def take_changes(self) -> Changes:
         """What is different from the last time this was called; at first from an empty index."""
@@ -287,8 +334,13 @@ class ShadowRadix:
         assert len({tail.record for tail in tails}) == len(tails), "a record id is owned twice"
 
     def _state(self, key: PageKey) -> tuple[bool, bool]:
+        """Whether its page and its tail are there, here or below; a tail counts with its page alone."""
         node = self._nodes.get(key)
-        return (False, False) if node is None else (True, node.tail is not None)
+        if node is not None and node.tail is not None:
+            return True, True
+        has_page, has_tail = self._below(key)
+        has_page = has_page or node is not None
+        return has_page, has_page and has_tail
 
     def _hold(self, node: Node) -> None:
         """One pin more ends here. Walks up only through pages that nobody held."""
@@ -321,29 +373,43 @@ class ShadowRadix:
             self._num_tails_pinned += 1
             self._tails.remove(tail)
 
-    def _drop_page(self, node: Node, pages: list[PageId], tails: list[RecordId]) -> None:
-        self._value.evicted(node)
+    def _drop_page(self, node: Node, pages: list[EvictedPage], tails: list[EvictedTail]) -> None:
+        self._value.evicted(node.stamp)
         parent = node.parent
         assert parent is not None
         assert not node.num_children
         assert not node.num_holds
         self._leaves.remove(node)
+        left = EvictedPage(
+            page=node.page,
+            key=node.key,
+            parent=parent.key,
+            hits=node.hits,
+            worth=self._value.page_worth(node),
+        )
+        pages.append(left)
         if node.tail is not None:
             tails.append(self._drop_tail(node.tail))
-        self._log.note_page(node.key, had_page=True)
+        self._log.note_page(node.key, self._state(node.key))
         del self._nodes[node.key]
-        pages.append(node.page)
         parent.num_children -= 1
         parent.stamp = max(parent.stamp, node.stamp)
         if not parent.num_children and not parent.num_holds and parent is not self._root:
             self._leaves.add(parent)
 
-    def _drop_tail(self, tail: Tail) -> RecordId:
+    def _drop_tail(self, tail: Tail) -> EvictedTail:
         assert not tail.num_pins, "a pinned tail is evicted"
-        self._log.note_tail(tail.node.key, had_tail=True)
+        self._log.note_tail(tail.node.key, (True, True))
+        worth = self._value.tail_worth(tail)
         self._tails.remove(tail)
         tail.node.tail = None
         self._num_tails -= 1
         if tail.node.entry:
             self._leaves.add(tail.node)  # worth less now that nothing resumes behind it
-        return tail.record
+        return EvictedTail(record=tail.record, key=tail.node.key, kind=tail.kind, hits=tail.hits, worth=worth)
+
+
+def _nothing(key: PageKey) -> tuple[bool, bool]:
+    """There is no tier below."""
+    del key
+    return False, False

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+from fake_host_memory import FakeHostMemory
 from fake_memory import RemoteOwner, serve_memory
 from fake_state import (
     EOS,
@@ -88,6 +89,9 @@ class FakeRank:
         agent: str = "fake",
         drafts_max: int = 0,
         drafts_well: Callable[[int, SamplingParams], bool] = is_drafted_well,
+        num_host_pages: int = 0,
+        num_host_records: int = 0,
+        first_host_id: int = 0,
         positions_max: int = POSITIONS_MAX,
     ) -> None:
         self.num_pages = num_pages
@@ -102,6 +106,9 @@ class FakeRank:
         self.slots: dict[int, Slot] = {}
         self.memory: list[Rows | None] = [None] * num_pages
         self.records: list[bytes | None] = [None] * num_records
+        self.host_memory = FakeHostMemory(
+            num_pages=num_host_pages, num_records=num_host_records, first_id=first_host_id
+        )
         self.lent_pages: Counter[int] = Counter()  # others may read them: whoever tests says so, with `lend`
         self.lent_records: set[int] = set()
         self.fetches: dict[int, Fetch] = {}  # begun, not ended
@@ -139,16 +146,20 @@ class FakeRank:
             page_bytes=PAGE_BYTES,
             record_bytes=RECORD_BYTES,
             rebuild_tokens=REBUILD_TOKENS,
+            num_host_pages=len(self.host_memory.pages),
+            num_host_records=len(self.host_memory.records),
             **transfer,
         )
 
     def step(self, plan: StepPlan) -> StepResult:
         self.num_steps += 1
         assert plan.number == self.num_steps, f"plan {plan.number} is the {self.num_steps}th"
-        assert plan.closes or plan.opens or plan.segments, "empty plan"
+        is_empty = not (plan.closes or plan.opens or plan.segments or plan.demote or plan.promote)
+        assert not is_empty, "empty plan"
         for slot in plan.closes:
             assert slot in self.slots, f"close of slot {slot}, which is not open"
             del self.slots[slot]
+        self._copy(plan)
         for item in plan.opens:
             self._open(item)
         slots = [segment.slot for segment in plan.segments]
@@ -182,6 +193,17 @@ class FakeRank:
             completed=tuple(completed),
             tailed=tuple(tailed),
         )
+
+    def _copy(self, plan: StepPlan) -> None:
+        """What is copied is nobody's: who had it is gone, and nobody reads or writes it from elsewhere."""
+        used = {page for slot in self.slots.values() for page in slot.pages} | self._fetched_pages()
+        used |= self.lent_pages.keys()
+        for item in (*plan.demote.pages, *plan.promote.pages):
+            assert item.page not in used, f"page {item.page} is copied while in use"
+        for item in (*plan.demote.records, *plan.promote.records):
+            self._check_record(item.record)
+        self.host_memory.demote(plan.demote, self.memory, self.records)
+        self.host_memory.promote(plan.promote, self.memory, self.records)
 
     def transfer(self, message: ToTransfer, owners: Mapping[str, FakeRank]) -> FromTransfer | None:
         """What the rank answers, at once; `owners` are the ranks that can be reached, by their agents' names."""
@@ -521,6 +543,8 @@ def main() -> None:
         num_records=settings.num_records if settings.transfer else 0,
         agent=settings.agent,
         drafts_max=0 if args.no_mtp else settings.drafts_max,
+        num_host_pages=settings.num_host_pages,
+        num_host_records=settings.num_host_pages,
         positions_max=args.positions_max,
     )
     owners = Owners(rank)

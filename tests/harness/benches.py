@@ -17,6 +17,8 @@ from fake_state import (
     REBUILD_TOKENS,
     RECORD_BYTES,
     VOCAB_SIZE,
+    Slot,
+    answer,
 )
 
 from engine.plan import Fetch, RecordFetch, StepPlan
@@ -31,11 +33,15 @@ from engine.worker.events import (
     Surrender,
     TokenEvent,
 )
+from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
-from engine.worker.scheduler import Scheduler, SchedulerConfig
+from engine.worker.scheduler import Scheduler
+from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
+
+FIRST_HOST_ID = 100_000
 
 
 def a_prompt(key: int, length: int) -> list[int]:
@@ -60,6 +66,11 @@ def a_cache(**policy: int) -> CacheConfig:
     )
 
 
+def a_host_tier(num_pages: int = 64, num_records: int = 16, **options: float) -> HostTierConfig:
+    """Of ids that are none of a device's."""
+    return HostTierConfig(num_pages=num_pages, num_records=num_records, first_id=FIRST_HOST_ID, **options)
+
+
 class Bench:
     """A scheduler and a rank, with the pipe of plans and results between them under the test's control."""
 
@@ -73,6 +84,7 @@ class Bench:
         num_records: int = 0,
         policy: DraftPolicy | None = None,
         cache: CacheConfig | None = None,
+        host_tier: HostTierConfig | None = None,
         **options: int,
     ) -> None:
         tokens_max = options.pop("sequence_tokens_max", num_pages * 256)
@@ -88,6 +100,7 @@ class Bench:
                 num_records=num_records,
                 num_page_components=NUM_PAGE_COMPONENTS if num_records else 0,
                 cache=cache,
+                host_tier=host_tier,
                 **options,
             ),
             policy,
@@ -98,6 +111,9 @@ class Bench:
             prefill_tokens_max=prefill_tokens_max,
             num_records=num_records,
             drafts_max=options.get("drafts_max", 0),
+            num_host_pages=host_tier.num_pages if host_tier is not None else 0,
+            num_host_records=host_tier.num_records if host_tier is not None else 0,
+            first_host_id=FIRST_HOST_ID,
         )
         self.pipe: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
@@ -108,6 +124,7 @@ class Bench:
         self.lent: dict[int, LentEvent] = {}
         self.surrendered: dict[int, Surrender] = {}  # not taken back
         self.adoptions: dict[int, Adoption] = {}
+        self.asked: dict[int, tuple[list[int], SamplingParams, str]] = {}  # prompts, and their salts
 
     def open(
         self,
@@ -130,6 +147,7 @@ class Bench:
             adopt=adopt,
             salt=salt,
         )
+        self.asked[key] = prompt, params, salt
         self.events[key] = []
         self.first_index[key] = 0
         self.scores[key] = []
@@ -218,6 +236,7 @@ class Bench:
         assert self.scheduler.num_records_free == self.scheduler.config.num_records
         assert self.scheduler.num_sequences == 0
         assert self.rank.slots == {}
+        check_host_memory(self)
 
     def tokens(self, key: int) -> list[int]:
         return [event.token_id for event in self.events[key]]
@@ -361,3 +380,28 @@ class Pair:
     def _note_adoptions(self) -> None:
         for item in self.decode.take_adoptions():
             self.readings[item.key] = Reading(adoption=item)
+
+
+def check_host_memory(bench: Bench) -> None:
+    """Every page and tail that a scheduler at rest has below its cache is where it says, and is what its key stands
+    for: tokens of one of the sequences, behind all before them."""
+    tier, cache = bench.scheduler.host_tier, bench.scheduler.cache
+    if tier is None or cache is None:
+        return
+    assert tier.is_idle
+    assert not any(item.num_pins for item in (*tier.index.pages(), *tier.index.tails()))
+    made: dict[bytes, tuple[Slot, int]] = {}
+    for number, (prompt, params, salt) in bench.asked.items():
+        num_tokens = bench.first_index[number] + len(bench.events[number])
+        tokens = prompt + answer(prompt, num_tokens, params, ignore_eos=True)
+        slot = Slot(tokens=tokens, num_prompt=len(prompt), sampling=params, tokens_max=len(tokens))
+        slot.compute(len(tokens))
+        keys = cache.keys_of(np.array(tokens, dtype=np.int32), salt=salt)
+        made.update((key, (slot, depth)) for depth, key in enumerate(keys, start=1))
+    for page in tier.index.pages():
+        slot, depth = made[page.key]
+        assert bench.rank.host_memory.pages[page.page] == slot.rows[depth - 1], f"host page {page.page}"
+    for tail in tier.index.tails():
+        slot, depth = made[tail.key]
+        packed = bench.rank.host_memory.records[tail.record]
+        assert packed == slot.pack(depth * PAGE_TOKENS), f"host record {tail.record}"

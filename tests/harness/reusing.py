@@ -5,32 +5,80 @@ Called by the tests that hold what is reused to what is computed, bit by bit.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.drafter import MtpDrafter
+from engine.host_memory import HostMemory
 from engine.kernels.registry import choose
 from engine.model.forward import Model
-from engine.plan import StepPlan
+from engine.plan import Copies, StepPlan
 from engine.rank import Rank
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.worker.drafting import FixedDrafts
 from engine.worker.events import SequenceKey, TokenEvent
+from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
-from engine.worker.scheduler import Scheduler, SchedulerConfig
+from engine.worker.scheduler import Scheduler
+from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.handover import rebuild_tokens
+from kvstore.layout import IndexSpace
 from kvstore.pages import pages_for
+from kvstore.pools import Pools
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
 
+FIRST_HOST_ID = 1000
+
 Answer = list[tuple[int, float | None]]
 """Tokens and their logprobs."""
+
+
+class PoisoningMemory(HostMemory):
+    """Host memory that the scheduler knows by other ids, in another order. What is copied away is NaN from then on, and
+    host memory until it is copied to."""
+
+    def __init__(self, pools: Pools, records: Tensor, *, num_pages: int, num_records: int) -> None:
+        super().__init__(pools, records, num_pages=num_pages, num_records=num_records)
+        self.pages.fill_(0xFF)
+        self.records.fill_(0xFF)
+        draw = random.Random(num_pages)
+        self._rows = draw.sample(range(num_pages), num_pages), draw.sample(range(num_records), num_records)
+        self._pools, self._records = pools, records
+        self.num_promoted = 0
+
+    def demote(self, copies: Copies) -> None:
+        super().demote(self._placed(copies))
+        for item in self._pools.layout.descriptors:
+            if item.space is IndexSpace.PAGE:
+                self._pools[item.component].bytes_ulb[[copy.page for copy in copies.pages]] = 0xFF
+        self._records[[copy.record for copy in copies.records]] = 0xFF
+
+    def promote(self, copies: Copies) -> None:
+        super().promote(self._placed(copies))
+        self.num_promoted += len(copies.pages)
+
+    def _placed(self, copies: Copies) -> Copies:
+        pages, records = self._rows
+        return Copies(
+            pages=tuple(
+                msgspec.structs.replace(item, host_page=pages[item.host_page - FIRST_HOST_ID])
+                for item in copies.pages
+            ),
+            records=tuple(
+                msgspec.structs.replace(item, host_record=records[item.host_record - FIRST_HOST_ID])
+                for item in copies.records
+            ),
+        )
 
 
 class Reusing:
@@ -47,7 +95,10 @@ class Reusing:
         drafts: int = 0,
         keeps: bool = True,
         policy: TailPolicy | None = None,
+        num_host_pages: int = 0,
+        num_host_records: int = 0,
         role: Role = Role.BOTH,
+        **tier: float,
     ) -> None:
         vocab_size = model.config.vocab_size
         self.runner = Runner(
@@ -59,6 +110,9 @@ class Reusing:
         )
         self.runner.pools.fill(0xFF)
         self.runner.records.fill_(0xFF)
+        self.host_memory = PoisoningMemory(
+            self.runner.pools, self.runner.records, num_pages=num_host_pages, num_records=num_host_records
+        )
         kernels = choose("cpu", {})
         sampler = Sampler(vocab_size=vocab_size, device=torch.device("cpu"), kernels=kernels)
         self.rank = Rank(
@@ -66,6 +120,7 @@ class Reusing:
             sampler=sampler,
             page_digest=kernels["page_digest"].function,
             drafter=MtpDrafter(self.runner, sampler) if drafts else None,
+            host_memory=self.host_memory,
         )
         layout = self.runner.layout
         cache = CacheConfig(
@@ -92,6 +147,11 @@ class Reusing:
                 num_page_components=len(self.rank.digests.components),
                 drafts_max=drafts,
                 cache=cache if keeps else None,
+                host_tier=HostTierConfig(
+                    num_pages=num_host_pages, num_records=num_host_records, first_id=FIRST_HOST_ID, **tier
+                )
+                if num_host_pages
+                else None,
             ),
             FixedDrafts(drafts),
         )

@@ -137,3 +137,13 @@ def test_all_workers_keep_prefixes_or_none_and_the_router_hears_of_a_shared_salt
         assert arguments[arguments.index("--prefix-cache") + 1] == "off"
     arguments = router_arguments(options, addresses=["a:1"], ready_file=tmp_path / "ready", api_key_file=None)
     assert arguments[arguments.index("--shared-cache-salt") + 1] == "public"
+
+
+@pytest.mark.parametrize("size", [("--host-pages", "40"), ("--host-bytes", "8GB")])
+def test_every_worker_has_the_host_memory_that_was_asked_for(size, tmp_path):
+    options = parse_options(["--model", "m", *size])
+    for plan in plan_workers(options, num_cores=8):
+        arguments = worker_arguments(options, plan, ready_file=tmp_path / "ready")
+        assert arguments[arguments.index(size[0]) + 1] == size[1]
+    with pytest.raises(ConfigError, match="--host-pages"):
+        parse_options(["--model", "m", "--host-pages", "-1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from fake_content import FakeContent
 from fake_link import FakeLink
 from fake_rank import FakeRank
 
-from engine.worker import cache_feed
+from engine.worker import cache_feed, prefix_cache
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.session import Session
 from kvstore.feed import FeedReader
 from kvstore.keys import PageKey, page_keys, root_key
+from kvstore.shadow_radix import ShadowRadix
 from rorqual.feed import PAGE, TAIL, Subscribe
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
@@ -56,9 +58,16 @@ class Router:
 
 @asynccontextmanager
 async def a_host(
-    *, num_pages: int = 16, prefix_cache: bool = True, heartbeat: float = 0.02
+    *, num_pages: int = 16, prefix_cache: bool = True, heartbeat: float = 0.02, num_host_pages: int = 0
 ) -> AsyncIterator[Host]:
-    rank = FakeRank(num_pages=num_pages, num_slots=4, prefill_tokens_max=512, num_records=6)
+    rank = FakeRank(
+        num_pages=num_pages,
+        num_slots=4,
+        prefill_tokens_max=512,
+        num_records=6,
+        num_host_pages=num_host_pages,
+        num_host_records=num_host_pages // 2,
+    )
     config = HostConfig(
         worker_id=WorkerId("w"),
         incarnation=INCARNATION,
@@ -132,10 +141,16 @@ async def test_a_router_that_comes_later_gets_a_snapshot_and_both_are_exact() ->
         assert metric(host, "feed_snapshots_total") == 2  # the first one empty
 
 
-async def test_routers_stay_exact_while_everything_is_evicted_all_the_time() -> None:
-    async with a_host(num_pages=6) as host:
+@pytest.mark.parametrize("num_host_pages", [0, 5])
+@pytest.mark.parametrize("changes_max", [1 << 16, 3])
+async def test_routers_stay_exact_while_everything_is_evicted_all_the_time(
+    num_host_pages: int, changes_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with host memory below the cache, and when there is more to tell than is remembered."""
+    monkeypatch.setattr(prefix_cache, "ShadowRadix", partial(ShadowRadix, num_changes_max=changes_max))
+    async with a_host(num_pages=6, num_host_pages=num_host_pages) as host:
         router = Router(host)
-        for number in range(1, 12):
+        for number in [*range(1, 12), 4, 8, 11]:
             router.session.submit(an_open(number, length=256 * (1 + number % 4) + 7))
             await router.read_answer()
         await router.read_until(lambda: router.reader.number == host.feed.writer.number)
@@ -143,7 +158,7 @@ async def test_routers_stay_exact_while_everything_is_evicted_all_the_time() -> 
         assert cache is not None
         held = {key: PAGE | TAIL if tail else PAGE for key, tail in cache.contents()}
         assert router.content.visible == held
-        assert 0 < len(held) <= 6
+        assert 6 * (num_host_pages > 0) < len(held) <= 6 + num_host_pages
         host.feed.writer.check()
 
 

@@ -7,6 +7,7 @@ import pytest
 from engine.worker.host import HostConfig
 from engine.worker.options import parse_options
 from engine.worker.process import rank_settings
+from rorqual.errors import ConfigError
 from rorqual.ids import Incarnation, WorkerId
 from rorqual.session import Role
 
@@ -64,3 +65,35 @@ def test_the_help_says_what_records_are_for(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parse_options(["--help"])
     assert "tails in 25% of the memory" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "num_host_pages", "host_bytes"),
+    [
+        ((), 0, None),
+        (("--host-pages", "40"), 40, None),
+        (("--host-bytes", "2GB"), 0, 2_000_000_000),
+        (("--host-pages", "0", "--prefix-cache", "off"), 0, None),
+    ],
+)
+@pytest.mark.parametrize("role", Role)
+def test_host_memory_is_asked_for_in_pages_or_bytes(
+    argv: tuple[str, ...], num_host_pages: int, host_bytes: int | None, role: Role
+) -> None:
+    options, _ = parse_options(["--model", "m", *argv])
+    settings = rank_settings(options, CONFIG, role)
+    assert (settings.num_host_pages, settings.host_bytes) == (num_host_pages, host_bytes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("--host-pages", "-1"), "--host-pages"),
+        (("--host-bytes", "0"), "--host-bytes"),
+        (("--host-pages", "4", "--prefix-cache", "off"), "--prefix-cache"),
+        (("--host-bytes", "1GB", "--prefix-cache", "off"), "--prefix-cache"),
+    ],
+)
+def test_host_memory_that_cannot_be_is_refused(argv: tuple[str, ...], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        parse_options(["--model", "m", *argv])

@@ -402,9 +402,12 @@ async def test_under_another_salt_nothing_is_found() -> None:
         assert owner.count("key_leases_total", outcome="gone") == 1
 
 
+@pytest.mark.parametrize("host", [{}, {"num_host_pages": 9, "num_host_records": 3}], ids=["", "host"])
 @virtual
-async def test_many_prompts_read_from_each_other_in_tiny_pools_and_all_comes_back() -> None:
-    async with two_workers(num_pages=14, num_records=4) as (one, other, neighbours):
+async def test_many_prompts_read_from_each_other_in_tiny_pools_and_all_comes_back(
+    host: dict[str, int],
+) -> None:
+    async with two_workers(num_pages=14, num_records=4, **host) as (one, other, neighbours):
         neighbours.call_seconds = 0.01
         lengths = [300, 700, 1300, 1500, 900, 1100] * 4
         for at in range(0, len(lengths), 3):

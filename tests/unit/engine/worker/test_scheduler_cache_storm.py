@@ -6,15 +6,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from fake_state import answer, is_drafted_well, logprob_of
+from fake_state import is_drafted_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.worker.drafting import FixedDrafts
-from engine.worker.events import SequenceKey
-from rorqual.sampling import SamplingParams
 from tests.harness.benches import Bench, Pair, a_cache, a_related_prompt, adopting, lending
-from tests.harness.storms import Storm, weather
+from tests.harness.storms import Alone, Storm, weather
 
 pytestmark = pytest.mark.slow  # all of it together takes ten seconds and more
 
@@ -29,53 +27,6 @@ moves = st.one_of(
     st.tuples(st.just("turn"), st.integers(1, 200)),
     st.tuples(st.just("go on"), st.tuples(st.integers(0, 30), st.integers(1, 200))),
 )
-
-
-class Alone:
-    """One worker of both roles, and what was asked of it."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.opened: dict[int, tuple[list[int], int, bool, SamplingParams]] = {}
-        self.cancelled: set[int] = set()
-
-    def open(self, prompt: list[int], max_tokens: int, ignore_eos: bool, scores: bool) -> None:
-        key = len(self.opened)
-        room = self.bench.scheduler.config.sequence_tokens_max - max_tokens
-        prompt = prompt[:room]
-        extra = {"prompt_logprobs": 0} if scores else {}
-        params = self.bench.open(key, prompt, max_tokens, ignore_eos=ignore_eos, **extra)
-        self.opened[key] = (prompt, max_tokens, ignore_eos, params)
-
-    def move(self, name: str, value) -> None:
-        match name:
-            case "open":
-                length, *rest = value
-                self.open(a_related_prompt(len(self.opened), length), *rest)
-            case "go on" if self.opened:
-                key = value[0] % len(self.opened)
-                self.open(self.opened[key][0] + self.bench.tokens(key) + [3, 4], value[1], True, False)
-            case "cancel":
-                if self.bench.scheduler.cancel(SequenceKey(value)):
-                    self.cancelled.add(value)
-            case "send" | "receive" | "turn":
-                for _ in range(value):
-                    if name != "receive":
-                        self.bench.send()
-                    if name != "send":
-                        self.bench.receive()
-
-    def finish(self) -> None:
-        work = sum(len(prompt) + max_tokens for prompt, max_tokens, _, _ in self.opened.values())
-        self.bench.run(steps_max=20 * work + 100)
-        self.bench.scheduler.check_all()
-        for key, (prompt, max_tokens, ignore_eos, params) in self.opened.items():
-            expected = answer(prompt, max_tokens, params, ignore_eos=ignore_eos)
-            got = self.bench.tokens(key)
-            assert got == (expected[: len(got)] if key in self.cancelled else expected)
-            wants_scores = params.prompt_logprobs is not None
-            scores = [logprob_of(prompt[index], index) for index in range(1, len(prompt)) if wants_scores]
-            assert self.bench.scores[key] == (scores if got else scores[: len(self.bench.scores[key])])
 
 
 @settings(max_examples=150, deadline=None)
