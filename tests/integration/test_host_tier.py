@@ -13,7 +13,7 @@ import pytest
 from rorqual.model_config import PAGE_TOKENS
 from tests.harness.system import IDS_CONFIG, Served, System, make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 TINY = ("--exact", "--pages", "7", "--slots", "2", "--prefill-tokens", "512")
 HOST = ("--host-pages", "40")

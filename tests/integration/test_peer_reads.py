@@ -18,7 +18,7 @@ from tests.harness.raw_session import raw_session
 from tests.harness.repeating import Answer, a_prompt, ask
 from tests.harness.system import IDS_CONFIG, make_checkpoint, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 SYSTEM = ("--exact", "--pages", "48", "--slots", "4", "--prefill-tokens", "512")
 
