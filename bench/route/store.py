@@ -39,6 +39,8 @@ class StoreConfig:
 
     budget_bytes: int
     write: StoreWrite = StoreWrite.PROMPT_END
+    tails_before_end: tuple[int, ...] = (2,)
+    tails_every: int = 0
 
 
 def page_item(key: PageKey) -> StoreItem:

@@ -349,6 +349,13 @@ class Worker:
         the next turn resumes deeper."""
         assert job.start is not None
         keys, tails = job.request.keys, {*job.tails_taken}
+        config = self.config.store
+        end = len(keys) - len(keys) % self.config.tails.end_multiple
+        exact = max(job.start.exact_depth, 1)
+        more = [end - before for before in config.tails_before_end]
+        if config.tails_every:
+            more += list(range(end - config.tails_every, 0, -config.tails_every))
+        tails |= {d for d in more if exact <= d <= num_pages}
         resumed = job.start.tail_depth
         if resumed and tail_item(keys[resumed - 1]) in link.store:
             tails.add(resumed)
