@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "store_bandwidth": args.store_bandwidth,
             "store_latency_ms": args.store_latency_ms,
             "store_write": args.store_write,
+            "store_tails_every": args.store_tails_every,
             "store_lru_hit_rate": lru,
             "policies": report.as_json(found),
         }
@@ -184,6 +185,14 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
         help="what workers write: prompts that they have computed, or what their caches give up (default prompt_end)",
     )
 
+    add(
+        "--store-tails-every",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="pages between the tails of a prompt that are taken for the store alone (default 16; 0: none)",
+    )
+
 
 def _count(text: str) -> int:
     return 0 if text == "0" else _positive(text)
@@ -228,7 +237,9 @@ def _worker_config(args: argparse.Namespace) -> WorkerConfig:
     store: StoreConfig | None = None
     if args.store_pages:
         store = StoreConfig(
-            budget_bytes=args.store_pages * layout.page_bytes, write=StoreWrite(args.store_write)
+            budget_bytes=args.store_pages * layout.page_bytes,
+            write=StoreWrite(args.store_write),
+            tails_every=args.store_tails_every,
         )
     return WorkerConfig(
         model=model,

@@ -177,8 +177,8 @@ class Worker:
         return done
 
     def receive(self, job: Job, *, depth: int, tail_depth: int) -> None:
-        """Pages up to `depth` and the tail at `tail_depth` (0: none) have been read from a peer. All stay pinned
-        until the prompt begins."""
+        """Pages up to `depth` and the tail at `tail_depth` (0: none) have been read from elsewhere. All stay
+        pinned until the prompt begins."""
         keys = job.request.keys
         num_own = min(self.radix.match(keys).num_pages, depth)
         pin = self.radix.pin(keys, num_pages=num_own)
@@ -207,7 +207,7 @@ class Worker:
 
     def take_changes(self) -> Changes:
         changes = self.radix.take_changes()
-        if self.link is not None and self.link.write is StoreWrite.EVICTION:
+        if self.link is not None and self.link.config.write is StoreWrite.EVICTION:
             self._to_store += map(tail_item, changes.tails_removed)
             self._to_store += map(page_item, changes.pages_removed)
         return changes
@@ -334,7 +334,7 @@ class Worker:
 
     def _finish(self, job: Job) -> None:
         assert job.pin is not None
-        if self.link is not None and self.link.write is StoreWrite.PROMPT_END:
+        if self.link is not None and self.link.config.write is StoreWrite.PROMPT_END:
             self._to_store += self._items_of(job, job.pin.num_pages, self.link)
         self.radix.release(job.pin)
         job.pin = None
@@ -345,17 +345,15 @@ class Worker:
         self._forget(job, tokens=job.tokens_left, seconds=job.seconds_left)
 
     def _items_of(self, job: Job, num_pages: int, link: StoreLink) -> list[StoreItem]:
-        """All pages of a prompt and the tails taken of it. The tail it was resumed from is used, and not written again:
-        the next turn resumes deeper."""
+        """All pages of a prompt, the tails taken of it, and those for the store alone. The tail it was resumed from is
+        used, and not written again: the next turn resumes deeper."""
         assert job.start is not None
         keys, tails = job.request.keys, {*job.tails_taken}
-        config = self.config.store
         end = len(keys) - len(keys) % self.config.tails.end_multiple
-        exact = max(job.start.exact_depth, 1)
-        more = [end - before for before in config.tails_before_end]
-        if config.tails_every:
-            more += list(range(end - config.tails_every, 0, -config.tails_every))
-        tails |= {d for d in more if exact <= d <= num_pages}
+        # Where computing was exact, and further on than a tail that the prompt began with.
+        first = max(job.start.exact_depth, job.start.tail_depth + 1)
+        extra = [depth for depth in link.config.extra_tails(end) if first <= depth <= num_pages]
+        tails.update(extra[: link.config.tails_max])
         resumed = job.start.tail_depth
         if resumed and tail_item(keys[resumed - 1]) in link.store:
             tails.add(resumed)
