@@ -17,6 +17,7 @@ from rorqual import cli
 from rorqual.errors import RorqualError
 from tests.unit.bench.races import CONFIG, MODEL, requests_of, run
 
+
 @pytest.mark.parametrize("name", ENTRANTS)
 def test_every_page_is_either_reused_or_computed_and_nothing_stays_pinned(name: str) -> None:
     requests = requests_of()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bench.route import trace
 from bench.route.fleet import Simulation
+from bench.route.picture import ExactPicture
 from bench.route.store import (
     STAGED_SECONDS_MAX,
     SharedStore,
@@ -23,15 +24,16 @@ from bench.route.store import (
     page_item,
     tail_item,
 )
-from bench.route.worker import WorkerConfig
+from bench.route.worker import Job, StoreRead, Worker, WorkerConfig
 from kvstore.keys import PageKey
 from rorqual import cli
+from rorqual.ids import PageId
 from rorqual.performance import StoreSpeed
 from tests.unit.bench.races import CONFIG, MODEL, requests_of, run
 
 PAGE_BYTES = MODEL.costs.page_bytes
-SMALL = dataclasses.replace(CONFIG, budget_bytes=150 * PAGE_BYTES)
-"""Workers that cannot keep what they will be asked for again."""
+SMALL = dataclasses.replace(CONFIG, budget_bytes=250 * PAGE_BYTES)
+"""Workers that keep one of the longest prompts, and little of what they will be asked for again."""
 
 
 def key(number: int) -> PageKey:
@@ -54,7 +56,7 @@ def num_reused(simulation: Simulation) -> int:
     return sum(item.num_reused for item in simulation.outcomes)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.booleans(), st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=6))),
     st.integers(1, 20),
@@ -121,7 +123,7 @@ def a_request(number: int, pages: Sequence[int]) -> trace.Request:
 @pytest.mark.parametrize("write", StoreWrite)
 @pytest.mark.parametrize("name", ["rorqual", "session_affinity", "least_loaded"])
 def test_a_store_gives_hits_and_leaves_nothing_pinned(name: str, write: StoreWrite) -> None:
-    requests = requests_of(300)
+    requests = requests_of(200)
     simulation = run(name, requests, with_store(3000, write=write))
     without = run(name, requests, SMALL)
     assert num_reused(simulation) > 1.05 * num_reused(without)
@@ -142,15 +144,16 @@ def test_a_store_gives_hits_and_leaves_nothing_pinned(name: str, write: StoreWri
 @pytest.mark.parametrize("num_pages", [20, 300, 3000])
 def test_a_store_of_any_size_costs_no_hits(seed: int, num_pages: int) -> None:
     requests = requests_of(200, seed=seed)
-    with_it, without = (run("session_affinity", requests, each) for each in (with_store(num_pages), SMALL))
+    configs = (with_store(num_pages, CONFIG), CONFIG)
+    with_it, without = (run("session_affinity", requests, each) for each in configs)
     assert num_reused(with_it) >= 0.98 * num_reused(without)
 
 
 def test_a_large_store_comes_near_one_lru_cache_of_its_size() -> None:
     requests = requests_of(400)
-    simulation = run("rorqual", requests, with_store(4000))
+    simulation = run("rorqual", requests, with_store(4000, CONFIG))
     rate = num_reused(simulation) / sum(item.num_pages for item in requests)
-    assert rate > 0.9 * lru_hit_rate(requests, num_pages=4000)
+    assert rate > 0.85 * lru_hit_rate(requests, num_pages=4000)
 
 
 def test_a_run_with_a_store_repeats_itself() -> None:
@@ -158,24 +161,56 @@ def test_a_run_with_a_store_repeats_itself() -> None:
     assert run("rorqual", requests, config).outcomes == run("rorqual", requests, config).outcomes
 
 
-@pytest.mark.parametrize("name", ["session_affinity", "rorqual"])
-def test_a_store_slower_than_computing_is_not_read_from(name: str) -> None:
-    requests = requests_of()
-    slow = StoreSpeed(bytes_per_second=1e6)
-    simulation = run(name, requests, with_store(3000, speed=slow))
-    assert not any(item.num_stored for item in simulation.outcomes)
-    assert simulation.outcomes == run(name, requests, SMALL).outcomes
+def twins(seconds: float) -> list[trace.Request]:
+    """A prompt, and the same once more so much later."""
+    first = next(item for item in requests_of() if item.num_pages > 20)
+    return [dataclasses.replace(first, number=number, seconds=seconds * number) for number in (0, 1)]
 
 
 def test_what_one_worker_computed_another_reads() -> None:
-    first = next(item for item in requests_of() if item.num_pages > 20)
-    twins = [dataclasses.replace(first, number=number, seconds=10.0 * number) for number in (0, 1)]
-    outcomes = run("round_robin", twins, with_store(3000), workers=2).outcomes
+    requests = twins(10.0)
+    outcomes = run("round_robin", requests, with_store(3000), workers=2).outcomes
     assert [item.worker for item in outcomes] == [0, 1]
-    end = first.num_pages - first.num_pages % 2
+    end = requests[0].num_pages - requests[0].num_pages % 2
     assert (outcomes[1].num_stored, outcomes[1].num_reused) == (end, end)
     read = float(MODEL.store_seconds(end * PAGE_BYTES + CONFIG.tail_bytes))
     assert read < outcomes[1].ttft_seconds < outcomes[0].ttft_seconds
+
+
+@pytest.mark.parametrize("name", ["round_robin", "rorqual"])
+@pytest.mark.parametrize("speed", [StoreSpeed(bytes_per_second=3e8), StoreSpeed(latency_seconds=1.0)])
+def test_a_store_slower_than_computing_is_not_read_from(name: str, speed: StoreSpeed) -> None:
+    requests = twins(100.0)
+    # The first pages have to be the store's alone: their worker forgets them before the second prompt comes.
+    between = a_request(2, range(10_000, 10_240))
+    requests.insert(1, dataclasses.replace(between, seconds=50.0))
+    simulation = run(name, requests, with_store(3000, speed=speed), workers=1)
+    assert simulation.store is not None
+    assert simulation.store.reach(requests[0].keys) == requests[0].num_pages
+    assert not any(item.num_stored for item in simulation.outcomes)
+    assert any(item.num_stored for item in run(name, requests, with_store(3000), workers=1).outcomes)
+
+
+def test_pages_read_behind_pages_that_have_gone_meanwhile_are_of_no_use() -> None:
+    request = twins(1.0)[0]
+    config = with_store(3000)
+    assert config.store is not None
+    store = SharedStore(budget_bytes=config.store.budget_bytes, costs=config.costs)
+    store.put([tail_item(request.keys[19]), *(page_item(key) for key in request.keys[:20])])
+    for is_evicted in (False, True):
+        worker = Worker(0, config, StoreLink(store, config.store, config.model))
+        pin = worker.radix.pin((), num_pages=0)
+        for number, page in enumerate(request.keys[:5], start=1_000_000):
+            worker.radix.extend(pin, page, PageId(number))
+        worker.radix.release(pin)
+        job = Job(request=request, arrived=0.0, ready=0.0)
+        worker.enqueue(job, 0.0)
+        assert job.read == StoreRead(first=5, depth=20, tail_depth=20)
+        if is_evicted:
+            worker.radix.evict_pages(2)
+        worker.receive_from_store(job)
+        match = worker.radix.match(request.keys)
+        assert (match.num_pages, match.resumable) == ((3, 0) if is_evicted else (20, 20))
 
 
 def test_only_what_leaves_a_cache_is_written_when_evictions_are() -> None:
@@ -195,6 +230,13 @@ def test_the_picture_shows_what_the_store_has() -> None:
         assert item.store_pages == store.reach(request.keys)
         assert item.store_tail == store.deepest_tail(request.keys[: item.store_pages])
     assert any(item.store_tail for item in found)
+
+
+def test_a_tail_behind_a_page_that_the_store_has_lost_does_not_count() -> None:
+    store = SharedStore(budget_bytes=100 * PAGE_BYTES, costs=CONFIG.costs)
+    store.put([page_item(key(0)), page_item(key(2)), tail_item(key(2))])
+    found = ExactPicture(1, store).look_up([key(0), key(1), key(2)])
+    assert (found.store_pages, found.store_tail) == (1, 0)
 
 
 def test_reads_and_writes_have_a_bound_and_what_is_beyond_is_counted() -> None:

@@ -99,9 +99,7 @@ def test_what_no_worker_keeps_is_read_from_the_store() -> None:
 def test_a_worker_that_waits_for_nobody_waits_for_the_store() -> None:
     decision = choose(a_fleet(stored=(PROMPT, [100])))
     read = float(MODEL.store_seconds(100 * MODEL.costs.page_bytes + 3.7e6))
-    assert decision.predicted_seconds == pytest.approx(
-        read + float(MODEL.prefill_seconds(100, 100 * 256))
-    )
+    assert decision.predicted_seconds == pytest.approx(read + float(MODEL.prefill_seconds(100, 100 * 256)))
 
 
 def test_pages_of_the_store_serve_a_rebuild_when_its_tail_is_far() -> None:
