@@ -11,8 +11,10 @@ others. Two terms more make it a score:
 
 - a copy of pages that another worker keeps pushes out others. That is charged as `copy_share` of what the pages take
   to compute: it keeps a conversation where it is until the wait there is longer, and lets the short heads that many
-  prompts share spread over all workers, since they cost little. Pages that the store has are charged no more than
-  reading them takes.
+  prompts share spread over all workers, since they cost little. Of pages that the store has, `stored_share` is charged
+  no more than reading takes: with a large store what was pushed out is read again, with a small one it is gone there
+  too. On Mooncake's conversation trace a share of 1 instead of 0.5 loses 0.3 points of hits with a store as large as
+  all caches together, and gives first tokens 2 % sooner at p90 with larger ones.
 - `balance_share` of the work that a worker has done more than the least busy one, so that of workers as good as
   equal the one is taken that has worked less.
 """
@@ -46,6 +48,9 @@ class SoonestConfig:
     """Weights of the score, and whether peers are read from."""
 
     copy_share: float = 3.0
+    stored_share: float = (
+        0.5  # of what a copy pushes out, as much is believed to be in the store, if the copied is
+    )
     balance_share: float = 0.01
     session_seconds: float = 0.005  # a worker that has had the session counts as so much sooner
     sessions_max: int = 1_000_000
@@ -54,6 +59,7 @@ class SoonestConfig:
 
     def __post_init__(self) -> None:
         assert self.copy_share >= 0, "a copy is no gain"
+        assert 0 <= self.stored_share <= 1, "it is a share"
         assert self.balance_share >= 0, "work done is no reason for more"
 
 
@@ -85,9 +91,9 @@ class SoonestFirstToken:
         self._sessions: OrderedDict[str, int] = OrderedDict()
         chunk = model.chunk_tokens
         self._page_seconds = float(model.work_seconds(chunk)) * PAGE_TOKENS / chunk
-        self._stored_page_seconds = min(
-            self._page_seconds, model.costs.page_bytes / model.store.bytes_per_second
-        )
+        read = model.costs.page_bytes / model.store.bytes_per_second
+        # Less for a copy of a page that the store has.
+        self._page_seconds_off = self._config.stored_share * max(self._page_seconds - read, 0.0)
 
     def choose(self, fleet: FleetPicture, request: CacheDemand) -> Decision:
         found = fleet.caches.look_up(request.keys)
@@ -213,7 +219,7 @@ class SoonestFirstToken:
         copies_W = (deepest - pages_W).astype(np.float64)
         stored_W = np.maximum(min(num_stored, deepest) - pages_W, 0)
         charge_W = copies_W * (config.copy_share * self._page_seconds)
-        charge_W -= stored_W * (config.copy_share * (self._page_seconds - self._stored_page_seconds))
+        charge_W -= stored_W * (config.copy_share * self._page_seconds_off)
         score_W = seconds_W + fleet.corrected(charge_W)
         work_W = fleet.work_seconds_W
         score_W += config.balance_share * (work_W - work_W.min())

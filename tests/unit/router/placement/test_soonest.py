@@ -127,13 +127,16 @@ def test_a_peer_that_is_faster_is_read_before_the_store() -> None:
     assert (decision.prefill, decision.fetch.peer, decision.fetch.tail_source) == (0, 2, Source.PEER)
 
 
-def test_a_copy_of_what_the_store_has_is_charged_no_more_than_reading_it() -> None:
-    config = dataclasses.replace(PLAIN, copy_share=3.0)
-    read = MODEL.costs.page_bytes / 2e9
-    for wait, chosen in ((3 * 98 * read - 0.01, 2), (3 * 98 * read + 0.01, 0)):
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_a_copy_that_the_store_has_is_charged_no_more_than_reading_it(share: float) -> None:
+    config = dataclasses.replace(PLAIN, copy_share=3.0, stored_share=share)
+    computed = float(MODEL.work_seconds(MODEL.chunk_tokens)) * 256 / MODEL.chunk_tokens
+    charge = 3 * 98 * (share * MODEL.costs.page_bytes / 2e9 + (1 - share) * computed)
+    for wait, chosen in ((charge - 0.01, 2), (charge + 0.01, 0)):
         fleet = a_fleet(held={2: (PROMPT[:98], [98])}, stored=(PROMPT[:98], [98]), wait=[0.0, 0.0, wait])
         assert choose(fleet, config).prefill == chosen
-    assert choose(a_fleet(held={2: (PROMPT[:98], [98])}, wait=[0.0, 0.0, wait]), config).prefill == 2
+    longer = 3 * 98 * computed - 0.01
+    assert choose(a_fleet(held={2: (PROMPT[:98], [98])}, wait=[0.0, 0.0, longer]), config).prefill == 2
 
 
 def test_a_copy_has_to_be_worth_the_room_it_takes() -> None:
