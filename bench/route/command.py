@@ -136,6 +136,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="goodput is the share of prompts whose first token comes within this (default 1.0)",
     )
+    _add_worker(parser)
+    _add_store(parser)
+    add("--no-bounds", action="store_true", help="leave out the run with free tails")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--plot", type=Path, metavar="FILE", help="write hit rates and times to first token as a picture")
+    return parser
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--model", choices=tuple(PRESETS), default="flash", help="whose costs are used (default flash)")
     add("--hardware", choices=tuple(HARDWARE), default="h200", help="of a worker's devices (default h200)")
     add("--devices", type=_positive, default=8, metavar="N", help="of a worker (default 8)")
@@ -147,11 +157,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pages between tails of a prompt (default 0: none)",
     )
-    _add_store(parser)
-    add("--no-bounds", action="store_true", help="leave out the run with free tails")
-    add("--json", type=Path, metavar="FILE", help="write all figures")
-    add("--plot", type=Path, metavar="FILE", help="write hit rates and times to first token as a picture")
-    return parser
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +189,6 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
         default=StoreWrite.PROMPT_END.value,
         help="what workers write: prompts that they have computed, or what their caches give up (default prompt_end)",
     )
-
     add(
         "--store-tails-every",
         type=_count,
