@@ -6,7 +6,7 @@ writes exactly the rows that the step's tokens make and reads only rows that are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine import formats
 from engine.kernels.suite import Kernels
 from engine.model.attend import BLOCK_COLUMNS
 from engine.model.attention import exact_window_span, hidden_bias
 from engine.model.batch import BatchSegment, DecodeGroup, RaggedBatch
 from engine.model.state import Keys
+from engine.rows import read_rows, write_rows
 from kvstore.handover import OVERLAPPING
-from kvstore.layout import KV_SCALE_BLOCK, Component, Descriptor, RowForm
+from kvstore.layout import Component, Descriptor
 from kvstore.pools import ComponentPool, Pools
 from rorqual.model_config import PAGE_TOKENS, ModelConfig
 
@@ -140,7 +140,7 @@ class PagedState:
     def past_window(self, component: Component, layer: int, segment: BatchSegment, num_past: int) -> Tensor:
         pool = self._pools[component]
         positions = torch.arange(segment.start - num_past, segment.start)
-        rows = _read(pool, layer, _ring_ids(pool.descriptor, segment.slot, positions), self._config)
+        rows = read_rows(pool, layer, _ring_ids(pool.descriptor, segment.slot, positions), self._config)
         if component is Component.DRAFT_WINDOW:
             # Not hidden, only made finite: a chunk of the draft block is run for the rows that it puts.
             missing = positions < self._tables.draft_first_S[segment.slot]
@@ -157,7 +157,7 @@ class PagedState:
             first_B = first_S[self._decode_slots]
             self._windows[component] = self._window_columns(self._pools[component].descriptor, first_B)
         ids, bias = self._windows[component]
-        rows = _read(self._pools[component], layer, ids[group.rows], self._config)
+        rows = read_rows(self._pools[component], layer, ids[group.rows], self._config)
         return Keys(rows=rows, bias=bias[group.rows])
 
     def _window_columns(self, item: Descriptor, first_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ class PagedState:
     def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
         pool = self._pools[component]
         ids = self._row_ids(pool.descriptor, segment.slot, entries)
-        return _read(pool, layer, ids, self._config)
+        return read_rows(pool, layer, ids, self._config)
 
     def decode_visible(self, component: Component, group: DecodeGroup) -> Tensor:
         return (self._decode_positions[group.rows] + 1) // self._pools[component].descriptor.ratio
@@ -269,7 +269,7 @@ class PagedState:
         return _Located(ids_BK=ids, bias=bias, empty_B=empty)
 
     def _keys(self, component: Component, layer: int, found: _Located) -> Keys:
-        rows = _read(self._pools[component], layer, found.ids_BK, self._config)
+        rows = read_rows(self._pools[component], layer, found.ids_BK, self._config)
         return Keys(rows=found.clean(rows), bias=found.bias)
 
     def _row_ids(self, item: Descriptor, slot: int | Tensor, entries: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class PagedState:
 
     def _write(self, pool: ComponentPool, layer: int, writes: _Writes, rows_Nw: Tensor) -> None:
         rows = rows_Nw if writes.rows is None else rows_Nw[writes.rows]
-        _write(pool, layer, writes.ids, rows, self._config)
+        write_rows(pool, layer, writes.ids, rows, self._config)
 
     def _ring_writes(self, item: Descriptor) -> _Writes:
         """A chunk longer than the ring leaves only as many of its last rows."""
@@ -305,7 +305,7 @@ class PagedState:
 def kept_streams(pools: Pools, slots_N: Tensor, positions_N: Tensor, config: ModelConfig) -> Tensor:
     """Streams [N, S, D] that `PagedState.put_streams` has put."""
     pool = pools[Component.LAST_STREAMS]
-    rows = _read(pool, 0, _ring_ids(pool.descriptor, slots_N, positions_N), config)
+    rows = read_rows(pool, 0, _ring_ids(pool.descriptor, slots_N, positions_N), config)
     return rows.unflatten(1, (config.hc_mult, -1))
 
 
@@ -340,70 +340,3 @@ def _strides(item: Descriptor) -> _Strides:
 
 def _ring_ids(item: Descriptor, slot: int | Tensor, positions: Tensor) -> Tensor:
     return slot * item.unit_rows + positions % item.num_rows
-
-
-def _read(pool: ComponentPool, layer: int, ids: Tensor, config: ModelConfig) -> Tensor:
-    """Rows as f32 [..., width]."""
-    item = pool.descriptor
-    if item.form is RowForm.F32:
-        return pool.rows_f32(layer).index_select(0, ids.reshape(-1)).view(*ids.shape, item.width)
-    data, scales = pool.data_and_scales(layer)
-    unit, row = ids // item.unit_rows, ids % item.unit_rows
-    return _DECODERS[item.form](data[unit, row], scales[unit, row], item.width, config.rope_head_dim)
-
-
-def _write(pool: ComponentPool, layer: int, ids_N: Tensor, rows_Nw: Tensor, config: ModelConfig) -> None:
-    item = pool.descriptor
-    if item.form is RowForm.F32:
-        pool.rows_f32(layer).index_copy_(0, ids_N, rows_Nw)
-        return
-    data, scales = pool.data_and_scales(layer)
-    unit, row = ids_N // item.unit_rows, ids_N % item.unit_rows
-    data_Nb, scales_Nb = encode_rows(item, rows_Nw, config)
-    data[unit, row] = data_Nb
-    if item.scale_bytes:
-        scales[unit, row] = scales_Nb
-
-
-def encode_rows(item: Descriptor, rows_Nw: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """The bytes that a pool keeps of f32 rows: data uint8 [N, data_bytes] and scales uint8 [N, scale_bytes]."""
-    if item.form in (RowForm.F32, RowForm.BF16):
-        plain = rows_Nw if item.form is RowForm.F32 else rows_Nw.to(torch.bfloat16)
-        data = plain.contiguous().view(torch.uint8)
-        return data, data[:, :0]
-    if item.form is RowForm.INDEX_FP4:
-        data, scales = formats.encode_fp4(rows_Nw)
-        return data, scales.view(torch.uint8)
-    num_codes = item.width - config.rope_head_dim
-    codes, code_scales = formats.encode_fp8(rows_Nw[:, :num_codes], block=KV_SCALE_BLOCK)
-    rotated = rows_Nw[:, num_codes:].to(torch.bfloat16).view(torch.uint8)
-    padding = item.scale_bytes - code_scales.shape[1]
-    scales = torch.nn.functional.pad(code_scales.view(torch.uint8), (0, padding))
-    return torch.cat((codes.view(torch.uint8), rotated), dim=1), scales
-
-
-def _decode_kv(data: Tensor, scales: Tensor, width: int, rope_head_dim: int) -> Tensor:
-    num_codes = width - rope_head_dim
-    num_scales = -(-num_codes // KV_SCALE_BLOCK)
-    plain = formats.decode_fp8(
-        data[..., :num_codes].contiguous(), scales[..., :num_scales].contiguous(), block=KV_SCALE_BLOCK
-    )
-    rotated = data[..., num_codes:].contiguous().view(torch.bfloat16).float()
-    return torch.cat((plain, rotated), dim=-1)
-
-
-def _decode_index(data: Tensor, scales: Tensor, width: int, rope_head_dim: int) -> Tensor:
-    del rope_head_dim
-    return formats.decode_fp4(data, scales, num_columns=width)
-
-
-def _decode_bf16(data: Tensor, scales: Tensor, width: int, rope_head_dim: int) -> Tensor:
-    del scales, width, rope_head_dim
-    return data.view(torch.bfloat16).float()
-
-
-_DECODERS: dict[RowForm, Callable[[Tensor, Tensor, int, int], Tensor]] = {
-    RowForm.KV_FP8: _decode_kv,
-    RowForm.INDEX_FP4: _decode_index,
-    RowForm.BF16: _decode_bf16,
-}

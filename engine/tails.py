@@ -19,7 +19,8 @@ from torch import Tensor
 
 from engine.handover import clear_missing, first_halves, pack_record, record_rows_of
 from engine.model.batch import BatchSegment
-from engine.pager import SlotTables, encode_rows
+from engine.pager import SlotTables
+from engine.rows import encode_rows
 from kvstore.handover import record_parts
 from kvstore.layout import Component, Descriptor
 from rorqual.model_config import PAGE_TOKENS, ModelConfig
