@@ -1,7 +1,7 @@
 """Frames between a worker's host and its rank: a length in four bytes, then one msgpack message of
 `engine.plan`.
 
-Both ends use this module: `engine.worker.rank_link` on the host, with asyncio, and `engine.rank` in the other
+Both ends use this module: `engine.worker.rank_link` on the host, with asyncio, and `engine.rank_process` in the other
 process, with blocking calls. It never imports torch, and it never interprets a message.
 """
 

@@ -9,18 +9,28 @@ pinned where the pools are on a GPU.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.plan import Copies, SharedMemory
-from kvstore.layout import IndexSpace
-from kvstore.pools import Allocate, Pools, plain_memory
+from kvstore.layout import Component, Descriptor, IndexSpace
+from kvstore.pools import Allocate, Pools, plain_memory, split_layers
 from kvstore.transfer.memory import Segments, make_segments
 from kvstore.transfer.runs import RECORDS
 
 PAGES = "pages"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A paged component of all pages: in its pool, and here, uint8 [pages, bytes of a unit]."""
+
+    descriptor: Descriptor
+    units_ub: Tensor
+    host_hb: Tensor
 
 
 class HostMemory:
@@ -47,14 +57,13 @@ class HostMemory:
         self.records = _allocate(allocate, RECORDS, record_bytes, num_records)
         """uint8 [records, bytes of the longest record]."""
         self._records_dev = records_RB
-        self._components: list[
-            tuple[Tensor, Tensor]
-        ] = []  # [pages, bytes]: of the pool, and of the pages here
+        self._parts: dict[Component, _Part] = {}
         offset = 0
         for item in pools.layout.descriptors:
             if item.space is IndexSpace.PAGE:
-                units_dev = pools[item.component].bytes_ulb.flatten(1)
-                self._components.append((units_dev, self.pages[:, offset : offset + item.unit_bytes]))
+                host_hb = self.pages[:, offset : offset + item.unit_bytes]
+                units_ub = pools[item.component].bytes_ulb.flatten(1)
+                self._parts[item.component] = _Part(descriptor=item, units_ub=units_ub, host_hb=host_hb)
                 offset += item.unit_bytes
         assert offset == page_bytes
         if records_RB.is_cuda:
@@ -75,20 +84,30 @@ class HostMemory:
         if self._segments is not None:
             self._segments.close()
 
+    def rows(self, component: Component) -> tuple[Tensor, Tensor]:
+        """What pages here hold of a paged component: views, data uint8 [pages, layers, rows of a page, bytes] and
+        scales likewise."""
+        part = self._parts[component]
+        return split_layers(
+            part.host_hb.unflatten(1, (len(part.descriptor.layers), part.descriptor.layer_bytes)),
+            part.descriptor,
+        )
+
     def demote(self, copies: Copies) -> None:
-        """From the device to host memory."""
-        for units_dev, units_host in self._components:
+        """From the device to host memory: whole pages."""
+        for part in self._parts.values():
             for item in copies.pages:
-                units_host[item.host_page].copy_(units_dev[item.page], non_blocking=True)
+                part.host_hb[item.host_page].copy_(part.units_ub[item.page], non_blocking=True)
         for item in copies.records:
             source, size = self._records_dev[item.record], item.num_bytes
             self.records[item.host_record, :size].copy_(source[:size], non_blocking=True)
 
     def promote(self, copies: Copies) -> None:
-        """From host memory to the device."""
-        for units_dev, units_host in self._components:
+        """From host memory to the device: of a thin page what it has."""
+        for part in self._parts.values():
             for item in copies.pages:
-                units_dev[item.page].copy_(units_host[item.host_page], non_blocking=True)
+                if item.page < len(part.units_ub):
+                    part.units_ub[item.page].copy_(part.host_hb[item.host_page], non_blocking=True)
         for item in copies.records:
             target, size = self._records_dev[item.record], item.num_bytes
             target[:size].copy_(self.records[item.host_record, :size], non_blocking=True)

@@ -20,6 +20,7 @@ from engine.model.attention import exact_window_span, hidden_bias
 from engine.model.batch import BatchSegment, DecodeGroup, RaggedBatch
 from engine.model.state import Keys
 from engine.rows import read_rows, write_rows
+from engine.spilled import SpilledSlots
 from kvstore.handover import OVERLAPPING
 from kvstore.layout import Component, Descriptor
 from kvstore.pools import ComponentPool, Pools
@@ -41,6 +42,8 @@ class SlotTables:
         """Nor are those from this index on, unless as drafts that nobody has accepted yet."""
         self.window_first_S = torch.zeros(pools.num_slots, dtype=torch.int64)
         """A rebuilt sequence has no raw rows before this position, and sees none: a page boundary, 0 for all others."""
+        self.spilled: SpilledSlots | None = None
+        """Where C4 rows are of sequences that do not have them in their pages; None: none ever will be."""
 
     def open(self, slot: int) -> None:
         """Start a sequence at position 0: no pages, and empty unfinished windows (K = 0, S = -inf)."""
@@ -59,10 +62,16 @@ class SlotTables:
 
     def restart(self, slot: int) -> None:
         """Start a sequence whose state is about to be put there: no pages, rings as they are."""
+        self.close(slot)
         self.num_pages[slot] = 0
         self.draft_first_S[slot] = 0
         self.draft_end[slot] = 0
         self.window_first_S[slot] = 0
+
+    def close(self, slot: int) -> None:
+        """Its sequence has ended."""
+        if self.spilled is not None:
+            self.spilled.release(slot)
 
     def add_draft_rows(self, slot: int, first: int, end: int) -> None:
         """Rows first .. end-1 of the slot's draft window are there from now on; those before a gap count no more."""
@@ -230,6 +239,9 @@ class PagedState:
         return _Writes(rows=rows_N, ids=ids_N[rows_N])
 
     def chunk_rows(self, component: Component, layer: int, segment: BatchSegment, entries: Tensor) -> Tensor:
+        spilled = self._tables.spilled
+        if component is Component.C4 and spilled is not None and spilled.is_any((segment.slot,)):
+            return spilled.read(layer, segment.slot, entries, self._config)
         pool = self._pools[component]
         ids = self._row_ids(pool.descriptor, segment.slot, entries)
         return read_rows(pool, layer, ids, self._config)
@@ -238,13 +250,18 @@ class PagedState:
         return (self._decode_positions[group.rows] + 1) // self._pools[component].descriptor.ratio
 
     def decode_rows(self, component: Component, layer: int, group: DecodeGroup) -> Keys | None:
+        if self._hot(component, group) is not None:
+            columns = self._visible_columns(component, group)
+            return None if columns is None else self._keys_at(component, layer, group, columns)
         key = (_strides(self._pools[component].descriptor), group)
         if key not in self._located:
-            self._located[key] = self._locate_all(component, group)
+            columns = self._visible_columns(component, group)
+            self._located[key] = None if columns is None else self._locate(component, group, columns)
         found = self._located[key]
         return None if found is None else self._keys(component, layer, found)
 
-    def _locate_all(self, component: Component, group: DecodeGroup) -> _Located | None:
+    def _visible_columns(self, component: Component, group: DecodeGroup) -> Tensor | None:
+        """Entries [B, K] that the group's decodes see, or None."""
         visible = self.decode_visible(component, group)
         num_columns = int(visible.max())
         if num_columns == 0:
@@ -252,21 +269,40 @@ class PagedState:
         if self._exact:
             num_columns += -num_columns % BLOCK_COLUMNS
         columns = torch.arange(num_columns)
-        return self._locate(component, group, torch.where(columns < visible.unsqueeze(-1), columns, -1))
+        return torch.where(columns < visible.unsqueeze(-1), columns, -1)
 
     def decode_picks(self, component: Component, layer: int, group: DecodeGroup, picks_Bk: Tensor) -> Keys:
+        if self._tables.spilled is not None:
+            self._tables.spilled.picked(layer, self._slots_of(group), picks_Bk)
         if self._exact:
             padding = -picks_Bk.shape[1] % BLOCK_COLUMNS
             picks_Bk = torch.nn.functional.pad(picks_Bk, (0, padding), value=-1)
-        return self._keys(component, layer, self._locate(component, group, picks_Bk))
+        return self._keys_at(component, layer, group, picks_Bk)
+
+    def _keys_at(self, component: Component, layer: int, group: DecodeGroup, entries_BK: Tensor) -> Keys:
+        spilled = self._hot(component, group)
+        if spilled is None:
+            return self._keys(component, layer, self._locate(component, group, entries_BK))
+        found = spilled.locate(layer, self._decode_slots[group.rows], entries_BK)
+        return self._keys(component, layer, _located(entries_BK, *found))
+
+    def _hot(self, component: Component, group: DecodeGroup) -> SpilledSlots | None:
+        """Where the group's rows are looked up if any of its sequences is spilled."""
+        spilled = self._tables.spilled
+        is_spilled = (
+            component is Component.C4 and spilled is not None and spilled.is_any(self._slots_of(group))
+        )
+        return spilled if is_spilled else None
+
+    def _slots_of(self, group: DecodeGroup) -> list[int]:
+        return [segment.slot for segment in self._batch.decodes[group.rows]]
 
     def _locate(self, component: Component, group: DecodeGroup, entries_BK: Tensor) -> _Located:
         item = self._pools[component].descriptor
-        ids, bias, any_empty = self._kernels.locate_rows(
+        found = self._kernels.locate_rows(
             self._tables.pages_SP, self._decode_slots[group.rows], entries_BK, item.num_rows, item.unit_rows
         )
-        empty = (entries_BK < 0).all(-1) if any_empty else None
-        return _Located(ids_BK=ids, bias=bias, empty_B=empty)
+        return _located(entries_BK, *found)
 
     def _keys(self, component: Component, layer: int, found: _Located) -> Keys:
         rows = read_rows(self._pools[component], layer, found.ids_BK, self._config)
@@ -328,6 +364,11 @@ class _Located:
         if self.empty_B is None:
             return rows_BKw
         return rows_BKw.masked_fill(self.empty_B.view(-1, 1, 1), 0)
+
+
+def _located(entries_BK: Tensor, ids_BK: Tensor, bias: Tensor, any_empty: bool) -> _Located:
+    empty = (entries_BK < 0).all(-1) if any_empty else None
+    return _Located(ids_BK=ids_BK, bias=bias, empty_B=empty)
 
 
 _Strides = tuple[int, int]

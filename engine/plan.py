@@ -40,6 +40,9 @@ class RankSettings(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_host_pages: int = 0  # in host memory, for what the pools have no room for; tails come on top
     host_bytes: int | None = None  # or so many bytes of both
     shares_host_memory: bool = False  # with the host, which then moves values in and out of a store
+    num_hot_buffers: int = 0  # sequences that may be spilled at once: with host memory only
+    num_hot_rows: int | None = None  # of a hot buffer in each layer; None: `kvstore.hisparse` chooses
+    num_thin_pages: int | None = None  # None: as many as leave these sequences equal lengths
 
 
 class SharedMemory(msgspec.Struct, frozen=True, array_like=True):
@@ -151,10 +154,31 @@ class Copies(msgspec.Struct, frozen=True, array_like=True):
 NO_COPIES = Copies()
 
 
+class Spill(msgspec.Struct, frozen=True, array_like=True):
+    """C4 rows of the slot's pages from number `first` on are read in `host_pages` from now on, where they are; all
+    else of these pages is in `pages`, into which it is copied where they are others than before. The slot is spilled
+    up to `first` already. The first `RankReady.num_hot_pages` of a sequence are whole pages of its own, whose C4 units
+    take hot rows; the others are thin. A slot has the same hot buffer until it is unspilled or closed."""
+
+    slot: int
+    buffer: int
+    first: int
+    pages: tuple[int, ...]
+    host_pages: tuple[int, ...]
+
+
+class Unspill(msgspec.Struct, frozen=True, array_like=True):
+    """All that is spilled of a slot is in these whole pages, and read there from now on."""
+
+    slot: int
+    pages: tuple[int, ...]
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Order of effects: close slots; copy from the device to host memory (`demote`), then from there to the device
-    (`promote`); open slots; then all segments as one ragged forward. So what was copied away may be written by the
-    same plan, and what was copied here may be read by it. A copy cannot fail, and has no answer of its own."""
+    """Order of effects: close slots; copy from the device to host memory (`demote`); spill, one after another; copy
+    from host memory to the device (`promote`); unspill; open slots; then all segments as one ragged forward. So what
+    was copied away or spilled may be written by the same plan, and what was copied here may be read by it. None of
+    this can fail, or has an answer of its own."""
 
     number: int
     closes: tuple[int, ...]
@@ -162,6 +186,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     segments: tuple[Segment, ...]
     demote: Copies = NO_COPIES
     promote: Copies = NO_COPIES
+    spills: tuple[Spill, ...] = ()
+    unspills: tuple[Unspill, ...] = ()
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
@@ -221,6 +247,17 @@ class Verified(msgspec.Struct, frozen=True, array_like=True):
     num_accepted: int
 
 
+class HotUse(msgspec.Struct, frozen=True, array_like=True):
+    """What a spilled sequence has read of C4 rows before its newest, over all layers: rows found on the device, copied
+    from host memory, and, of those brought in ahead, found for the first time, and evicted before."""
+
+    slot: int
+    num_hits: int
+    num_misses: int
+    num_useful: int
+    num_wasted: int
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     number: int
     sampled: tuple[Sampled, ...]
@@ -231,6 +268,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     completed: tuple[Completed, ...] = ()
     tailed: tuple[Tailed, ...] = ()
     copy_ms: float = 0.0  # of step_ms, for the plan's copies
+    hot: tuple[HotUse, ...] = ()
 
 
 class PeerOpen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -329,6 +367,9 @@ class RankReady(msgspec.Struct, frozen=True, array_like=True, tag=True):
     )
     num_host_pages: int = 0  # 0 .. num_host_pages - 1 in host memory
     num_host_records: int = 0
+    num_thin_pages: int = 0  # page ids num_pages .. num_pages + num_thin_pages - 1
+    num_hot_buffers: int = 0
+    num_hot_pages: int = 0  # of one hot buffer
     host_memory: SharedMemory | None = None  # if it is shared with the host
 
 

@@ -1,6 +1,6 @@
 """How many pages and records a rank holds, in its pools and in host memory: options and a model in, counts out.
 
-Called by the rank (`engine.rank`) before it allocates anything. `kvstore.budget` divides bytes; what is known here is
+Called by `engine.rank_process` before it allocates anything. `kvstore.budget` divides bytes; what is known here is
 what the options mean, and how much of each is of use.
 """
 

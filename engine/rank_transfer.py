@@ -1,9 +1,9 @@
 """The rank's dealings with other workers' memory: digests of state, fetches, and the threads they take.
 
-Made by `engine.rank`. Compute stays on the main thread, which takes plans out of a `PlanQueue`; a second thread reads
-what the host sends (`read_host`); a third, `kvstore.transfer.owner`, is the only one to touch the engine of transfers,
-and answers the host itself. None of this decides what is fetched, when a lease ends or what may be overwritten: that is
-the host's business. Nothing a peer says may end this process: it is an error of one fetch.
+Made by `engine.rank_process`. Compute stays on the main thread, which takes plans out of a `PlanQueue`; a second thread
+reads what the host sends (`read_host`); a third, `kvstore.transfer.owner`, is the only one to touch the engine of
+transfers, and answers the host itself. None of this decides what is fetched, when a lease ends or what may be
+overwritten: that is the host's business. Nothing a peer says may end this process: it is an error of one fetch.
 """
 
 from __future__ import annotations

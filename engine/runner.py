@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from engine.handover import pack_record, unpack_record
+from engine.host_memory import HostMemory
 from engine.model.batch import BatchSegment, RaggedBatch, build_batch
 from engine.model.context import PickHook
 from engine.model.forward import Model
 from engine.pager import PagedState, SlotTables, kept_streams
 from engine.plan import TailPoint
+from engine.spilled import SpilledSlots
 from engine.tails import Tail, TailCapture, begin_draft_rows, begin_tail
 from kvstore.handover import rebuild_tokens, record_bytes, record_bytes_max
+from kvstore.hisparse import HotShape
 from kvstore.layout import build_layout
 from kvstore.pools import Allocate, Pools, plain_memory
 from kvstore.transfer.runs import RECORDS
@@ -50,6 +53,7 @@ class Runner:
         num_pages: int,
         num_slots: int,
         num_records: int = 0,
+        num_thin: int = 0,
         drafts: bool = False,
         allocate: Allocate = plain_memory,
     ) -> None:
@@ -57,9 +61,11 @@ class Runner:
         self.drafts = drafts
         config = model.config
         self.layout = build_layout(config, model.numerics)
-        self.pools = Pools(self.layout, num_pages=num_pages, num_slots=num_slots, allocate=allocate)
+        self.pools = Pools(
+            self.layout, num_pages=num_pages, num_slots=num_slots, num_thin=num_thin, allocate=allocate
+        )
         longest = -(-config.max_position_embeddings // PAGE_TOKENS)
-        self.tables = SlotTables(self.pools, pages_per_slot_max=min(num_pages, longest))
+        self.tables = SlotTables(self.pools, pages_per_slot_max=min(num_pages + num_thin, longest))
         longest = record_bytes_max(self.layout, drafts=drafts)
         memory = allocate(RECORDS, longest, num_records) if num_records else None
         self.records = (
@@ -70,9 +76,25 @@ class Runner:
         """uint8 [records, bytes of the longest record]."""
         self._latest: _Latest | None = None
 
+    def allow_spills(self, host_memory: HostMemory, shape: HotShape, *, num_buffers: int) -> SpilledSlots:
+        """So many sequences may have their C4 rows in host memory from now on."""
+        self.tables.spilled = SpilledSlots(
+            self.pools,
+            host_memory,
+            self.tables.pages_SP,
+            shape=shape,
+            num_buffers=num_buffers,
+            kernels=self.model.kernels,
+        )
+        return self.tables.spilled
+
     def open(self, slot: int) -> None:
         """Start a sequence at position 0 in `slot`."""
         self.tables.open(slot)
+
+    def close(self, slot: int) -> None:
+        """The sequence in `slot` has ended."""
+        self.tables.close(slot)
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:
         """Append pages to the slot's page table."""

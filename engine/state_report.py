@@ -51,7 +51,7 @@ def report_state(runner: Runner, digests: StateDigests, reached: Sequence[Reache
         segment = item.segment
         page_digests = tuple(islice(found, len(pages) * len(digests.components)))
         if segment.digest and pages:
-            first = item.start // PAGE_TOKENS
+            first = item.end // PAGE_TOKENS - len(pages)
             completed.append(Completed(slot=segment.slot, first=first, page_digests=page_digests))
         if segment.lend:
             lent.append(_lend(runner, digests, segment, page_digests))
@@ -60,8 +60,10 @@ def report_state(runner: Runner, digests: StateDigests, reached: Sequence[Reache
 
 
 def _pages_passed(runner: Runner, item: Reached) -> list[int]:
-    """The pages whose ends have been passed."""
-    numbers = slice(item.start // PAGE_TOKENS, item.end // PAGE_TOKENS)
+    """The pages whose ends have been passed. Of one that is spilled nothing is to be told: it was here before."""
+    spilled = runner.tables.spilled
+    first = spilled.num_pages(item.segment.slot) if spilled is not None else 0
+    numbers = slice(max(item.start // PAGE_TOKENS, first), item.end // PAGE_TOKENS)
     return runner.tables.pages_SP[item.segment.slot, numbers].tolist()
 
 

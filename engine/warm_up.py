@@ -1,6 +1,6 @@
 """The first forward of everything, before the first request: kernels are compiled, and memory is touched, once.
 
-Called by the rank (`engine.rank`) while it loads, with pools of its own that are gone afterwards.
+Called by `engine.rank_process` while it loads, with pools of its own that are gone afterwards.
 """
 
 from __future__ import annotations

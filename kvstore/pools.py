@@ -29,21 +29,33 @@ def plain_memory(name: str, unit_bytes: int, num_units: int) -> ByteArray:
 
 
 class Pools:
-    """All pools of one rank, in host memory. `num_pages` and `num_slots` are fixed for its life.
+    """All pools of one rank, in host memory. `num_pages`, `num_thin` and `num_slots` are fixed for its life.
+
+    Page ids 0 .. num_pages - 1 are **whole** pages. The `num_thin` ids behind them are **thin**: a thin page has a unit
+    in every paged component but C4, whose rows are elsewhere.
 
     Pages lie in memory that `allocate` gives, under the component's value as name; rings never leave the rank.
     """
 
     def __init__(
-        self, layout: StateLayout, *, num_pages: int, num_slots: int, allocate: Allocate = plain_memory
+        self,
+        layout: StateLayout,
+        *,
+        num_pages: int,
+        num_slots: int,
+        num_thin: int = 0,
+        allocate: Allocate = plain_memory,
     ) -> None:
         self.layout = layout
         self.num_pages = num_pages
+        self.num_thin = num_thin
         self.num_slots = num_slots
         self._pools: dict[Component, ComponentPool] = {}
         for item in layout.descriptors:
             is_paged = item.space is IndexSpace.PAGE
             num_units, source = (num_pages, allocate) if is_paged else (num_slots, plain_memory)
+            if is_paged and item.component is not Component.C4:
+                num_units += num_thin
             memory = source(item.component.value, item.unit_bytes, num_units)
             self._pools[item.component] = ComponentPool(item, torch.from_numpy(memory), num_units=num_units)
 
@@ -68,7 +80,7 @@ class ComponentPool:
         assert memory.data_ptr() % 4 == 0, f"memory of {descriptor.component.value} is not aligned"
         self.descriptor = descriptor
         self.bytes_ulb = memory.view(num_units, len(descriptor.layers), descriptor.layer_bytes)
-        self.data_ulrb, self.scales_ulrb = _split_layers(self.bytes_ulb, descriptor)
+        self.data_ulrb, self.scales_ulrb = split_layers(self.bytes_ulb, descriptor)
         # Views are made once: making one costs microseconds, and every layer of every step wants several.
         self._rows_f32: dict[int, Tensor] = {}
         self._data_and_scales: dict[int, tuple[Tensor, Tensor]] = {}
@@ -93,8 +105,9 @@ class ComponentPool:
         return self._data_and_scales[layer]
 
 
-def _split_layers(bytes_ulb: Tensor, item: Descriptor) -> tuple[Tensor, Tensor]:
-    """Data [u, l, r, b] and scales [u, l, r, b] (b may be 0). In a layer of a unit all data come first."""
+def split_layers(bytes_ulb: Tensor, item: Descriptor) -> tuple[Tensor, Tensor]:
+    """Views of bytes [u, l, layer_bytes]: data [u, l, r, b] and scales [u, l, r, b] (b may be 0). In a layer of a
+    unit all data come first."""
     split = item.num_rows * item.data_bytes
     data = bytes_ulb[..., :split].unflatten(-1, (item.num_rows, item.data_bytes))
     scales = bytes_ulb[..., split:].unflatten(-1, (item.num_rows, item.scale_bytes))

@@ -21,7 +21,7 @@ from engine.plan import FromRank, RankSettings, Shutdown, ToRank
 from rorqual.errors import RorqualError
 from rorqual.processes import describe_exit
 
-RANK_COMMAND = (sys.executable, "-m", "engine.rank")
+RANK_COMMAND = (sys.executable, "-m", "engine.rank_process")
 
 EXIT_SECONDS_MAX = 5.0
 """How long a rank whose socket has closed may take to exit before it is killed."""

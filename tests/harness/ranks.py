@@ -45,7 +45,7 @@ class RankUnderTest:
         self.host.settimeout(60)
         self._waiting: deque[FromRank] = deque()
         with theirs:
-            command = [sys.executable, "-m", "engine.rank", "--fd", str(theirs.fileno())]
+            command = [sys.executable, "-m", "engine.rank_process", "--fd", str(theirs.fileno())]
             self.process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
