@@ -22,13 +22,14 @@ def pages_for(num_tokens: int) -> int:
 
 
 class PageAllocator:
-    """Ids 0 .. num_total-1. The page given back last is handed out first, since it is likeliest to be in a
-    cache; or last, to those who want pages that no plan in flight can be using."""
+    """Ids first .. first + num_total - 1. The page given back last is handed out first, since it is likeliest to be in
+    a cache; or last, to those who want pages that no plan in flight can be using."""
 
-    def __init__(self, num_total: int) -> None:
-        assert num_total > 0
+    def __init__(self, num_total: int, *, first: int = 0) -> None:
+        assert num_total >= 0
         self.num_total = num_total
-        self._free = deque(PageId(page) for page in reversed(range(num_total)))  # coldest first
+        self._first = first
+        self._free = deque(PageId(first + page) for page in reversed(range(num_total)))  # coldest first
         self._in_use: set[PageId] = set()
         self._last_plans = [0] * num_total
 
@@ -57,11 +58,12 @@ class PageAllocator:
             assert page in self._in_use, f"page {page} is given back but not in use"
             self._in_use.remove(page)
             self._free.append(page)
-            self._last_plans[page] = max(self._last_plans[page], last_plan)
+            number = page - self._first
+            self._last_plans[number] = max(self._last_plans[number], last_plan)
 
     def last_plan(self, pages: Iterable[PageId]) -> int:
         """The last plan of former owners that may use any of these pages; 0 if there was none."""
-        return max((self._last_plans[page] for page in pages), default=0)
+        return max((self._last_plans[page - self._first] for page in pages), default=0)
 
     def check(self) -> None:
         assert self.num_free + self.num_in_use == self.num_total, "pages free and in use do not add up"

@@ -38,15 +38,20 @@ class Holdings:
         num_pages: int,
         num_slots: int,
         num_records: int,
+        num_thin: int = 0,
         cache: PrefixCache | None = None,
         tier: HostTier | None = None,
     ) -> None:
+        self.num_pages = num_pages
         self._pages = PageAllocator(num_pages)
+        self._thin = PageAllocator(num_thin, first=num_pages)
         self._slots = IdAllocator(num_slots, make=SlotId)
         self._records = IdAllocator(num_records, make=RecordId)
         self._cache = cache
         self._tier = tier
-        self._newest_plan = 0
+        self.newest_plan = 0
+        self._is_moving = False  # the next plan, which is sure to come, reads pages that are free now
+        self._num_pages_returning = 0
         self._record_plans: dict[RecordId, int] = {}  # the last plan that copies it to the tier below
         self._lent: dict[RecordId, _Lent] = {}
         self._surrenders: list[Surrender] = []  # not taken yet
@@ -90,7 +95,68 @@ class Holdings:
 
     def planned(self, number: int) -> None:
         """So many plans have been made: any of them may use what is freed from now on."""
-        self._newest_plan = number
+        self.newest_plan = number
+        self._is_moving = False
+
+    @property
+    def num_thin_free(self) -> int:
+        return self._thin.num_free
+
+    def is_thin(self, page: PageId) -> bool:
+        return page >= self.num_pages
+
+    def spill(self, sequence: Sequence, num_pages: int, *, num_hot: int) -> bool:
+        """Its first pages, which are all that it has of the cache, become `num_hot` whole pages of its own and thin
+        ones. The next plan copies what stays on the device. False, and nothing has changed: they are not to be had."""
+        pin, cache = sequence.pin, self._cache
+        assert pin is not None
+        assert cache is not None
+        assert pin.num_pages == num_pages
+        own = [page for number, page in enumerate(sequence.pages[:num_pages]) if pin.pages[number] != page]
+        cached = sequence.num_pages_cached
+        cache.release(sequence)
+        if self.num_pages_free + len(own) < num_hot or self._thin.num_free < num_pages - num_hot:
+            sequence.pin = cache.hold(sequence.keys, num_pages=num_pages)
+            sequence.num_pages_cached = cached
+            return False
+        self._is_moving = True
+        self._free(own)
+        hot, thin = self._take_pages(num_hot), self._thin.allocate(num_pages - num_hot)
+        assert hot is not None
+        assert thin is not None
+        sequence.pages[:num_pages] = (*hot, *thin)
+        sequence.num_pages_shared = 0
+        return True
+
+    def thin(self, sequence: Sequence, number: int) -> None:
+        """A whole page of its own becomes a thin one: one is free."""
+        taken = self._thin.allocate(1)
+        assert taken is not None
+        self._is_moving = True
+        self._free((sequence.pages[number],))
+        sequence.pages[number] = taken[0]
+
+    def begin_return(self, num_pages: int, pages: list[PageId]) -> bool:
+        """So many whole pages, to be copied into. False: they are not to be had."""
+        taken = self._take_pages(num_pages)
+        if taken is None:
+            return False
+        self._num_pages_returning += num_pages
+        pages.extend(taken)
+        return True
+
+    def unspill(self, sequence: Sequence, pages: tuple[PageId, ...]) -> None:
+        """Its first pages are these now, which were taken for it."""
+        self._is_moving = True
+        self._num_pages_returning -= len(pages)
+        self._free(sequence.pages[: len(pages)])
+        sequence.pages[: len(pages)] = pages
+
+    def end_return(self, pages: Iterable[PageId]) -> None:
+        """Nobody returns into them."""
+        returned = tuple(pages)
+        self._num_pages_returning -= len(returned)
+        self._free(returned)
 
     def start(self, sequence: Sequence, found: Found | None, *, pages_reserved: int) -> bool:
         """Give a waiting sequence all it needs to start, leaving `pages_reserved` free; or nothing, and False.
@@ -145,7 +211,7 @@ class Holdings:
         """Its pages from number `first` on, which are its own and which the host has not been told of."""
         assert first >= sequence.num_pages_told
         assert sequence.pin is None or first >= sequence.pin.num_pages, "a page of the cache is freed"
-        self._pages.free(sequence.pages[first:], last_plan=self._newest_plan)
+        self._free(sequence.pages[first:])
         del sequence.pages[first:]
 
     def free_state(self, sequence: Sequence) -> None:
@@ -166,7 +232,7 @@ class Holdings:
                 self._cache.release(sequence)
             if sequence.record is not None:
                 self._records.free(sequence.record)
-        self._pages.free((page for _, page in own), last_plan=self._newest_plan)
+        self._free(page for _, page in own)
         sequence.pages = []
         sequence.record = None
 
@@ -182,7 +248,7 @@ class Holdings:
         """Nobody can be reading any more what was lent under this record."""
         assert record in self._lent, f"record {record} is taken back but not lent"
         item = self._lent.pop(record)
-        self._pages.free(item.pages, last_plan=self._newest_plan)
+        self._pages.free(item.pages, last_plan=self.newest_plan)
         if item.pin is not None:
             assert self._cache is not None
             self._cache.take_back(item.pin)
@@ -244,17 +310,17 @@ class Holdings:
             num_records += (sequence.record is not None) + (sequence.tail_record is not None)
         num_pages += sum(len(item.pages) for item in self._lent.values()) + self.num_quarantined_pages
         num_records += len(self._lent) + self.num_quarantined + num_records_planned
-        num_pages += self._num_pages_imported
+        num_pages += self._num_pages_imported + self._num_pages_returning
         num_records += self._num_records_imported
         if self._cache is not None:
             num_pages += self._cache.num_pages
             num_records += self._cache.num_tails
         self._pages.check()
+        self._thin.check()
         self._slots.check()
         self._records.check()
-        assert num_pages == self._pages.num_in_use, (
-            f"{num_pages} pages are held, {self._pages.num_in_use} in use"
-        )
+        num_in_use = self._pages.num_in_use + self._thin.num_in_use
+        assert num_pages == num_in_use, f"{num_pages} pages are held, {num_in_use} in use"
         assert num_slots == self._slots.num_in_use, "slots in use are not the running sequences'"
         assert num_records == self._records.num_in_use, "records in use are not those held"
 
@@ -265,13 +331,25 @@ class Holdings:
         return self._pages.allocate(count, cold=cold)
 
     def _free_evicted(self, departed: Departed) -> None:
-        last_plan = self._newest_plan
-        if self._tier is not None and self._tier.take(departed):
-            last_plan += 1
+        is_copied = self._tier is not None and self._tier.take(departed)
+        last_plan = self._last_plan_of_free
+        if is_copied:
             self._record_plans.update((item.record, last_plan) for item, _, _ in departed.tails)
         self._pages.free((item.page for item, _ in departed.pages), last_plan=last_plan)
         for item, _, _ in departed.tails:
             self._records.free(item.record)
+
+    def _free(self, pages: Iterable[PageId]) -> None:
+        """Whole or thin ones of nobody any more."""
+        last_plan = self._last_plan_of_free
+        for page in pages:
+            (self._thin if self.is_thin(page) else self._pages).free((page,), last_plan=last_plan)
+
+    @property
+    def _last_plan_of_free(self) -> int:
+        """The last plan that may use what is freed now: also the next one, if that copies anything."""
+        is_copying = self._is_moving or (self._tier is not None and not self._tier.is_idle)
+        return self.newest_plan + is_copying
 
     def _last_plan(self, pages: Iterable[PageId], record: RecordId | None) -> int:
         """Of those that may use these pages or this record. A record needs a look for what copies it away alone: it

@@ -127,6 +127,17 @@ class HostTier:
                 self._hold_tail(tail.key)
         return is_copied
 
+    def keep(self, departed: Departed) -> bool:
+        """As `take` for pages that are read here from now on, whatever all that is here is worth; but all or nothing of
+        what is in use stays. Whether they are here."""
+        for page, facts in departed.pages:
+            host_page = self.index.put_page(page, facts.digests, facts.tenant, is_needed=True)
+            if host_page is None:
+                return False
+            self._pages[host_page] = page.page
+            self._hold_page(page.key, is_clear=facts.digests is not None)
+        return True
+
     @property
     def may_hold(self) -> bool:
         """Whether what is copied here now would be held until it is written."""

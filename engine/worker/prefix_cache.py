@@ -174,12 +174,21 @@ class PrefixCache:
         sequence.root = root_key(
             fingerprint=config.fingerprint, numerics=config.numerics, wire_id=config.wire_id, salt=salt
         )
-        _extend_keys(sequence, len(sequence.prompt))
+        self.extend_keys(sequence, len(sequence.prompt))
+
+    def extend_keys(self, sequence: Sequence, num_tokens: int) -> None:
+        """Keys of all full pages among its first tokens, which are known."""
+        assert sequence.root is not None
+        first, end = len(sequence.keys), num_tokens // PAGE_TOKENS
+        if end > first:
+            parent = sequence.keys[-1] if sequence.keys else sequence.root
+            tokens = sequence.tokens_of(first * PAGE_TOKENS, end * PAGE_TOKENS)
+            sequence.keys.extend(page_keys(parent, tokens))
 
     def find(self, sequence: Sequence) -> Found:
         """Its cheapest start. Changes nothing but its keys, for tokens it has generated before it was preempted."""
         num_known = sequence.num_known
-        _extend_keys(sequence, num_known)
+        self.extend_keys(sequence, num_known)
         match = self._index.match(sequence.keys) if sequence.can_share else _NOTHING
         return Found(match=match, start=self.start_at(sequence, match))
 
@@ -261,7 +270,7 @@ class PrefixCache:
         first = pin.num_pages
         if num_pages <= first:
             return
-        _extend_keys(sequence, num_pages * PAGE_TOKENS)
+        self.extend_keys(sequence, num_pages * PAGE_TOKENS)
         for depth in range(first, num_pages):
             key, page = sequence.keys[depth], sequence.pages[depth]
             if self._index.extend(pin, key, page) == page:
@@ -466,16 +475,6 @@ class PrefixCache:
         assert len(self._digests) <= self.num_pages, "digests of pages that are gone"
         assert len(self._tenants) == self.num_pages, "tenants of pages that are gone, or the reverse"
         assert len(self._packed) <= self.num_tails, "digests of tails that are gone"
-
-
-def _extend_keys(sequence: Sequence, num_tokens: int) -> None:
-    """Keys of all full pages among its first tokens, which are known."""
-    assert sequence.root is not None
-    first, end = len(sequence.keys), num_tokens // PAGE_TOKENS
-    if end > first:
-        parent = sequence.keys[-1] if sequence.keys else sequence.root
-        tokens = sequence.tokens_of(first * PAGE_TOKENS, end * PAGE_TOKENS)
-        sequence.keys.extend(page_keys(parent, tokens))
 
 
 def _wake(sequences: Iterable[Sequence]) -> None:

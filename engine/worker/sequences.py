@@ -20,6 +20,7 @@ from kvstore.keys import PageKey
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Pin, Start, StartKind, TailKind
 from kvstore.store.contract import NO_TENANT, TenantLabel
+from kvstore.tiers import HostPage
 from rorqual.ids import PageId, RecordId, SlotId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
@@ -36,6 +37,21 @@ class Phase(enum.Enum):
     RUNNING = "running"  # holds a slot and pages, and a record until it is planned into, or from, it
     LANDING = "landing"  # its last token is planned; holds pages that others can use once it has landed
     ENDED = "ended"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Spilled:
+    """What of a sequence is held in host memory for its C4 rows to be read there, or for when they will be. Only
+    `engine.worker.hisparse` changes it."""
+
+    host_pages: list[HostPage] = field(default_factory=list[HostPage])  # of its first pages
+    buffer: int | None = None  # its hot buffer; None: it is resident still
+    num_pages: int = 0  # of its first pages, that are spilled
+    digests: dict[int, tuple[int, ...]] = field(
+        default_factory=dict[int, tuple[int, ...]]
+    )  # of pages behind those, by number
+    returning: list[PageId] = field(default_factory=list[PageId])  # whole pages for all that is spilled
+    num_back: int = 0  # of those, whose copies are planned
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -84,6 +100,7 @@ class Sequence:
     tails_planned: dict[int, TailKind] = field(default_factory=dict[int, TailKind])  # by depth in pages
     tail_record: RecordId | None = None  # for boundaries that it crosses as it decodes
     tail_depth: int = 0  # in pages, of the boundary whose state is there; 0: of none yet
+    spilled: Spilled | None = None
 
     @property
     def is_fetching(self) -> bool:

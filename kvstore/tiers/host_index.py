@@ -159,10 +159,15 @@ class HostIndex:
         return HostMatch(num_pages=end - first, tail_depths=tails)
 
     def put_page(
-        self, left: EvictedPage, digests: tuple[int, ...] | None, tenant: TenantLabel = NO_TENANT
+        self,
+        left: EvictedPage,
+        digests: tuple[int, ...] | None,
+        tenant: TenantLabel = NO_TENANT,
+        *,
+        is_needed: bool = False,
     ) -> HostPageId | None:
         """The device has given up a page: where it is to be copied to. None: nowhere, since it is here already, or is
-        worth too little."""
+        worth too little, which one that is needed never is, or all that is here is in use."""
         self._ages.used()
         page = self._pages.get(left.key)
         if page is not None:
@@ -180,7 +185,7 @@ class HostIndex:
             worth=left.worth,
             tenant=tenant,
         )
-        if not self._page_ids.num_free and not self._make_room_for(page):
+        if not self._page_ids.num_free and not self._make_room_for(page, is_needed=is_needed):
             self.counts.pages_refused += 1
             self._drop_orphan(left.key)
             return None
@@ -366,12 +371,13 @@ class HostIndex:
     def _priority(self, item: HostPage | HostTail) -> float:
         return self._ages.priority(item.stamp, (1 + item.hits) * item.worth)
 
-    def _make_room_for(self, page: HostPage) -> bool:
+    def _make_room_for(self, page: HostPage, *, is_needed: bool) -> bool:
         """What others here follow on is taken in whatever it is worth: without it they are worth nothing."""
         first = self._leaves.first()
         if first is None:
             return False
-        if self._priority(page) < first[0] and not self._num_following[page.key]:
+        is_worth_less = self._priority(page) < first[0] and not self._num_following[page.key]
+        if is_worth_less and not is_needed:
             return False
         self._drop_page(first[1])
         return True
