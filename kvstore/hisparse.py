@@ -29,16 +29,20 @@ _STATE_BYTES_ENTRY = 2  # the hot row of an entry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HotShape:
-    """One layer of the hot buffer of one request, in rows."""
+    """One layer of the hot buffer of one request."""
 
-    num_hot: int  # with any entry
-    num_newest: int  # the ring
+    num_hot: int  # hot rows, each with any entry; they fill whole pages
     num_entries: int  # that a request has at most
 
     @property
     def state_bytes(self) -> int:
         """Of what says which row holds what."""
         return self.num_hot * _STATE_BYTES_HOT + self.num_entries * _STATE_BYTES_ENTRY
+
+    def num_hot_pages(self, rows_per_page: int) -> int:
+        """Pages whose C4 units are the hot rows: G."""
+        assert self.num_hot % rows_per_page == 0, "hot rows do not fill their pages"
+        return self.num_hot // rows_per_page
 
 
 def hot_shape(
@@ -63,7 +67,6 @@ def hot_shape(
         raise ConfigError(f"a hot buffer has {NUM_HOT_MAX} rows at most, not {num_hot}")
     return HotShape(
         num_hot=num_hot,
-        num_newest=NEWEST_PAGES * c4.num_rows,
         num_entries=-(-num_tokens_max // PAGE_TOKENS) * c4.num_rows,
     )
 
@@ -71,7 +74,7 @@ def hot_shape(
 def hot_bytes(layout: StateLayout, shape: HotShape) -> int:
     """Device bytes of one request's hot buffer over all C4 layers, with the state that belongs to it."""
     c4 = _c4(layout)
-    rows = shape.num_hot + shape.num_newest
+    rows = shape.num_hot + NEWEST_PAGES * c4.num_rows
     return len(c4.layers) * (rows * c4.row_bytes + shape.state_bytes)
 
 

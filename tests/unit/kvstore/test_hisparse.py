@@ -38,8 +38,8 @@ def shape_of(config: ModelConfig, *, num_drafts: int = 0, num_hot: int | None = 
 
 
 def test_a_hot_buffer_has_eight_times_the_picks_and_two_pages_of_newest_rows() -> None:
-    assert shape_of(FLASH) == HotShape(num_hot=4096, num_newest=128, num_entries=262_144)
-    assert shape_of(PRO) == HotShape(num_hot=8192, num_newest=128, num_entries=262_144)
+    assert shape_of(FLASH) == HotShape(num_hot=4096, num_entries=262_144)
+    assert shape_of(PRO) == HotShape(num_hot=8192, num_entries=262_144)
     assert shape_of(FLASH, num_drafts=9).num_hot == 10 * 512
 
 
