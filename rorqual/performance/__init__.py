@@ -8,7 +8,7 @@ simulation of `rorqual bench route`. Reads no clock; never imports torch.
 from rorqual.performance.correction import Corrections
 from rorqual.performance.costs import FLASH, PRESETS, PRO, ModelCosts, model_costs
 from rorqual.performance.hardware import HARDWARE, Hardware
-from rorqual.performance.roofline import Efficiency, PerformanceModel
+from rorqual.performance.roofline import Efficiency, PerformanceModel, StoreSpeed
 
 __all__ = [
     "FLASH",
@@ -20,5 +20,6 @@ __all__ = [
     "Hardware",
     "ModelCosts",
     "PerformanceModel",
+    "StoreSpeed",
     "model_costs",
 ]

@@ -34,6 +34,18 @@ class Efficiency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSpeed:
+    """How fast one worker reads from the store that all workers share, and writes to it. Measured per deployment."""
+
+    bytes_per_second: float = 2e9
+    latency_seconds: float = 0.002  # of a read or a write, however long
+
+    def __post_init__(self) -> None:
+        assert self.bytes_per_second > 0, "a store moves bytes"
+        assert self.latency_seconds >= 0, "no answer comes before its question"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PerformanceModel:
     """One worker: `num_devices` accelerators, experts spread over them, attention data-parallel."""
 
@@ -42,6 +54,7 @@ class PerformanceModel:
     num_devices: int
     chunk_tokens: int = 8192  # of one prefill step, at most
     efficiency: Efficiency = Efficiency()
+    store: StoreSpeed = StoreSpeed()
 
     def __post_init__(self) -> None:
         assert self.num_devices > 0, "a worker has a device"
@@ -96,6 +109,12 @@ class PerformanceModel:
         """Seconds to read so many bytes from another worker: all devices' network interfaces read at once."""
         rate = self.hardware.network_bytes_per_second * self.num_devices * self.efficiency.network
         return np.asarray(num_bytes, np.float64) / rate
+
+    def store_seconds(self, num_bytes: float | Numbers) -> Numbers:
+        """Seconds to read so many bytes from the store, nothing else being read. 0 for none."""
+        moved = np.asarray(num_bytes, np.float64)
+        seconds = self.store.latency_seconds + moved / self.store.bytes_per_second
+        return np.where(moved > 0, seconds, 0.0)
 
     def state_bytes_read(self, context: float | Numbers) -> Numbers:
         """Bytes of cached state that the attention of one new token reads in all layers."""
