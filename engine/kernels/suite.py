@@ -63,7 +63,9 @@ class Kernels:
     group_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, list[int]]]
     add_pairs: Callable[[Tensor, Tensor, Tensor], Tensor]
     locate_rows: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, bool]]
-    hot_rows: Callable[[HotBuffers, HostRows, Tensor, Tensor], tuple[Tensor, Tensor, bool, Tensor]]
+    hot_rows: Callable[
+        [HotBuffers, HostRows, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, bool, Tensor]
+    ]
     prefetch_rows: Callable[[HotBuffers, HostRows, Tensor, Tensor], Tensor]
     round_bf16: Callable[[Tensor], Tensor]
     round_fp8: Callable[[Tensor, int], Tensor]
