@@ -73,11 +73,15 @@ class Restore(msgspec.Struct, frozen=True, array_like=True):
 
     A record of -1 is none, and `num_computed` a page boundary, perhaps 0: the sequence begins there with an empty
     window. Unless that is at 0, its first `RankReady.rebuild_tokens` tokens are replayed, and nothing is made of what
-    they give but the state behind them: no page, no record, no token."""
+    they give but the state behind them: no page, no record, no token.
+
+    With `host_pages` it begins spilled up to their end, as by a `Spill` of its first pages."""
 
     num_computed: int
     pages: tuple[int, ...]  # all that hold the computed tokens: the sequence's first ones
     record: int
+    host_pages: tuple[int, ...] = ()
+    buffer: int = -1
 
 
 class TailPoint(msgspec.Struct, frozen=True, array_like=True):

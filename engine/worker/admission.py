@@ -37,6 +37,7 @@ class Admission:
         self._tokens_waiting_max = tokens_waiting_max
         self._waiting: deque[Sequence] = deque()  # oldest first
         self._tokens_waiting = 0  # of those, prompt and generated; does not change while they wait
+        self.is_short_of_pages = False  # when `start_next` has returned None last, that was why
         self._tokens_awaited = 0  # of those, what is computed elsewhere
 
     @property
@@ -82,6 +83,7 @@ class Admission:
 
     def start_next(self, *, pages_reserved: int) -> Sequence | None:
         """The first sequence that waits for no pages of others, if there is room for it; it runs or adopts now."""
+        self.is_short_of_pages = False
         if not self._holdings.num_slots_free:
             return None
         for sequence in self._waiting:
@@ -95,6 +97,7 @@ class Admission:
             if self._cache is not None and found is not None and self._cache.follows(sequence, found):
                 continue
             if not self._holdings.start(sequence, found, pages_reserved=pages_reserved):
+                self.is_short_of_pages = not sequence.needs_record or self._holdings.num_records_free > 0
                 if self._cache is not None:
                     self._cache.leave(sequence)
                 return None

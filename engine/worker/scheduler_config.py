@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.worker.hisparse import HiSparseConfig
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
 from rorqual.errors import InvalidRequest
@@ -35,7 +36,7 @@ class SchedulerConfig:
     host_tier: HostTierConfig | None = (
         None  # None: what the cache gives up is gone; of use with a cache alone
     )
-
+    hisparse: HiSparseConfig | None = None  # None: nobody spills; of use with host memory alone
     keeps_digests: bool = False  # of kept pages, also where nothing is lent: a store keeps them, too
 
     def check_generated(self, token_ids: Sequence[int], *, max_tokens: int) -> None:

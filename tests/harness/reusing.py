@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -22,13 +22,16 @@ from engine.plan import Copies, StepPlan
 from engine.rank import Rank
 from engine.runner import Runner
 from engine.sampler import Sampler
+from engine.spilled import SpilledSlots
 from engine.worker.drafting import FixedDrafts
 from engine.worker.events import SequenceKey, TokenEvent
+from engine.worker.hisparse import HiSparseConfig
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.handover import rebuild_tokens
+from kvstore.hisparse import hot_shape
 from kvstore.layout import IndexSpace
 from kvstore.pages import pages_for
 from kvstore.pools import Pools
@@ -55,17 +58,27 @@ class PoisoningMemory(HostMemory):
         self._rows = draw.sample(range(num_pages), num_pages), draw.sample(range(num_records), num_records)
         self._pools, self._records = pools, records
         self.num_promoted = 0
+        self._gone: set[int] = set()
 
     def demote(self, copies: Copies) -> None:
         super().demote(self._placed(copies))
+        self._gone.update(copy.page for copy in copies.pages)
+        self._records[[copy.record for copy in copies.records]] = 0xFF
+
+    def poison(self, is_free: Callable[[int], bool]) -> None:
+        """Once a plan is done: what it has copied away of pages that are nobody's now."""
+        gone = [page for page in self._gone if is_free(page)]
         for item in self._pools.layout.descriptors:
             if item.space is IndexSpace.PAGE:
-                self._pools[item.component].bytes_ulb[[copy.page for copy in copies.pages]] = 0xFF
-        self._records[[copy.record for copy in copies.records]] = 0xFF
+                self._pools[item.component].bytes_ulb[gone] = 0xFF
+        self._gone.clear()
 
     def promote(self, copies: Copies) -> None:
         super().promote(self._placed(copies))
         self.num_promoted += len(copies.pages)
+
+    def placed(self, host_pages: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self._rows[0][page - FIRST_HOST_ID] for page in host_pages)
 
     def _placed(self, copies: Copies) -> Copies:
         pages, records = self._rows
@@ -98,14 +111,20 @@ class Reusing:
         num_host_pages: int = 0,
         num_host_records: int = 0,
         role: Role = Role.BOTH,
+        num_buffers: int = 0,
+        num_thin: int = 0,
+        num_hot: int = 1,
+        hisparse: Mapping[str, float] | None = None,
         **tier: float,
     ) -> None:
+        """With `num_buffers` sequences spill."""
         vocab_size = model.config.vocab_size
         self.runner = Runner(
             model,
             num_pages=num_pages,
             num_slots=num_slots,
             num_records=num_records,
+            num_thin=num_thin,
             drafts=drafts > 0,
         )
         self.runner.pools.fill(0xFF)
@@ -113,6 +132,17 @@ class Reusing:
         self.host_memory = PoisoningMemory(
             self.runner.pools, self.runner.records, num_pages=num_host_pages, num_records=num_host_records
         )
+        self.spilled: SpilledSlots | None = None
+        if num_buffers:
+            config = model.config
+            shape = hot_shape(
+                self.runner.layout,
+                index_topk=config.index_topk,
+                num_drafts=drafts,
+                num_tokens_max=config.max_position_embeddings,
+                num_hot=max(num_hot, (drafts + 1) * config.index_topk),
+            )
+            self.spilled = self.runner.allow_spills(self.host_memory, shape, num_buffers=num_buffers)
         kernels = choose("cpu", {})
         sampler = Sampler(vocab_size=vocab_size, device=torch.device("cpu"), kernels=kernels)
         self.rank = Rank(
@@ -152,6 +182,14 @@ class Reusing:
                 )
                 if num_host_pages
                 else None,
+                hisparse=HiSparseConfig(
+                    num_thin_pages=num_thin,
+                    num_buffers=num_buffers,
+                    num_hot_pages=self.spilled.num_hot_pages,
+                    **hisparse or {},
+                )
+                if self.spilled is not None
+                else None,
             ),
             FixedDrafts(drafts),
         )
@@ -187,11 +225,21 @@ class Reusing:
             self._pipe.append(plan)
         if not self._pipe:
             return False
-        for event in self.scheduler.apply(self.rank.step(self._pipe.popleft())):
+        result = self.rank.step(self._placed(self._pipe.popleft()))
+        holdings = self.scheduler._holdings
+        self.host_memory.poison(lambda page: page not in holdings._pages._in_use)
+        for event in self.scheduler.apply(result):
             if isinstance(event, TokenEvent):
                 self.answers[event.key].append((event.token_id, event.logprob))
         self.scheduler.check_all()
         return True
+
+    def _placed(self, plan: StepPlan) -> StepPlan:
+        spills = tuple(
+            msgspec.structs.replace(item, host_pages=self.host_memory.placed(item.host_pages))
+            for item in plan.spills
+        )
+        return msgspec.structs.replace(plan, spills=spills)
 
     def run(self) -> None:
         while self.step():

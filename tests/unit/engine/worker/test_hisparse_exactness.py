@@ -1,0 +1,68 @@
+"""A spilled sequence gives the very bits that a resident one gives: tokens and logprobs of a real rank under the
+scheduler, with hot buffers so small that every step misses, and memory that is NaN wherever nothing was written."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from engine.model.forward import Model
+from kvstore.layout import Numerics
+from rorqual.sampling import SamplingParams
+from tests.harness.models import CSA, HCA, SWA, raw_config
+from tests.harness.reusing import Answer, Reusing
+from tests.harness.speculating import exact_model
+
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
+
+PAGE = 256
+TOPK = 60
+SAMPLED = SamplingParams(seed=5, temperature=0.8, top_p=0.95, logprobs=1)
+
+
+def a_prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(97), k=length)
+
+
+@pytest.fixture(scope="module", params=list(Numerics), ids=lambda item: item.value)
+def model(request: pytest.FixtureRequest) -> Model:
+    raw = raw_config((SWA, CSA, HCA, CSA), max_position_embeddings=4096, index_topk=TOPK)
+    return exact_model(raw, request.param)
+
+
+@pytest.fixture(scope="module", params=[0, 3], ids=["plain", "drafts"])
+def drafts(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+def spilling(model: Model, drafts: int, **options: Any) -> Reusing:
+    chosen: dict[str, Any] = {
+        "num_pages": 14,
+        "num_slots": 4,
+        "num_records": 4,
+        "num_host_pages": 48,
+        "num_host_records": 8,
+        "num_buffers": 3,
+        "num_thin": 30,
+        "drafts": drafts,
+    }
+    return Reusing(model, **(chosen | options))
+
+
+def answers_of(worker: Reusing, prompts: list[tuple[list[int], int]]) -> list[Answer]:
+    keys = [worker.open(prompt, count, sampling=SAMPLED) for prompt, count in prompts]
+    worker.run()
+    return [worker.answers[key] for key in keys]
+
+
+def test_sequences_that_spill_give_the_bits_that_resident_ones_give(model: Model, drafts: int) -> None:
+    lengths = (1531, 1287, 1026, 1409)
+    prompts = [(a_prompt(seed, length), 60 + 7 * seed) for seed, length in enumerate(lengths)]
+    off = Reusing(model, drafts=drafts, num_pages=48, num_slots=4, keeps=False)
+    on = spilling(model, drafts)
+    assert answers_of(on, prompts) == answers_of(off, prompts)
+    counts = on.scheduler.hisparse_state.counts
+    assert counts.num_spills > 0
+    assert counts.rows_missed > 100
