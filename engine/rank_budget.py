@@ -6,9 +6,12 @@ what the options mean, and how much of each is of use.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from engine.plan import RankSettings
 from kvstore.budget import TAIL_SHARE, Budget, divide
 from kvstore.handover import record_bytes_max
+from kvstore.hisparse import HotShape, divide_spilled, hot_shape
 from kvstore.layout import Numerics, build_layout
 from rorqual.errors import RorqualError
 from rorqual.feed import CONTENT_ENTRIES_MAX
@@ -37,6 +40,46 @@ def device_budget(config: ModelConfig, numerics: Numerics, settings: RankSetting
             f"--kv-bytes {kv_bytes} holds no page: a page of {PAGE_TOKENS} tokens takes {layout.page_bytes}"
         )
     return budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HotBudget:
+    """What sequences that spill have on the device; `num_pages` whole pages are left, theirs included."""
+
+    shape: HotShape
+    num_buffers: int
+    num_pages: int
+    num_thin: int
+
+
+def hot_budget(
+    config: ModelConfig, numerics: Numerics, settings: RankSettings, device: Budget, *, drafts_max: int
+) -> HotBudget | None:
+    """A part of the bytes of the device's pages. None: nobody spills. Raises RorqualError when the model has nothing to
+    spill, and when there is too little."""
+    if not settings.num_hot_buffers:
+        return None
+    layout = build_layout(config, numerics)
+    shape = hot_shape(
+        layout,
+        index_topk=config.index_topk,
+        num_drafts=drafts_max,
+        num_tokens_max=config.max_position_embeddings,
+        num_hot=settings.num_hot_rows,
+    )
+    division = divide_spilled(
+        layout,
+        shape,
+        device_bytes=device.num_pages * layout.page_bytes,
+        num_buffers=settings.num_hot_buffers,
+        num_thin=settings.num_thin_pages,
+    )
+    return HotBudget(
+        shape=shape,
+        num_buffers=settings.num_hot_buffers,
+        num_pages=division.num_pages,
+        num_thin=division.num_thin,
+    )
 
 
 def host_budget(

@@ -38,7 +38,7 @@ from engine.plan import (
     StepPlan,
 )
 from engine.rank import Rank
-from engine.rank_budget import device_budget, host_budget
+from engine.rank_budget import device_budget, host_budget, hot_budget
 from engine.rank_transfer import PlanQueue, RankTransfer, ThreadFailed, read_host
 from engine.runner import Runner
 from engine.sampler import Sampler
@@ -146,6 +146,7 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
     implementations = registry.choose("cpu", settings.kernels)
     drafts_max = _drafts_max(settings, checkpoint)
     budget = device_budget(config, numerics, settings, drafts=drafts_max > 0)
+    hot = hot_budget(config, numerics, settings, budget, drafts_max=drafts_max)
     below = host_budget(config, numerics, settings, budget, drafts=drafts_max > 0)
     builder = _open_transfer(settings, connection)
     weights = _allocated("the weights", lambda: allocate_weights(config))
@@ -164,9 +165,10 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
         "the pools (fewer --pages or --slots need less)",
         lambda: Runner(
             model,
-            num_pages=budget.num_pages,
+            num_pages=budget.num_pages if hot is None else hot.num_pages,
             num_slots=settings.num_slots,
             num_records=budget.num_records,
+            num_thin=0 if hot is None else hot.num_thin,
             drafts=drafts_max > 0,
             allocate=plain_memory if builder is None else builder.allocate,
         ),
@@ -181,6 +183,8 @@ def _load(settings: RankSettings, connection: socket.socket) -> _Loaded:
             agent=f"{settings.agent}/host" if settings.shares_host_memory else "",
         ),
     )
+    if hot is not None:
+        runner.allow_spills(host_memory, hot.shape, num_buffers=hot.num_buffers)
     drafter = MtpDrafter(runner, sampler) if drafts_max else None
     rank = Rank(runner, sampler=sampler, page_digest=page_digest, drafter=drafter, host_memory=host_memory)
     engine = None if builder is None else builder.start()
@@ -207,6 +211,7 @@ def _ready(
     exact: bool,
 ) -> RankReady:
     config, runner, host_memory = checkpoint.config, rank.runner, rank.host_memory
+    spilled = runner.tables.spilled
     fingerprint, layout = f"{config.fingerprint()}-{weights_id(checkpoint.stored)}", runner.layout
     return RankReady(
         num_pages=runner.pools.num_pages,
@@ -218,7 +223,9 @@ def _ready(
         numerics=layout.numerics.value,
         kernels=kernels,
         weight_bytes=weight_bytes,
-        state_bytes=runner.pools.num_bytes + runner.records.nbytes,
+        state_bytes=runner.pools.num_bytes
+        + runner.records.nbytes
+        + (spilled.num_bytes if spilled is not None else 0),
         has_mtp=checkpoint.has_mtp,
         wire_id=wire_id(layout, fingerprint, drafts=runner.drafts, exact=exact),
         endpoint=None if engine is None else engine.endpoint,
@@ -232,6 +239,9 @@ def _ready(
         num_host_pages=host_memory.num_pages if host_memory is not None else 0,
         num_host_records=host_memory.num_records if host_memory is not None else 0,
         host_memory=host_memory.shared if host_memory is not None else None,
+        num_thin_pages=runner.pools.num_thin,
+        num_hot_buffers=spilled.num_buffers if spilled is not None else 0,
+        num_hot_pages=spilled.num_hot_pages if spilled is not None else 0,
     )
 
 

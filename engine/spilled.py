@@ -56,6 +56,7 @@ class SpilledSlots:
         self._pool = pools[Component.C4]
         item = self._pool.descriptor
         self._rows_per_page = item.num_rows
+        self.num_buffers = num_buffers
         self.num_hot_pages = shape.num_hot // item.num_rows
         self._hot_pages_BG = torch.zeros((num_buffers, self.num_hot_pages), dtype=torch.int64)
         self._host_pages_BP = torch.zeros((num_buffers, pages_SP.shape[1]), dtype=torch.int64)
@@ -79,6 +80,15 @@ class SpilledSlots:
                 hot=make_hot_buffers(rows, shape, unit_rows=item.unit_rows, pages_RG=self._hot_pages_BG),
                 host=HostRows(rows=host_rows, pages_RP=self._host_pages_BP, first_new_R=self._first_new_B),
             )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the state that says which hot row holds what."""
+        return sum(
+            part.nbytes
+            for layer in self._layers.values()
+            for part in (layer.hot.entries_RH, layer.hot.order_RH, layer.hot.lookup_RE, layer.hot.flags_RH)
+        )
 
     def is_any(self, slots: Sequence[int]) -> bool:
         return any(self.buffers[slot] >= 0 for slot in slots)

@@ -50,6 +50,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     options = worker_options(args)
     check_above_zero(args, "records", "transfer_seconds", "lease_seconds")
+    if options.num_hot_buffers:
+        raise ConfigError(
+            "--hot-buffers is for workers that decode: what a prefill worker computes, it lends whole"
+        )
     if args.transfer_seconds >= args.lease_seconds:
         raise ConfigError(
             f"--lease-seconds ({args.lease_seconds:g}) must be above --transfer-seconds ({args.transfer_seconds:g}):"

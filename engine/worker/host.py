@@ -30,6 +30,7 @@ from engine.plan import (
 from engine.worker.cache_feed import CacheFeed
 from engine.worker.drafting import DraftsOption, make_policy
 from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
+from engine.worker.hisparse import HiSparseConfig
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.prefill_rate import PrefillRate
@@ -139,6 +140,8 @@ class Host:
         tier = self._scheduler.host_tier
         if tier is not None:
             metrics.watch_host_tier(lambda: tier.state)
+        if self._scheduler.config.hisparse is not None:
+            metrics.watch_hisparse(lambda: self._scheduler.hisparse_state)
 
     @property
     def draining(self) -> bool:
@@ -545,7 +548,16 @@ def scheduler_config(ready: RankReady, config: HostConfig, *, role: Role = Role.
         drafts_max=0 if role is Role.PREFILL or config.drafts == 0 else ready.drafts_max,
         cache=cache_config(ready) if config.prefix_cache else None,
         host_tier=_tier_config(ready, config) if config.prefix_cache and ready.num_host_pages else None,
+        hisparse=_hisparse_config(ready) if config.prefix_cache and ready.num_hot_buffers else None,
         keeps_digests=config.writes is not None,
+    )
+
+
+def _hisparse_config(ready: RankReady) -> HiSparseConfig:
+    return HiSparseConfig(
+        num_thin_pages=ready.num_thin_pages,
+        num_buffers=ready.num_hot_buffers,
+        num_hot_pages=ready.num_hot_pages,
     )
 
 

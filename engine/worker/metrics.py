@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from engine.worker.hisparse import HiSparseState
 from engine.worker.host_tier import HostTierState
 from engine.worker.prefix_cache import CacheState
 from kvstore.shadow_radix import StartKind
@@ -154,6 +155,43 @@ class WorkerMetrics:
                     f"{kind.capitalize()} {text}.",
                     lambda now, field=f"{kind}_{name}": getattr(now.counts, field),
                 )
+
+    def watch_hisparse(self, state: Callable[[], HiSparseState]) -> None:
+        """Export what is spilled of running sequences, where anything can be."""
+
+        def show(name: str, text: str, value: Callable[[HiSparseState], float], **labels: str) -> None:
+            gauge = gauges.get(name)
+            if gauge is None:
+                full_name = f"rorqual_worker_hisparse_{name}"
+                gauge = gauges[name] = Gauge(full_name, text, list(labels), registry=self.registry)
+            (gauge.labels(**labels) if labels else gauge).set_function(lambda: float(value(state())))
+
+        gauges: dict[str, Gauge] = {}
+        show("sequences", "Running sequences whose C4 rows are in host memory.", lambda now: now.num_spilled)
+        show("buffers_total", "Sequences of which they can be.", lambda now: now.num_buffers)
+        show("thin_pages_total", "Pages without C4 rows.", lambda now: now.num_thin_pages)
+        show("thin_pages_free", "Pages without C4 rows that are free.", lambda now: now.num_thin_pages_free)
+        show(
+            "host_pages", "Pages in host memory that running sequences hold.", lambda now: now.num_host_pages
+        )
+        show("spills", "Sequences that have spilled so far.", lambda now: now.counts.num_spills)
+        show("returns", "Sequences that have come back so far.", lambda now: now.counts.num_returns)
+        show("pages_spilled", "Pages spilled so far.", lambda now: now.counts.pages_spilled)
+        for kind in ("hit", "missed"):
+            show(
+                "rows",
+                "C4 rows picked so far by spilled sequences, over all layers: found on the device, or copied from host"
+                " memory.",
+                lambda now, kind=kind: getattr(now.counts, f"rows_{kind}"),
+                kind=kind,
+            )
+        for kind in ("useful", "wasted"):
+            show(
+                "rows_prefetched",
+                "C4 rows brought in ahead so far: wanted then, or evicted before.",
+                lambda now, kind=kind: getattr(now.counts, f"rows_{kind}"),
+                kind=kind,
+            )
 
     def _watch_cache(self, cache: Callable[[], CacheState]) -> None:
         def show(name: str, text: str, value: Callable[[CacheState], float], **labels: str) -> None:

@@ -66,6 +66,9 @@ class WorkerOptions:
     num_host_pages: int = 0  # below the cache, in host memory
     host_bytes: int | None = None  # or so many bytes
     store: StoreOptions | None = None
+    num_hot_buffers: int = 0  # sequences that may be spilled at once
+    num_hot_rows: int | None = None  # of each, in each layer
+    num_thin_pages: int | None = None
 
 
 def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
@@ -95,6 +98,7 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
     host_bytes = None if args.host_bytes is None else parse_bytes(args.host_bytes, option="--host-bytes")
     if store is not None and not args.host_pages and host_bytes is None:
         host_bytes = STORE_HOST_BYTES
+    _check_hot_buffers(args, has_host_memory=args.host_pages > 0 or host_bytes is not None)
     if not 0 <= args.metrics_port <= 65535:
         raise ConfigError(f"--metrics-port must be between 0 and 65535, not {args.metrics_port}")
     return WorkerOptions(
@@ -120,7 +124,25 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         num_host_pages=args.host_pages,
         host_bytes=host_bytes,
         store=store,
+        num_hot_buffers=args.hot_buffers,
+        num_hot_rows=args.hot_rows,
+        num_thin_pages=args.thin_pages,
     )
+
+
+def _check_hot_buffers(args: argparse.Namespace, *, has_host_memory: bool) -> None:
+    if args.hot_buffers < 0:
+        raise ConfigError(f"--hot-buffers must be 0 or more, not {args.hot_buffers}")
+    check_above_zero(args, "hot_rows", "thin_pages")
+    if not args.hot_buffers and (args.hot_rows is not None or args.thin_pages is not None):
+        raise ConfigError(
+            "--hot-rows and --thin-pages are of sequences that spill; without --hot-buffers none does"
+        )
+    if args.hot_buffers and not has_host_memory:
+        raise ConfigError(
+            "--hot-buffers: rows of sequences that spill lie in host memory, and there is none; give --host-pages or"
+            " --host-bytes"
+        )
 
 
 def _store_options(args: argparse.Namespace) -> StoreOptions | None:
@@ -188,6 +210,7 @@ def worker_parser(
         " needs it (default 0: none)",
     )
     host_size.add_argument("--host-bytes", metavar="SIZE", help="or memory for them, such as 8GB")
+    _add_hot_options(parser)
     _add_store_options(parser)
     add(
         "--records",
@@ -204,6 +227,32 @@ def worker_parser(
     add("--step-seconds", type=float, default=600.0, metavar="S", help="deadline of one step of the rank")
     add_log_options(parser)
     return parser
+
+
+def _add_hot_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--hot-buffers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="HiSparse: when pages run short, so many long running sequences may have the rows that their C4 layers pick"
+        " from in host memory, and a buffer of those picked lately on the device. Part of --pages or --kv-bytes becomes"
+        " thin pages for them (default 0: none)",
+    )
+    add(
+        "--hot-rows",
+        type=int,
+        metavar="N",
+        help="of a hot buffer, in each C4 layer, rounded up to whole pages (default 8 x the model's top-k)",
+    )
+    add(
+        "--thin-pages",
+        type=int,
+        metavar="N",
+        help="pages without C4 rows, of all sequences that have spilled (default: so many that all hot buffers can be"
+        " in use by sequences of one length, while one more of it runs without)",
+    )
 
 
 def _add_store_options(parser: argparse.ArgumentParser) -> None:

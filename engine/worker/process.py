@@ -170,6 +170,9 @@ def rank_settings(options: WorkerOptions, config: HostConfig, role: Role) -> Ran
         num_host_pages=options.num_host_pages,
         host_bytes=options.host_bytes,
         shares_host_memory=options.store is not None,
+        num_hot_buffers=options.num_hot_buffers,
+        num_hot_rows=options.num_hot_rows,
+        num_thin_pages=options.num_thin_pages,
     )
 
 
@@ -203,6 +206,8 @@ def _log_ready(ready: RankReady) -> None:
             pages=ready.num_pages,
             slots=ready.num_slots,
             host_pages=ready.num_host_pages,
+            thin_pages=ready.num_thin_pages,
+            hot_buffers=ready.num_hot_buffers,
             weights_mb=ready.weight_bytes // 1_000_000,
             state_mb=ready.state_bytes // 1_000_000,
             mtp=ready.has_mtp,
