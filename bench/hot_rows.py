@@ -2,7 +2,7 @@
 
 Requests of 128k tokens with rows of 584 bytes; each step wants top-k entries, of which a given share is in the hot
 buffer. `locate_rows` is what the same step costs when all rows are on the device: what is above it is the price of
-spilling, found rows at 100 %, and copies of what is missing below. Rows are in memory in random order, as pages are.
+spilling, found rows at 100 %, and copies of what is missing below. Hot rows too are in pages in random order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HIT_RATES = (1.0, 0.95, 0.5, 0.0)
 SECONDS = 0.3
 """Of each measurement, at most; the torch reference may be called only twice in it."""
 
-Answer = Callable[[HotBuffers, HostRows, Tensor, Tensor], tuple[Tensor, Tensor, bool, Tensor]]
+Answer = Callable[[HotBuffers, HostRows, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, bool, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +102,13 @@ def _step_seconds(
 ) -> tuple[float, float, float]:
     """Median seconds of a call, the share of wanted entries that was found, and bytes copied in a call."""
     shape, generator = setting.shape, torch.Generator().manual_seed(0)
-    num_rows = shape.num_hot + shape.num_newest
-    hot = make_hot_buffers(_rows(batch, num_rows, setting.c4), shape, unit_rows=num_rows)
-    requests = torch.arange(batch)
+    hot, requests = _hot_buffers(setting, batch), torch.arange(batch)
+
+    def call(entries: Tensor) -> Tensor:
+        return function(hot, setting.host, setting.pages_RP, requests, requests, entries)[3]
+
     for first in range(0, shape.num_hot, setting.topk):  # fill them
-        function(hot, setting.host, requests, torch.arange(first, first + setting.topk).repeat(batch, 1))
+        call(torch.arange(first, first + setting.topk).repeat(batch, 1))
     times: list[float] = []
     hits = misses = 0
     while (sum(times) < SECONDS and len(times) < 50) or len(times) < 3:
@@ -114,11 +116,22 @@ def _step_seconds(
             [_picks(hot, request, setting, hit_rate, generator) for request in range(batch)]
         )
         start = time.perf_counter()
-        counts = function(hot, setting.host, requests, entries)[3]
+        counts = call(entries)
         times.append(time.perf_counter() - start)
         hits, misses = hits + int(counts[:, HITS].sum()), misses + int(counts[:, MISSES].sum())
     copied = misses / len(times) * hot.rows.row_bytes
     return statistics.median(times), hits / (hits + misses), copied
+
+
+def _hot_buffers(setting: Setting, batch: int) -> HotBuffers:
+    per_page = setting.c4.num_rows
+    num_pages = setting.shape.num_hot_pages(per_page)
+    return make_hot_buffers(
+        _rows(batch * num_pages, per_page, setting.c4),
+        setting.shape,
+        unit_rows=per_page,
+        pages_RG=torch.randperm(batch * num_pages).view(batch, num_pages),
+    )
 
 
 def _picks(

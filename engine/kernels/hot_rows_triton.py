@@ -1,6 +1,6 @@
 """Hot-buffer kernels in Triton, for NVIDIA and AMD. **Not run on a GPU yet**: only interpreted, and compiled.
 
-Contracts are in `engine.kernels.hot_rows`. One program a request decides which rows come and which go; then several
+Contracts are in `engine.kernels.hot_rows`. One program a hot buffer decides which rows come and which go; then several
 copy them; then one a query row says where all is.
 A program's threads tell one another through global memory: a barrier stands wherever one reads what another wrote, and
 wherever one writes what another may not have read yet. It orders global memory within a program: on NVIDIA a barrier
@@ -38,7 +38,7 @@ from engine.kernels.registry import kernel
 BLOCK = 512
 """Entries, and hot rows, that a program takes at once: no fewer than it has threads, 4 warps of up to 64."""
 COPY_ROWS, COPY_PROGRAMS = 8, 8
-"""Rows that a program copies at once, and programs a request: 64 x 584 bytes are in flight, since the host is far."""
+"""Rows that a program copies at once, and programs a buffer: 64 x 584 bytes are in flight, since the host is far."""
 NUM_WARPS = 4
 
 TOO_MANY, BEYOND = 1, 2
@@ -53,9 +53,9 @@ _TOO_MANY, _BEYOND = tl.constexpr(TOO_MANY), tl.constexpr(BEYOND)
 
 @kernel("hot_rows", name="triton", devices=("cuda",), priority=10)
 def hot_rows_triton(
-    hot: HotBuffers, host: HostRows, requests_B: Tensor, entries_BK: Tensor
+    hot: HotBuffers, host: HostRows, pages_SP: Tensor, slots_B: Tensor, buffers_B: Tensor, entries_BK: Tensor
 ) -> tuple[Tensor, Tensor, bool, Tensor]:
-    counts_R4, errors_R = _bring(hot, host, requests_B, entries_BK, prefetch=False)
+    counts_R4, errors_R = _bring(hot, host, buffers_B, entries_BK, prefetch=False)
     num_queries, num_entries = entries_BK.shape
     device = entries_BK.device
     ids = torch.empty((num_queries, num_entries), dtype=torch.int64, device=device)
@@ -64,7 +64,10 @@ def hot_rows_triton(
     if num_queries:
         locate_kernel[(num_queries,)](
             entries_BK.contiguous(),
-            requests_B.contiguous(),
+            slots_B.contiguous(),
+            buffers_B.contiguous(),
+            pages_SP.contiguous(),
+            hot.pages_RG.contiguous(),
             host.first_new_R.contiguous(),
             hot.lookup_RE,
             ids,
@@ -72,9 +75,10 @@ def hot_rows_triton(
             empty_B,
             num_entries,
             hot.lookup_RE.shape[1],
-            hot.num_hot,
-            hot.num_newest,
+            pages_SP.shape[1],
+            hot.pages_RG.shape[1],
             hot.unit_rows,
+            PER_PAGE=hot.rows_per_page,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
@@ -82,14 +86,14 @@ def hot_rows_triton(
 
 
 @kernel("prefetch_rows", name="triton", devices=("cuda",), priority=10)
-def prefetch_rows_triton(hot: HotBuffers, host: HostRows, requests_B: Tensor, entries_BK: Tensor) -> Tensor:
-    counts_R4, errors_R = _bring(hot, host, requests_B, entries_BK, prefetch=True)
+def prefetch_rows_triton(hot: HotBuffers, host: HostRows, buffers_B: Tensor, entries_BK: Tensor) -> Tensor:
+    counts_R4, errors_R = _bring(hot, host, buffers_B, entries_BK, prefetch=True)
     _check(hot, errors_R, errors_R[:0])
     return counts_R4.to(torch.int64)
 
 
 def _bring(
-    hot: HotBuffers, host: HostRows, requests_B: Tensor, entries_BK: Tensor, *, prefetch: bool
+    hot: HotBuffers, host: HostRows, buffers_B: Tensor, entries_BK: Tensor, *, prefetch: bool
 ) -> tuple[Tensor, Tensor]:
     """Counts i32 [R, 4], and what programs report, i32 [R]."""
     num_buffers, num_hot = hot.entries_RH.shape
@@ -99,8 +103,9 @@ def _bring(
     num_queries, num_entries = entries_BK.shape
     if num_queries == 0:
         return counts_R4, errors_R
-    # A request's query rows may stand anywhere: the first program of each in sorted order works for it, others end.
-    sorted_B, order_B = requests_B.sort(stable=True)
+    # A request's query rows may stand anywhere: the first program of each in sorted order works for it; others end, and
+    # those of resident requests.
+    sorted_B, order_B = buffers_B.sort(stable=True)
     ends_B = torch.searchsorted(sorted_B, sorted_B, right=True)
     bring_kernel[(num_queries,)](
         entries_BK.contiguous(),
@@ -118,7 +123,6 @@ def _bring(
         num_entries,
         hot.lookup_RE.shape[1],
         num_hot,
-        hot.num_newest,
         PREFETCH=prefetch,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
@@ -135,12 +139,14 @@ def _copy_rows(hot: HotBuffers, host: HostRows, sorted_B: Tensor, counts_R4: Ten
         counts_R4,
         hot.order_RH,
         hot.entries_RH,
+        hot.pages_RG.contiguous(),
         host.pages_RP.contiguous(),
         target,
         source,
         target_scales,
         source_scales,
         hot.num_hot,
+        hot.pages_RG.shape[1],
         host.pages_RP.shape[1],
         *target.stride()[:2],
         *source.stride()[:2],
@@ -161,7 +167,7 @@ def _check(hot: HotBuffers, errors_R: Tensor, empty_B: Tensor) -> bool:
     """Asserts what no program may report, and returns whether some query row wants nothing: one read of the device."""
     error, any_empty = torch.stack([_largest(errors_R), _largest(empty_B)]).tolist()
     assert error != TOO_MANY, f"more wanted than {hot.num_hot} hot rows hold"
-    assert error != BEYOND, "an entry beyond the ring of the newest, or beyond what the buffers are made for"
+    assert error != BEYOND, "more entries than the buffers are made for"
     return bool(any_empty)
 
 
@@ -196,14 +202,13 @@ def bring_kernel(
     K,
     E,
     H,
-    N,
     PREFETCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0)
     r = tl.load(sorted_B + place)
     before = tl.load(sorted_B + place - 1, mask=place > 0, other=-1)
-    if before == r:
+    if (before == r) | (r < 0):
         return
     end = tl.load(ends_B + place).to(tl.int32)
     first_new = tl.load(first_new_R + r)
@@ -216,12 +221,9 @@ def bring_kernel(
     if first_new > E:
         tl.store(errors_R + r, _BEYOND)
         return
-    hits, misses, useful, beyond = _mark(
-        entries_BK, order_B, place, end, first_new, lookup, flags, K, N, PREFETCH, BLOCK
+    hits, misses, useful = _mark(
+        entries_BK, order_B, place, end, first_new, lookup, flags, K, PREFETCH, BLOCK
     )
-    if beyond > 0:
-        tl.store(errors_R + r, _BEYOND)
-        return
     if hits + misses > H:
         tl.store(errors_R + r, _TOO_MANY)
         return
@@ -248,7 +250,6 @@ def _mark(
     lookup,
     flags,
     K,
-    N,
     PREFETCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -256,13 +257,11 @@ def _mark(
     hits = 0
     misses = 0
     useful = 0
-    beyond = 0
     for query in range(place, end):
         row_K = entries_BK + tl.load(order_B + query) * K
         for first in range(0, K, BLOCK):
             k = first + tl.arange(0, BLOCK)
             entry = tl.load(row_K + k, mask=k < K, other=-1)
-            beyond += tl.sum((entry >= first_new + N).to(tl.int32))
             is_old = (entry >= 0) & (entry < first_new)
             row = tl.load(lookup + entry, mask=is_old, other=0).to(tl.int32)
             is_missing = is_old & (row == _ABSENT)
@@ -280,7 +279,7 @@ def _mark(
                 useful += tl.sum((is_found & ((flag & _PREFETCHED) != 0)).to(tl.int32))
                 tl.store(flags + row, tl.full((BLOCK,), _WANTED, tl.uint8), mask=is_found)
             tl.debug_barrier()
-    return hits, misses, useful, beyond
+    return hits, misses, useful
 
 
 @triton.jit
@@ -352,12 +351,14 @@ def copy_kernel(
     counts_R4,
     order_RH,
     held_RH,
+    hot_pages_RG,
     pages_RP,
     target,
     source,
     target_scales,
     source_scales,
     H,
+    G,
     P,
     target_unit,
     target_row,
@@ -379,7 +380,7 @@ def copy_kernel(
     place = tl.program_id(0)
     r = tl.load(sorted_B + place)
     before = tl.load(sorted_B + place - 1, mask=place > 0, other=-1)
-    if before == r:
+    if (before == r) | (r < 0):
         return
     misses = tl.load(counts_R4 + 4 * r + _MISSES)
     loaded = order_RH + r * H + H - tl.load(counts_R4 + 4 * r + _HITS) - misses
@@ -388,13 +389,15 @@ def copy_kernel(
         is_row = i < misses
         row = tl.load(loaded + i, mask=is_row, other=0).to(tl.int64)
         entry = tl.load(held_RH + r * H + row, mask=is_row, other=0)
+        hot_page = tl.load(hot_pages_RG + r * G + row // PER_PAGE, mask=is_row, other=0)
         page = tl.load(pages_RP + r * P + entry // PER_PAGE, mask=is_row, other=0)
-        at = (entry % PER_PAGE).to(tl.int64)
-        to = r * target_unit + row * target_row
-        _copy(target, to, source, page * source_unit + at * source_row, is_row, DATA, DATA_BLOCK)
+        place_hot, place_host = row % PER_PAGE, (entry % PER_PAGE).to(tl.int64)
+        to = hot_page * target_unit + place_hot * target_row
+        start = page * source_unit + place_host * source_row
+        _copy(target, to, source, start, is_row, DATA, DATA_BLOCK)
         if SCALES > 0:
-            to = r * target_scales_unit + row * target_scales_row
-            start = page * source_scales_unit + at * source_scales_row
+            to = hot_page * target_scales_unit + place_hot * target_scales_row
+            start = page * source_scales_unit + place_host * source_scales_row
             _copy(target_scales, to, source_scales, start, is_row, SCALES, SCALES_BLOCK)
 
 
@@ -410,7 +413,10 @@ def _copy(target, to, source, start, is_row, SIZE: tl.constexpr, SIZE_BLOCK: tl.
 @triton.jit
 def locate_kernel(
     entries_BK,
-    requests_B,
+    slots_B,
+    buffers_B,
+    pages_SP,
+    hot_pages_RG,
     first_new_R,
     lookup_RE,
     ids_BK,
@@ -418,14 +424,20 @@ def locate_kernel(
     empty_B,
     K,
     E,
-    H,
-    N,
+    P,
+    G,
     unit_rows,
+    PER_PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    r = tl.load(requests_B + b)
-    first_new = tl.load(first_new_R + r)
+    buffer = tl.load(buffers_B + b)
+    is_spilled = buffer >= 0
+    r = tl.maximum(buffer, 0)
+    # Of a resident request no entry is before.
+    first_new = tl.load(first_new_R + r, mask=is_spilled, other=0)
+    table = pages_SP + tl.load(slots_B + b) * P
+    hot_pages = hot_pages_RG + r * G
     lookup = lookup_RE + r * E
     row_K = entries_BK + b * K
     there = tl.full((), 0, tl.int32) + K
@@ -434,14 +446,18 @@ def locate_kernel(
         entry = tl.load(row_K + k, mask=k < K, other=-1)
         there = tl.minimum(there, tl.min(tl.where(entry >= 0, k, K)))
     tl.store(empty_B + b, (there == K).to(tl.int32))
-    # What a hidden entry stands for: the first that is not, or any.
-    instead = tl.load(row_K + there, mask=there < K, other=0)
+    # What a hidden entry stands for: entry 0 of a resident request, of a spilled one the first that is not hidden, or
+    # if there is none, the first hot row.
+    instead = tl.load(row_K + there, mask=(there < K) & is_spilled, other=-1)
+    instead = tl.where(is_spilled, instead, 0)
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
         entry = tl.load(row_K + k, mask=k < K, other=-1)
         tl.store(bias_BK + b * K + k, tl.where(entry < 0, float("-inf"), 0.0), mask=k < K)
         entry = tl.where(entry < 0, instead, entry)
-        is_new = entry >= first_new
-        held = tl.load(lookup + entry, mask=(k < K) & (entry < first_new), other=0).to(tl.int64)
-        row = tl.where(is_new, H + entry % N, tl.maximum(held, 0))
-        tl.store(ids_BK + b * K + k, r * unit_rows + row, mask=k < K)
+        is_hot = entry < first_new
+        held = tl.load(lookup + entry, mask=(k < K) & is_hot & (entry >= 0), other=0).to(tl.int64)
+        hot_page = tl.load(hot_pages + held // PER_PAGE, mask=(k < K) & is_hot, other=0)
+        page = tl.load(table + entry // PER_PAGE, mask=(k < K) & (entry >= first_new), other=0)
+        row = tl.where(is_hot, held, entry) % PER_PAGE
+        tl.store(ids_BK + b * K + k, tl.where(is_hot, hot_page, page) * unit_rows + row, mask=k < K)

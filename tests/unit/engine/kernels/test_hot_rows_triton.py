@@ -17,6 +17,7 @@ import pytest
 
 from engine.kernels.suite import choose_kernels
 from kvstore.layout import Component, Numerics, build_layout
+from rorqual.model_config import PAGE_TOKENS
 from rorqual.performance import FLASH
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -79,7 +80,7 @@ def copy(kernels: ModuleType, target: tuple[Any, ...]) -> Any:
     c4 = build_layout(FLASH, Numerics.SERVED).find(Component.C4)
     assert c4 is not None
     assert (c4.data_bytes % 16, c4.scale_bytes % 4, c4.unit_bytes % 16) == (0, 0, 0)
-    types = {"sorted_B": "*i64", "pages_RP": "*i64", "order_RH": "*i16"}
+    types = {"sorted_B": "*i64", "hot_pages_RG": "*i64", "pages_RP": "*i64", "order_RH": "*i16"}
     types |= dict.fromkeys(("counts_R4", "held_RH", "target", "source"), "*i32")
     types |= {"target_scales": "*i32", "source_scales": "*i32"}
     constants = {
@@ -96,8 +97,10 @@ def copy(kernels: ModuleType, target: tuple[Any, ...]) -> Any:
 
 def locate(kernels: ModuleType, target: tuple[Any, ...]) -> Any:
     types = {"lookup_RE": "*i16", "bias_BK": "*fp32", "empty_B": "*i32"}
-    types |= dict.fromkeys(("entries_BK", "requests_B", "first_new_R", "ids_BK"), "*i64")
-    return compiled(kernels.locate_kernel, target, types=types, constants={"BLOCK": kernels.BLOCK})
+    types |= dict.fromkeys(("entries_BK", "slots_B", "buffers_B", "pages_SP"), "*i64")
+    types |= dict.fromkeys(("hot_pages_RG", "first_new_R", "ids_BK"), "*i64")
+    constants = {"PER_PAGE": PAGE_TOKENS // 4, "BLOCK": kernels.BLOCK}
+    return compiled(kernels.locate_kernel, target, types=types, constants=constants)
 
 
 MAKERS: dict[str, Callable[..., Any]] = {
