@@ -236,9 +236,9 @@ def _add_hot_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="HiSparse: when pages run short, so many long running sequences may have the rows that their C4 layers pick"
-        " from in host memory, and a buffer of those picked lately on the device. Part of --pages or --kv-bytes becomes"
-        " thin pages for them (default 0: none)",
+        help="HiSparse: when pages run short, so many long running sequences may have their C4 rows in host memory, and"
+        " a buffer of those picked lately on the device. Part of --pages or --kv-bytes becomes thin pages for them"
+        " (default 0: none)",
     )
     add(
         "--hot-rows",
