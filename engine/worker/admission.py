@@ -11,12 +11,14 @@ running one, returns to the head.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 from engine.worker.holdings import Holdings
-from engine.worker.prefix_cache import PrefixCache
+from engine.worker.prefix_cache import Found, PrefixCache
 from engine.worker.restoring import Restoring
 from engine.worker.sequences import Phase, Sequence
+from kvstore.shadow_radix import Match, Start
 from rorqual.errors import Overloaded
 
 
@@ -37,7 +39,7 @@ class Admission:
         self._tokens_waiting_max = tokens_waiting_max
         self._waiting: deque[Sequence] = deque()  # oldest first
         self._tokens_waiting = 0  # of those, prompt and generated; does not change while they wait
-        self.is_short_of_pages = False  # when `start_next` has returned None last, that was why
+        self.short: Sequence | None = None  # whom `start_next` has not started last, for want of pages
         self._tokens_awaited = 0  # of those, what is computed elsewhere
 
     @property
@@ -83,7 +85,7 @@ class Admission:
 
     def start_next(self, *, pages_reserved: int) -> Sequence | None:
         """The first sequence that waits for no pages of others, if there is room for it; it runs or adopts now."""
-        self.is_short_of_pages = False
+        self.short = None
         if not self._holdings.num_slots_free:
             return None
         for sequence in self._waiting:
@@ -97,16 +99,32 @@ class Admission:
             if self._cache is not None and found is not None and self._cache.follows(sequence, found):
                 continue
             if not self._holdings.start(sequence, found, pages_reserved=pages_reserved):
-                self.is_short_of_pages = not sequence.needs_record or self._holdings.num_records_free > 0
+                if not sequence.needs_record or self._holdings.num_records_free:
+                    self.short = sequence
                 if self._cache is not None:
                     self._cache.leave(sequence)
                 return None
             if self._cache is not None and found is not None:
                 self._cache.started(sequence, found, num_tails_free=self._holdings.num_records_free)
-            self._waiting.remove(sequence)
-            self.count(sequence, -1)
+            self._take(sequence)
             return sequence
         return None
+
+    def start_head(self, start: Callable[[Sequence], Start | None]) -> Sequence | None:
+        """The sequence that found too few pages just now, by another way to start."""
+        sequence, self.short = self.short, None
+        found = start(sequence) if sequence is not None else None
+        if sequence is None or found is None or self._cache is None:
+            return None
+        match = Match(num_pages=found.reuse_depth, tail_depths=(), is_branch=False)
+        num_tails_free = self._holdings.num_records_free
+        self._cache.started(sequence, Found(match=match, start=found), num_tails_free=num_tails_free)
+        self._take(sequence)
+        return sequence
+
+    def _take(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self.count(sequence, -1)
 
     def check(self) -> None:
         assert not self._tokens_waiting or self._waiting, "tokens wait without a sequence"

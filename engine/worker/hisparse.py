@@ -20,13 +20,13 @@ from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
-from engine.plan import HotUse, PageCopy, Spill, Unspill
+from engine.plan import Copies, HotUse, PageCopy, RecordCopy, Spill, Unspill
 from engine.worker.holdings import Holdings
 from engine.worker.host_tier import HostTier
 from engine.worker.prefix_cache import Departed, PageFacts, PrefixCache
 from engine.worker.sequences import Phase, Sequence, Spilled
-from kvstore.shadow_radix import EvictedPage
-from kvstore.tiers import HostPage
+from kvstore.shadow_radix import EvictedPage, Match, Start
+from kvstore.tiers import HostPage, HostTail
 from rorqual.model_config import PAGE_TOKENS
 
 
@@ -48,6 +48,7 @@ class HiSparseCounts:
 
     num_spills: int = 0
     num_returns: int = 0
+    num_starts: int = 0  # of sequences that were spilled from the start
     pages_spilled: int = 0
     rows_hit: int = 0  # picked rows of spilled sequences found on the device, over all layers
     rows_missed: int = 0  # copied from host memory
@@ -82,6 +83,7 @@ class HiSparse:
         self._spills: list[Spill] = []  # of the plan that is being made, like the next two
         self._unspills: list[Unspill] = []
         self._copies: list[PageCopy] = []
+        self._records: list[RecordCopy] = []
 
     @property
     def state(self) -> HiSparseState:
@@ -110,6 +112,49 @@ class HiSparse:
         """Pages run short: the coldest sequence spills in the plan that is being made. False: none can."""
         return any(self._spill(sequence) for sequence in self._coldest(running))
 
+    def start(self, sequence: Sequence) -> Start | None:
+        """Start the sequence that waits next, and finds too few pages to be resident, spilled: with what host memory
+        has of it. None: it waits on."""
+        index, num_hot = self._tier.index, self.config.num_hot_pages
+        if not self._free_buffers or sequence.is_adopting or sequence.is_lending or not sequence.can_share:
+            return None
+        below = index.match(sequence.keys, 0)
+        match = Match(num_pages=below.num_pages, tail_depths=below.tail_depths, is_branch=False)
+        start = self._cache.start_at(sequence, match)
+        if start.from_depth < num_hot or start.reuse_depth <= num_hot:
+            return None
+        keys = sequence.keys[: start.reuse_depth]
+        # Held first: what is evicted to make room comes down here, and must not push out what is wanted.
+        pages = [index.pin_page(key) for key in keys]
+        tail = index.pin_tail(keys[start.tail_depth - 1]) if start.tail_depth else None
+        is_started = self._holdings.start_spilled(sequence, start, num_hot=num_hot)
+        if is_started:
+            self._begin_spilled(sequence, pages, tail)
+        else:
+            for page in reversed(pages):
+                index.unpin_page(page)
+        if tail is not None:
+            index.unpin_tail(tail)
+        return start if is_started else None
+
+    def _begin_spilled(self, sequence: Sequence, pages: list[HostPage], tail: HostTail | None) -> None:
+        """The next plan copies all but C4 rows to the device, the plan that opens it says the rest."""
+        number = self._holdings.newest_plan + 1
+        for host_page, page in zip(pages, sequence.pages, strict=False):
+            self._copies.append(PageCopy(page=page, host_page=host_page.page))
+            self._tier.used(host_page, number)
+        if tail is not None:
+            assert sequence.record is not None
+            self._records.append(
+                RecordCopy(record=sequence.record, host_record=tail.record, num_bytes=tail.num_bytes)
+            )
+            self._tier.used(tail, number)
+        buffer = self._free_buffers.pop()
+        sequence.spilled = Spilled(host_pages=pages, buffer=buffer, num_pages=len(pages))
+        self._following[buffer] = sequence
+        self._num_host_pages += len(pages)
+        self.counts.num_starts += 1
+
     def absorb(self, sequence: Sequence, digests: Several[tuple[int, ...]]) -> None:
         """Results of a sequence that may be spilled are in; `digests` of the newest full pages."""
         state = sequence.spilled
@@ -134,10 +179,11 @@ class HiSparse:
             self._spills = [item for item in self._spills if item.buffer != state.buffer]
         self._let_go(sequence, state)
 
-    def take(self) -> tuple[tuple[Spill, ...], tuple[Unspill, ...], tuple[PageCopy, ...]]:
+    def take(self) -> tuple[tuple[Spill, ...], tuple[Unspill, ...], Copies]:
         """Of the plan that is being made; the copies are promotions."""
-        taken = tuple(self._spills), tuple(self._unspills), tuple(self._copies)
-        self._spills, self._unspills, self._copies = [], [], []
+        copies = Copies(pages=tuple(self._copies), records=tuple(self._records))
+        taken = tuple(self._spills), tuple(self._unspills), copies
+        self._spills, self._unspills, self._copies, self._records = [], [], [], []
         return taken
 
     def note(self, uses: Iterable[HotUse]) -> None:
@@ -297,7 +343,8 @@ class HiSparse:
         for sequence in sorted(spilled, key=lambda item: len(item.pages)):
             state = sequence.spilled
             assert state is not None
-            if state.returning or state.num_pages < len(state.host_pages):
+            is_whole = sequence.is_opened and state.num_pages <= sequence.num_landed // PAGE_TOKENS
+            if state.returning or state.num_pages < len(state.host_pages) or not is_whole:
                 return
             num_more = state.num_pages - self.config.num_hot_pages
             if num_more <= num_pages_max and self._holdings.begin_return(state.num_pages, state.returning):

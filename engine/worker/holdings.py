@@ -19,7 +19,7 @@ from engine.worker.host_tier import HostTier
 from engine.worker.prefix_cache import Departed, Found, PrefixCache
 from engine.worker.sequences import Sequence
 from kvstore.pages import IdAllocator, PageAllocator
-from kvstore.shadow_radix import Pin
+from kvstore.shadow_radix import Pin, Start
 from rorqual.ids import PageId, RecordId, SlotId
 
 
@@ -126,6 +126,24 @@ class Holdings:
         assert thin is not None
         sequence.pages[:num_pages] = (*hot, *thin)
         sequence.num_pages_shared = 0
+        return True
+
+    def start_spilled(self, sequence: Sequence, start: Start, *, num_hot: int) -> bool:
+        """Give a waiting sequence all it needs to start with what it reuses spilled: as many whole pages as hot rows
+        take, thin ones for the others, whole ones for what it computes, and a record for its tail. Or nothing."""
+        num_thin = start.reuse_depth - num_hot
+        num_whole = num_hot + max(0, sequence.num_pages_to_start - start.reuse_depth)
+        has_record = not start.tail_depth or self.num_records_free > 0
+        if num_whole > self.num_pages_free or num_thin > self._thin.num_free or not has_record:
+            return False
+        slot, whole, thin = self._slots.allocate(), self._take_pages(num_whole), self._thin.allocate(num_thin)
+        assert slot is not None
+        assert whole is not None
+        assert thin is not None
+        sequence.start(slot, (*whole[:num_hot], *thin, *whole[num_hot:]), None, start=start)
+        sequence.num_pages_cached = 0
+        if start.tail_depth:
+            sequence.record = self.take_record()
         return True
 
     def thin(self, sequence: Sequence, number: int) -> None:

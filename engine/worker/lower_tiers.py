@@ -24,6 +24,7 @@ from engine.worker.restoring import Restoring
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence
 from engine.worker.spilling import Spilling
+from kvstore.shadow_radix import Start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,10 @@ class LowerTiers:
         """Pages run short. Whether there are more now, at nobody's cost but time."""
         return self._hisparse is not None and self._hisparse.relieve(running)
 
+    def start_spilled(self, sequence: Sequence) -> Start | None:
+        """For one that waits, and finds too few pages: from what host memory has of it."""
+        return self._hisparse.start(sequence) if self._hisparse is not None else None
+
     def take(self, number: int, first_waiting: Callable[[int], Collection[Sequence]]) -> PlanCopies:
         """For plan `number`, which is complete but for these; `first_waiting`: so many of those that start next."""
         if self.tier is None or self.restoring is None:
@@ -95,7 +100,7 @@ class LowerTiers:
             return PlanCopies(demote=demote, promote=promote)
         spills, unspills, back = self._hisparse.take()
         if back:
-            promote = Copies(pages=(*promote.pages, *back), records=promote.records)
+            promote = Copies(pages=(*promote.pages, *back.pages), records=(*promote.records, *back.records))
         return PlanCopies(demote=demote, promote=promote, spills=spills, unspills=unspills)
 
     def landed(self, result: StepResult) -> None:

@@ -422,8 +422,10 @@ class Scheduler:
 
     def _start_next(self, pages_reserved: int) -> Sequence | None:
         while (sequence := self._admission.start_next(pages_reserved=pages_reserved)) is None:
-            if not (self._admission.is_short_of_pages and self._below.relieve(self._running.values())):
+            if self._admission.short is None:
                 return None
+            if not self._below.relieve(self._running.values()):
+                return self._admission.start_head(self._below.start_spilled)
         return sequence
 
     def _adopt_from_now(self, sequence: Sequence) -> None:

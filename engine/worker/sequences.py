@@ -269,18 +269,21 @@ class Sequence:
         )
 
     def _restore(self) -> Restore:
-        """From the record that came from elsewhere, which is handed over to the step; or from a tail, which stays
-        pinned; or from no record, with an empty window."""
+        """From a record of its own, which came from elsewhere and is handed over to the step; or from a tail, which
+        stays pinned; or from no record, with an empty window. What is spilled of it is so from the start."""
         record = -1
-        if self.start_kind is None or self.start_kind is StartKind.COLD:
-            assert self.record is not None
-            assert not self.is_lending
+        if self.record is not None and not self.is_lending:
             record, self.record = self.record, None
         elif self.pin is not None and self.pin.tail is not None:
             record = self.pin.tail
         num_pages = pages_for(self.num_computed)
         self.num_pages_sent = num_pages
-        return Restore(num_computed=self.num_computed, pages=tuple(self.pages[:num_pages]), record=record)
+        restore = Restore(num_computed=self.num_computed, pages=tuple(self.pages[:num_pages]), record=record)
+        state = self.spilled
+        if state is None or state.buffer is None:
+            return restore
+        host_pages = tuple(item.page for item in state.host_pages[: state.num_pages])
+        return msgspec.structs.replace(restore, host_pages=host_pages, buffer=state.buffer)
 
     def next_segment(
         self, count: int, drafts: int = 0, *, tails: Several[TailPoint] = (), digest: bool = False

@@ -239,7 +239,18 @@ class Reusing:
             msgspec.structs.replace(item, host_pages=self.host_memory.placed(item.host_pages))
             for item in plan.spills
         )
-        return msgspec.structs.replace(plan, spills=spills)
+        opens = tuple(
+            msgspec.structs.replace(
+                item,
+                restore=msgspec.structs.replace(
+                    item.restore, host_pages=self.host_memory.placed(item.restore.host_pages)
+                ),
+            )
+            if item.restore is not None
+            else item
+            for item in plan.opens
+        )
+        return msgspec.structs.replace(plan, spills=spills, opens=opens)
 
     def run(self) -> None:
         while self.step():

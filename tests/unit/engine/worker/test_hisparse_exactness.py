@@ -66,3 +66,18 @@ def test_sequences_that_spill_give_the_bits_that_resident_ones_give(model: Model
     counts = on.scheduler.hisparse_state.counts
     assert counts.num_spills > 0
     assert counts.rows_missed > 100
+
+
+@pytest.mark.parametrize("has_tail", [True, False], ids=["tail", "rebuild"])
+def test_a_prompt_whose_pages_are_in_host_memory_starts_spilled_where_it_finds_no_room(
+    model: Model, drafts: int, has_tail: bool
+) -> None:
+    long, pushing = a_prompt(1, 8 * PAGE + 77), a_prompt(2, 9 * PAGE + 3)
+    shorts = [(a_prompt(10 + seed, 300), 150) for seed in range(3)]
+    prompts = [*shorts, (long, 40)]
+    off = Reusing(model, drafts=drafts, num_pages=48, num_slots=4, keeps=False)
+    on = spilling(model, drafts, num_pages=10, num_host_records=8 if has_tail else 0)
+    on.answer(long, 3, sampling=SAMPLED)
+    on.answer(pushing, 3, sampling=SAMPLED)
+    assert answers_of(on, prompts) == answers_of(off, prompts)
+    assert on.scheduler.hisparse_state.counts.num_starts == 1
