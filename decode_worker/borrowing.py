@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BorrowerConfig:
     wire_id: str
-    num_pages: int
     num_slots: int
     num_page_components: int
     transfer_seconds_max: float = 10.0  # one read; none begins with less of its lease left
@@ -100,10 +99,11 @@ class Borrower:
     def credit(self, *, num_sessions: int, keys: Collection[SequenceKey]) -> Credit | None:
         """An equal share, less what its sequences have grown beyond what they were charged for."""
         share = max(1, num_sessions)
-        held = self.host.scheduler.num_pages_grown(keys)
+        scheduler = self.host.scheduler
+        held = scheduler.num_pages_grown(keys)
         return Credit(
             sequences=max(1, self.config.num_slots // share),
-            pages=max(0, self.config.num_pages // share - held),
+            pages=max(0, scheduler.num_pages_usable // share - held),
         )
 
     def check(self, command: Open) -> None:

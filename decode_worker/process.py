@@ -84,7 +84,6 @@ class DecodeSetup:
         borrower = Borrower(
             BorrowerConfig(
                 wire_id=ready.wire_id,
-                num_pages=ready.num_pages,
                 num_slots=ready.num_slots,
                 num_page_components=ready.num_page_components,
                 transfer_seconds_max=self._transfer_seconds_max,

@@ -111,8 +111,7 @@ class SpilledSlots:
         self._move(own, pages)
         own.copy_(pages)
         self._keep(item.slot, item.buffer, item.first, item.host_pages)
-        if not item.first:
-            self._warm(item.slot, item.buffer)
+        self._warm(item.slot, item.buffer)
 
     def restore(self, slot: int, buffer: int, host_pages: Sequence[int]) -> None:
         """The slot was just given a page table; so many of its first pages are spilled."""

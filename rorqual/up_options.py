@@ -58,6 +58,9 @@ class UpOptions:
     prefix_cache: str | None = None
     host_pages: int | None = None
     host_bytes: str | None = None
+    hot_buffers: int | None = None
+    hot_rows: int | None = None
+    thin_pages: int | None = None
     transfer: str | None = None
     bind_early_tokens: int | None = None
     placement: str | None = None
@@ -94,10 +97,11 @@ def parse_options(argv: list[str]) -> UpOptions:
     for option in ("http", "grpc"):
         if not 0 <= getattr(args, option) <= 65535:
             raise ConfigError(f"--{option} must be a port between 0 and 65535, not {getattr(args, option)}")
-    for option in ("pages", "slots", "prefill_tokens", "threads"):
+    for option in ("hot_rows", "thin_pages", "pages", "slots", "prefill_tokens", "threads"):
         _check_least(args, option, least=1)
     _check_least(args, "bind_early_tokens", least=0)
     _check_least(args, "host_pages", least=0)
+    _check_least(args, "hot_buffers", least=0)
     check_above_zero(args, "credit_seconds", "hand_over_seconds")
     if args.exact and (args.threads or 1) > 1:
         raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
@@ -122,6 +126,9 @@ def parse_options(argv: list[str]) -> UpOptions:
         prefix_cache=args.prefix_cache,
         host_pages=args.host_pages,
         host_bytes=args.host_bytes,
+        hot_buffers=args.hot_buffers,
+        hot_rows=args.hot_rows,
+        thin_pages=args.thin_pages,
         transfer=args.transfer,
         bind_early_tokens=args.bind_early_tokens,
         placement=args.placement,
@@ -202,6 +209,12 @@ def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path
         # A worker that does both hands nothing over.
         ("--transfer", None if worker.command == "worker" else options.transfer),
     )
+    if worker.command != "prefill":  # what that computes, it lends whole
+        arguments += _given(
+            ("--hot-buffers", options.hot_buffers),
+            ("--hot-rows", options.hot_rows),
+            ("--thin-pages", options.thin_pages),
+        )
     for kernel in options.kernels:
         arguments += ["--kernel", kernel]
     return [*arguments, "--exact"] if options.exact else arguments
@@ -340,6 +353,17 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="pages of host memory per worker for what the prefix cache gives up, tails beside them (default 0)",
     )
     host_size.add_argument("--host-bytes", metavar="SIZE", help="or memory for them per worker, such as 8GB")
+    add(
+        "--hot-buffers",
+        type=int,
+        metavar="N",
+        help="HiSparse: so many long sequences of a worker that decodes may have their C4 rows in host memory when"
+        " pages run short (default 0)",
+    )
+    add(
+        "--hot-rows", type=int, metavar="N", help="C4 rows that each of them has on the device, in each layer"
+    )
+    add("--thin-pages", type=int, metavar="N", help="pages without C4 rows, for them")
     add(
         "--transfer",
         choices=("auto", "nixl", "shm"),

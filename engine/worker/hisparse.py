@@ -155,6 +155,14 @@ class HiSparse:
         self._num_host_pages += len(pages)
         self.counts.num_starts += 1
 
+    def num_pages_more(self, running: Iterable[Sequence]) -> int:
+        """Pages that sequences can hold beyond the whole ones: thin ones of those that have spilled, and of the longest
+        ones that could."""
+        config, holdings = self.config, self._holdings
+        gains = [item.pin.num_pages - config.num_hot_pages for item in self._coldest(running) if item.pin]
+        num_possible = sum(gains[: len(self._free_buffers)])
+        return config.num_thin_pages - holdings.num_thin_free + min(num_possible, holdings.num_thin_free)
+
     def absorb(self, sequence: Sequence, digests: Several[tuple[int, ...]]) -> None:
         """Results of a sequence that may be spilled are in; `digests` of the newest full pages."""
         state = sequence.spilled

@@ -84,6 +84,10 @@ class LowerTiers:
         """Pages run short. Whether there are more now, at nobody's cost but time."""
         return self._hisparse is not None and self._hisparse.relieve(running)
 
+    def num_pages_more(self, running: Collection[Sequence]) -> int:
+        """That sequences can hold besides the device's whole ones."""
+        return self._hisparse.num_pages_more(running) if self._hisparse is not None else 0
+
     def start_spilled(self, sequence: Sequence) -> Start | None:
         """For one that waits, and finds too few pages: from what host memory has of it."""
         return self._hisparse.start(sequence) if self._hisparse is not None else None

@@ -353,6 +353,11 @@ class Scheduler:
         self._holdings.settle(key)
         self._check()
 
+    @property
+    def num_pages_usable(self) -> int:
+        """By sequences: what those that run can give way is counted."""
+        return self.config.num_pages + self._below.num_pages_more(self._running.values())
+
     def num_pages_grown(self, keys: Iterable[SequenceKey]) -> int:
         """Pages that these sequences hold beyond what they are charged for by `rorqual.session.credit_pages`."""
         found = (sequence for key in keys if (sequence := self._sequences.get(key)) is not None)

@@ -246,7 +246,6 @@ class World:
         borrower = Borrower(
             BorrowerConfig(
                 wire_id=ready.wire_id,
-                num_pages=num_pages,
                 num_slots=num_slots,
                 num_page_components=ready.num_page_components,
                 transfer_seconds_max=TRANSFER_SECONDS,
