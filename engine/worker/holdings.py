@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 from engine.worker.events import SequenceKey, Surrender
 from engine.worker.host_tier import HostTier
-from engine.worker.prefix_cache import Departed, Found, PrefixCache
+from engine.worker.prefix_cache import Departed, Found, Packed, PrefixCache
 from engine.worker.sequences import Sequence
+from kvstore.keys import PageKey
 from kvstore.pages import IdAllocator, PageAllocator
-from kvstore.shadow_radix import Pin, Start
+from kvstore.shadow_radix import Pin, Start, TailKind
+from kvstore.store.contract import TenantLabel
 from rorqual.ids import PageId, RecordId, SlotId
 
 
@@ -257,6 +259,15 @@ class Holdings:
     def free_record(self, record: RecordId) -> None:
         """The plan that has used it is done."""
         self._records.free(record)
+
+    def demote_tail(
+        self, record: RecordId, key: PageKey, *, kind: TailKind, packed: Packed, tenant: TenantLabel
+    ) -> None:
+        """The record, which is about to be free, holds a tail that the tier below may keep."""
+        if self._tier is not None and self._tier.keep_tail(
+            record, key, kind=kind, packed=packed, tenant=tenant
+        ):
+            self._record_plans[record] = self.newest_plan + 1
 
     def take_surrendered(self) -> list[Surrender]:
         taken, self._surrenders = self._surrenders, []

@@ -13,8 +13,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from engine.plan import NO_COPIES, Copies, PageCopy, RecordCopy
-from engine.worker.prefix_cache import Departed, PrefixCache
+from engine.worker.prefix_cache import Departed, Packed, PrefixCache
 from kvstore.keys import PageKey
+from kvstore.shadow_radix import EvictedTail, TailKind
+from kvstore.store.contract import TenantLabel
 from kvstore.tiers import HostCounts, HostIndex, HostPage, HostTail
 from rorqual.ids import HostPageId, HostRecordId, PageId, RecordId
 
@@ -137,6 +139,16 @@ class HostTier:
             self._pages[host_page] = page.page
             self._hold_page(page.key, is_clear=facts.digests is not None)
         return True
+
+    def keep_tail(
+        self, record: RecordId, key: PageKey, *, kind: TailKind, packed: Packed, tenant: TenantLabel
+    ) -> bool:
+        """The tail behind a page that is here. Whether the next plan copies it."""
+        worth = self.index.worth(key)
+        if worth is None:
+            return False
+        tail = EvictedTail(record=record, key=key, kind=kind, hits=0, worth=worth)
+        return self.take(Departed(tails=((tail, packed, tenant),)))
 
     @property
     def may_hold(self) -> bool:

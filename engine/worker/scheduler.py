@@ -537,8 +537,8 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """It holds nothing any more but what plans in flight may write a tail into."""
-        self._tails.part(sequence)
         self._below.leave(sequence)
+        self._tails.part(sequence)
         if self._cache is not None:
             self._cache.leave(sequence)
         self._holdings.free_state(sequence)

@@ -78,16 +78,7 @@ class Tails:
     def keep(self, step: Step) -> None:
         """The pages before the tails of a step's chunks are in the cache, if their sequences still wanted them."""
         for item in step.tails:
-            assert self._cache is not None
-            unused = self._cache.keep_tail(
-                item.sequence,
-                item.depth,
-                item.record,
-                kind=item.kind,
-                packed=self._packed.pop(item.record, None),
-            )
-            if unused is not None:
-                self._holdings.free_record(unused)
+            self._keep_one(item.sequence, item.depth, item.record, kind=item.kind)
 
     def part(self, sequence: Sequence) -> None:
         """It ends or is preempted: its last boundary stays, once no plan in flight can overwrite it."""
@@ -111,13 +102,23 @@ class Tails:
         assert record is not None
         sequence.tail_record = None
         sequence.tail_depth = 0
-        assert self._cache is not None
-        unused: RecordId | None = record
-        packed = self._packed.pop(record, None)
         if depth:
-            unused = self._cache.keep_tail(sequence, depth, record, kind=TailKind.TURN_END, packed=packed)
-        if unused is not None:
-            self._holdings.free_record(unused)
+            self._keep_one(sequence, depth, record, kind=TailKind.TURN_END)
+        else:
+            self._packed.pop(record, None)
+            self._holdings.free_record(record)
+
+    def _keep_one(self, sequence: Sequence, depth: int, record: RecordId, *, kind: TailKind) -> None:
+        """On the device, where the page before it is; or in host memory, if only that has the page."""
+        assert self._cache is not None
+        packed = self._packed.pop(record, None)
+        unused = self._cache.keep_tail(sequence, depth, record, kind=kind, packed=packed)
+        if unused is None:
+            return
+        if packed is not None and depth <= len(sequence.keys):
+            key, tenant = sequence.keys[depth - 1], sequence.tenant
+            self._holdings.demote_tail(unused, key, kind=kind, packed=packed, tenant=tenant)
+        self._holdings.free_record(unused)
 
 
 def digests_by_slot(result: StepResult, *, per_page: int) -> dict[SlotId, Several[tuple[int, ...]]]:

@@ -138,6 +138,11 @@ class HostIndex:
         """Whether the page of this key is here, and its tail."""
         return key in self._pages, key in self._tails
 
+    def worth(self, key: PageKey) -> float | None:
+        """Of the page of this key; None: it is not here."""
+        page = self._pages.get(key)
+        return None if page is None else page.worth
+
     def pages(self) -> Iterator[HostPage]:
         return iter(self._pages.values())
 

@@ -81,3 +81,24 @@ def test_a_prompt_whose_pages_are_in_host_memory_starts_spilled_where_it_finds_n
     on.answer(pushing, 3, sampling=SAMPLED)
     assert answers_of(on, prompts) == answers_of(off, prompts)
     assert on.scheduler.hisparse_state.counts.num_starts == 1
+
+
+def test_the_next_turn_goes_on_from_the_tail_that_a_spilled_sequence_has_left(
+    model: Model, drafts: int
+) -> None:
+    prompts = [(a_prompt(seed, 5 * PAGE + 100 + seed), 240) for seed in range(3)]
+    off = Reusing(model, drafts=drafts, num_pages=48, num_slots=4, keeps=False)
+    on = spilling(model, drafts, num_host_records=16)
+    answers = answers_of(on, prompts)
+    assert on.scheduler.hisparse_state.counts.num_spills > 0
+    turns = [
+        (prompt + [token for token, _ in answer] + a_prompt(50, 90), 5)
+        for (prompt, _), answer in zip(prompts, answers, strict=True)
+    ]
+    for number, (turn, count) in enumerate(turns):
+        key = on.open(turn, count, sampling=SAMPLED)
+        sequence = on.scheduler._sequences[key]
+        on.run()
+        assert on.answers[key] == off.answer(turn, count, sampling=SAMPLED)
+        assert sequence.num_tokens_cached is not None
+        assert sequence.num_tokens_cached >= len(prompts[number][0]) // PAGE * PAGE, f"turn {number}"
