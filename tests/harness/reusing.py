@@ -36,6 +36,7 @@ from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
+from tests.harness.keeping import Kept, kept_by
 
 FIRST_HOST_ID = 1000
 
@@ -44,8 +45,8 @@ Answer = list[tuple[int, float | None]]
 
 
 class PoisoningMemory(HostMemory):
-    """Host memory that the scheduler knows by other ids, in another order. What is copied away is NaN from then on, and
-    host memory until it is copied to."""
+    """Host memory that the scheduler knows by other ids, in another order. What is copied away and not kept is NaN from
+    then on, and host memory until it is copied to."""
 
     def __init__(self, pools: Pools, records: Tensor, *, num_pages: int, num_records: int) -> None:
         super().__init__(pools, records, num_pages=num_pages, num_records=num_records)
@@ -55,13 +56,16 @@ class PoisoningMemory(HostMemory):
         self._rows = draw.sample(range(num_pages), num_pages), draw.sample(range(num_records), num_records)
         self._pools, self._records = pools, records
         self.num_promoted = 0
+        self.kept: deque[Kept] = deque()  # of plans that copy something here, in their order
 
     def demote(self, copies: Copies) -> None:
         super().demote(self._placed(copies))
+        kept = self.kept.popleft() if copies else Kept()
+        gone = [copy.page for copy in copies.pages if copy.page not in kept.pages]
         for item in self._pools.layout.descriptors:
             if item.space is IndexSpace.PAGE:
-                self._pools[item.component].bytes_ulb[[copy.page for copy in copies.pages]] = 0xFF
-        self._records[[copy.record for copy in copies.records]] = 0xFF
+                self._pools[item.component].bytes_ulb[gone] = 0xFF
+        self._records[[copy.record for copy in copies.records if copy.record not in kept.records]] = 0xFF
 
     def promote(self, copies: Copies) -> None:
         super().promote(self._placed(copies))
@@ -185,6 +189,8 @@ class Reusing:
         """Plan as far ahead as may be, and let the rank do one plan. False when there is nothing to do."""
         while (plan := self.scheduler.plan()) is not None:
             self._pipe.append(plan)
+            if plan.demote:
+                self.host_memory.kept.append(kept_by(self.scheduler.cache))
         if not self._pipe:
             return False
         for event in self.scheduler.apply(self.rank.step(self._pipe.popleft())):
