@@ -18,6 +18,7 @@ from engine.worker.events import SequenceKey
 from engine.worker.prefix_cache import KeyLoan, PageFacts, PrefixCache
 from kvstore.keys import PageKey
 from kvstore.layout import IndexSpace
+from kvstore.store.contract import tenant_label
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Role
 from tests.harness.reusing import Reusing
@@ -162,7 +163,7 @@ class PeerRead:
                 self._reader.scheduler.imports.end(
                     item,
                     facts=[
-                        PageFacts(digests=loan.digests[at : at + size])
+                        PageFacts(digests=loan.digests[at : at + size], tenant=tenant_label(""))
                         for at in range(0, len(loan.digests), size)
                     ],
                     tail_depth=loan.tail_depth,
