@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TypeVar
 
 from fake_state import PAGE_TOKENS, Rows
@@ -21,8 +22,16 @@ class FakeHostMemory:
         self.num_pages_promoted = 0
         self.num_records_promoted = 0
 
-    def demote(self, copies: Copies, memory: list[Rows | None], records: list[bytes | None]) -> None:
-        """What has been copied away is gone: whoever gets the page or the record writes it first."""
+    def demote(
+        self,
+        copies: Copies,
+        memory: list[Rows | None],
+        records: list[bytes | None],
+        *,
+        kept_pages: Set[int],
+        kept_records: Set[int],
+    ) -> None:
+        """What has been copied away and is not kept is gone: whoever gets the page or the record writes it first."""
         for targets in (
             [item.host_page for item in copies.pages],
             [item.host_record for item in copies.records],
@@ -39,9 +48,11 @@ class FakeHostMemory:
             assert item.host_record in self.records, f"{item.host_record} is no record of the host's"
             self.records[item.host_record] = packed
         for item in copies.pages:
-            memory[item.page] = None
+            if item.page not in kept_pages:
+                memory[item.page] = None
         for item in copies.records:
-            records[item.record] = None
+            if item.record not in kept_records:
+                records[item.record] = None
         self.num_pages_demoted += len(copies.pages)
 
     def promote(self, copies: Copies, memory: list[Rows | None], records: list[bytes | None]) -> None:

@@ -16,7 +16,7 @@ import contextlib
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import msgspec
@@ -109,6 +109,9 @@ class FakeRank:
         self.host_memory = FakeHostMemory(
             num_pages=num_host_pages, num_records=num_host_records, first_id=first_host_id
         )
+        self.kept: dict[
+            int, tuple[Set[int], Set[int]]
+        ] = {}  # of plans to come: pages and records that stay in a cache
         self.lent_pages: Counter[int] = Counter()  # others may read them: whoever tests says so, with `lend`
         self.lent_records: set[int] = set()
         self.fetches: dict[int, Fetch] = {}  # begun, not ended
@@ -195,14 +198,24 @@ class FakeRank:
         )
 
     def _copy(self, plan: StepPlan) -> None:
-        """What is copied is nobody's: who had it is gone, and nobody reads or writes it from elsewhere."""
-        used = {page for slot in self.slots.values() for page in slot.pages} | self._fetched_pages()
+        """What is copied away is kept, and nobody writes it, or is nobody's: who had it is gone, and nobody reads or
+        writes it from elsewhere."""
+        kept_pages, kept_records = self.kept.pop(plan.number, (frozenset(), frozenset()))
+        fetched = self._fetched_pages()
+        used = {page for slot in self.slots.values() for page in slot.pages} | fetched
         used |= self.lent_pages.keys()
-        for item in (*plan.demote.pages, *plan.promote.pages):
-            assert item.page not in used, f"page {item.page} is copied while in use"
-        for item in (*plan.demote.records, *plan.promote.records):
+        for item in plan.demote.pages:
+            taken = fetched if item.page in kept_pages else used
+            assert item.page not in taken, f"page {item.page} is copied while in use"
+        for item in plan.promote.pages:
+            assert item.page not in used, f"page {item.page} is copied to while in use"
+        for item in plan.demote.records:
+            self._check_record(item.record, to_write=item.record not in kept_records)
+        for item in plan.promote.records:
             self._check_record(item.record)
-        self.host_memory.demote(plan.demote, self.memory, self.records)
+        self.host_memory.demote(
+            plan.demote, self.memory, self.records, kept_pages=kept_pages, kept_records=kept_records
+        )
         self.host_memory.promote(plan.promote, self.memory, self.records)
 
     def transfer(self, message: ToTransfer, owners: Mapping[str, FakeRank]) -> FromTransfer | None:

@@ -40,6 +40,7 @@ from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
+from tests.harness.keeping import kept_by
 
 FIRST_HOST_ID = 100_000
 
@@ -159,6 +160,9 @@ class Bench:
         if plan is not None:
             self.pipe.append(plan)
             self.plans.append(plan)
+            if plan.demote:
+                kept = kept_by(self.scheduler.cache)
+                self.rank.kept[plan.number] = kept.pages, kept.records
         return plan
 
     def receive(self) -> list[Event]:

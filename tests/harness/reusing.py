@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from engine.spilled import SpilledSlots
 from engine.worker.drafting import FixedDrafts
 from engine.worker.events import SequenceKey, TokenEvent
 from engine.worker.hisparse import HiSparseConfig
+from engine.worker.holdings import Holdings
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
@@ -47,8 +48,8 @@ Answer = list[tuple[int, float | None]]
 
 
 class PoisoningMemory(HostMemory):
-    """Host memory that the scheduler knows by other ids, in another order. What is copied away is NaN from then on, and
-    host memory until it is copied to."""
+    """Host memory that the scheduler knows by other ids, in another order. What is copied away and not kept is NaN from
+    then on, and host memory until it is copied to."""
 
     def __init__(self, pools: Pools, records: Tensor, *, num_pages: int, num_records: int) -> None:
         super().__init__(pools, records, num_pages=num_pages, num_records=num_records)
@@ -58,20 +59,23 @@ class PoisoningMemory(HostMemory):
         self._rows = draw.sample(range(num_pages), num_pages), draw.sample(range(num_records), num_records)
         self._pools, self._records = pools, records
         self.num_promoted = 0
-        self._gone: set[int] = set()
+        self._gone: tuple[set[int], set[int]] = set(), set()
 
     def demote(self, copies: Copies) -> None:
         super().demote(self._placed(copies))
-        self._gone.update(copy.page for copy in copies.pages)
-        self._records[[copy.record for copy in copies.records]] = 0xFF
+        self._gone[0].update(copy.page for copy in copies.pages)
+        self._gone[1].update(copy.record for copy in copies.records)
 
-    def poison(self, is_free: Callable[[int], bool]) -> None:
-        """Once a plan is done: what it has copied away of pages that are nobody's now."""
-        gone = [page for page in self._gone if is_free(page)]
+    def poison(self, holdings: Holdings) -> None:
+        """Once a plan is done: what it has copied away that is nobody's now."""
+        pages = [page for page in self._gone[0] if page not in holdings._pages._in_use]
+        records = [record for record in self._gone[1] if record not in holdings._records._in_use]
         for item in self._pools.layout.descriptors:
             if item.space is IndexSpace.PAGE:
-                self._pools[item.component].bytes_ulb[gone] = 0xFF
-        self._gone.clear()
+                self._pools[item.component].bytes_ulb[pages] = 0xFF
+        self._records[records] = 0xFF
+        for gone in self._gone:
+            gone.clear()
 
     def promote(self, copies: Copies) -> None:
         super().promote(self._placed(copies))
@@ -226,8 +230,7 @@ class Reusing:
         if not self._pipe:
             return False
         result = self.rank.step(self._placed(self._pipe.popleft()))
-        holdings = self.scheduler._holdings
-        self.host_memory.poison(lambda page: page not in holdings._pages._in_use)
+        self.host_memory.poison(self.scheduler._holdings)
         for event in self.scheduler.apply(result):
             if isinstance(event, TokenEvent):
                 self.answers[event.key].append((event.token_id, event.logprob))

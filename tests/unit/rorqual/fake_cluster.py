@@ -29,7 +29,8 @@ def main() -> int:
     behaviour, role, options = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:]
     if role == "up":
         return supervise(options)
-    die_with_parent(os.getppid())
+    # A rank whose parent has died before it came this far must end, too.
+    die_with_parent(int(options[0]) if role == "rank" else os.getppid())
     if role == "rank":
         time.sleep(60)
         return 0
@@ -73,7 +74,7 @@ def child(role: str, options: list[str], behaviour: dict) -> int:
         {"role": role, "options": options, "threads": os.environ["OMP_NUM_THREADS"], "ucx": ucx}
     )
     if role != "router":
-        rank = subprocess.Popen([sys.executable, __file__, "{}", "rank"])
+        rank = subprocess.Popen([sys.executable, __file__, "{}", "rank", str(os.getpid())])
         ready = {"address": about, "metrics": "", "processes": [os.getpid(), rank.pid]}
     else:
         ready = {"http": about, "grpc": "127.0.0.1:2", "pid": os.getpid()}
