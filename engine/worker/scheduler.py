@@ -54,13 +54,7 @@ from engine.plan import NO_COPIES, Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
-from engine.worker.events import (
-    Adoption,
-    Event,
-    SequenceKey,
-    Surrender,
-    TokenEvent,
-)
+from engine.worker.events import Adoption, Event, SequenceKey, Surrender, TokenEvent
 from engine.worker.filling import Filling
 from engine.worker.holdings import Holdings
 from engine.worker.host_tier import HostTier
@@ -70,6 +64,7 @@ from engine.worker.restoring import Restoring
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
+from engine.worker.speeds import Speeds
 from engine.worker.spilling import Spilling
 from engine.worker.tails import Tails, digests_by_slot
 from engine.worker.telling import lent_event, pages_events, score_events
@@ -85,6 +80,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
+        self.speeds = Speeds(config.speeds)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._cache = PrefixCache(config.cache) if config.cache is not None else None
         self._tier: HostTier | None = None
@@ -102,8 +98,8 @@ class Scheduler:
         self._filling: Filling | None = None
         self._spilling: Spilling | None = None
         if self._tier is not None and self._cache is not None:
-            self._restoring = Restoring(self._tier, self._holdings, self._cache, self.imports)
-            self._filling = Filling(self._tier, self._cache, self._sequences)
+            self._restoring = Restoring(self._tier, self._holdings, self._cache, self.imports, self.speeds)
+            self._filling = Filling(self._tier, self._cache, self._sequences, self.speeds)
             if self._tier.config.takes_turns:
                 self._spilling = Spilling(self._tier, self._cache)
         self._admission = Admission(

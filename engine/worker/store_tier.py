@@ -34,8 +34,6 @@ from rorqual.clock import Clock
 _TAIL_FACTS = struct.Struct("<QB")
 TAIL_FACTS_BYTES = _TAIL_FACTS.size
 DIGEST_BYTES = 8
-BYTES_PER_SECOND_FIRST = 100e6
-"""Assumed of reads until some have been measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +58,6 @@ class StoreHost(Protocol):
     @property
     def scheduler(self) -> Scheduler: ...
 
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """As measured; 0: not yet."""
-        ...
-
     def enqueue(self, effect: Callable[[], None]) -> None:
         """Carry `effect` out in the host's own task, soon."""
         ...
@@ -77,6 +70,8 @@ class _Read:
     began: float  # of the loop's time
     deadline: asyncio.TimerHandle | None = None
     is_waited_for: bool = True
+    seconds: float = 0.0  # that the store took so far
+    num_bytes: int = 0  # that it gave, or did not give in its time
     task: asyncio.Task[None] | None = field(default=None)
 
 
@@ -111,7 +106,6 @@ class StoreTier:
         self._tasks: asyncio.TaskGroup | None = None
         self._reads: set[_Read] = set()
         self._stepped = asyncio.Event()
-        self._bytes_per_second = BYTES_PER_SECOND_FIRST
 
     @property
     def host(self) -> StoreHost:
@@ -210,6 +204,8 @@ class StoreTier:
                 outcome = await self._read(read, wish)
         finally:
             self._reads.discard(read)
+            speeds = self.host.scheduler.speeds
+            speeds.observe(speeds.store, read.num_bytes, read.seconds)
             self._release(read, outcome)
 
     async def _ask(self, read: _Read) -> Wish | None:
@@ -218,7 +214,9 @@ class StoreTier:
         pages = [StoreKey(Kind.PAGE, lack.tenant, key) for key in lack.page_keys]
         tails = [StoreKey(Kind.TAIL, lack.tenant, key) for key in lack.tail_keys]
         seconds = self.config.budget_seconds + self.config.late_seconds
+        began = self._clock.monotonic()
         present = await self._store.contains([*pages, *tails], budget_seconds=seconds)
+        self._measure(read, began, budget_seconds=seconds, num_bytes=0, num_bytes_late=self._pages.shape[1])
         has = [key for key, is_there in zip([*pages, *tails], present, strict=True) if is_there]
         if not has:
             return None
@@ -242,11 +240,11 @@ class StoreTier:
         """The sequence waits for as long as its bytes should take, and never longer than computing would."""
         if not read.is_waited_for:
             return
-        config, rate = self.config, self.host.prefill_tokens_per_second
+        config, speeds = self.config, self.host.scheduler.speeds
         num_bytes = len(wish.pages) * self._pages.shape[1] + (wish.tail is not None) * self._records.shape[1]
         seconds = min(
-            config.budget_seconds + num_bytes / self._bytes_per_second,
-            wish.num_tokens_saved / rate if rate else config.wait_seconds_max,
+            config.budget_seconds + float(speeds.store.speed.seconds(num_bytes)),
+            speeds.compute_seconds(wish.num_tokens_saved),
             config.wait_seconds_max,
         )
         self._disarm(read)
@@ -280,7 +278,14 @@ class StoreTier:
         began = self._clock.monotonic()
         seconds = self._seconds_left(read) + self.config.late_seconds
         values = await self._store.read(keys, budget_seconds=seconds)
-        self._measure(sum(len(value) for value in values if value is not None), began)
+        num_late = sum(value is None for value in values)
+        self._measure(
+            read,
+            began,
+            budget_seconds=seconds,
+            num_bytes=sum(len(value) for value in values if value is not None),
+            num_bytes_late=num_late * self._pages.shape[1],
+        )
         found = [self._page(value) for value in values[: len(pages)]]
         num_pages = next((at for at, value in enumerate(found) if value is None), len(pages))
         its_tail = self._tail(values[-1]) if tail is not None and num_pages == len(pages) else None
@@ -397,10 +402,14 @@ class StoreTier:
             return 0.0
         return max(0.0, read.deadline.when() - asyncio.get_running_loop().time())
 
-    def _measure(self, num_bytes: int, began: float) -> None:
+    def _measure(
+        self, read: _Read, began: float, *, budget_seconds: float, num_bytes: int, num_bytes_late: int
+    ) -> None:
+        """A call of the store has ended. What has not come when its time was over takes that long at least; what does
+        not come before is not there, or cannot be had, and says nothing."""
         seconds = self._clock.monotonic() - began
-        if num_bytes > 1 << 20 and seconds > 0:
-            self._bytes_per_second += 0.25 * (num_bytes / seconds - self._bytes_per_second)
+        read.seconds += seconds
+        read.num_bytes += num_bytes + (num_bytes_late if seconds >= budget_seconds else 0)
 
     def _release(self, read: _Read, outcome: str) -> None:
         """The sequence need not wait any more."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rorqual.performance.costs import ModelCosts
 from rorqual.performance.hardware import Hardware
+from rorqual.performance.sources import SourceSpeed
 
 Numbers = NDArray[np.float64]
 """A float64 array; plain numbers become one of no dimensions."""
@@ -92,10 +93,15 @@ class PerformanceModel:
         memory = traffic / (self.hardware.memory_bytes_per_second * self.efficiency.memory)
         return np.maximum(memory, sequences * flops) + self.efficiency.step_seconds
 
-    def fetch_seconds(self, num_bytes: float | Numbers) -> Numbers:
-        """Seconds to read so many bytes from another worker: all devices' network interfaces read at once."""
+    @property
+    def peer_speed(self) -> SourceSpeed:
+        """Of reads from another worker: all devices' network interfaces read at once."""
         rate = self.hardware.network_bytes_per_second * self.num_devices * self.efficiency.network
-        return np.asarray(num_bytes, np.float64) / rate
+        return SourceSpeed(bytes_per_second=rate)
+
+    def fetch_seconds(self, num_bytes: float | Numbers) -> Numbers:
+        """Seconds to read so many bytes from another worker."""
+        return self.peer_speed.seconds(num_bytes)
 
     def state_bytes_read(self, context: float | Numbers) -> Numbers:
         """Bytes of cached state that the attention of one new token reads in all layers."""

@@ -157,7 +157,8 @@ class SoonestFirstToken:
     ) -> _Starts:
         missing_W = np.maximum(reach - pages_W, 0)
         num_bytes_W = missing_W * float(self._page_bytes) + (self._tail_bytes if has_tail else 0.0)
-        seconds_W = np.maximum(fleet.wait_seconds_W, self._model.fetch_seconds(num_bytes_W))
+        fetch_W = fleet.peer_seconds_W(num_bytes_W, assumed=self._model.peer_speed)
+        seconds_W = np.maximum(fleet.wait_seconds_W, fetch_W)
         depth_W = np.full(fleet.num_workers, depth, np.int32)
         seconds_W = seconds_W + fleet.corrected(compute_D[depth_W])
         seconds_W[peer] = np.inf  # nobody reads from itself
