@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +63,33 @@ def test_a_busy_owner_is_read_from_instead_of_computing_again() -> None:
         2,
         88,
     )
+
+
+def reading(fleet: FleetPicture, rate: list[float], latency: list[float]) -> FleetPicture:
+    """As these workers have measured reads from others."""
+    return dataclasses.replace(fleet, peer_rate_W=np.array(rate), peer_latency_W=np.array(latency))
+
+
+def test_whoever_reads_slowly_computes_instead_and_whoever_reads_fast_is_given_the_prompt() -> None:
+    fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.001, 0.5])
+    assert choose(reading(fleet, [1e6, 0, 0], [0, 0, 0])).prefill == 1  # 90 s: the other has measured nothing
+    slow = choose(reading(fleet, [1e6, 1e6, 0], [0, 0, 0]))
+    assert (slow.prefill, slow.resume, slow.fetch.peer) == (0, 0, -1)
+    late = choose(reading(fleet, [1e12, 1e12, 0], [5.0, 0.0, 0]))
+    assert (late.prefill, late.resume, late.fetch.peer) == (1, 98, 2)
+
+
+@given(rate=st.floats(1e3, 1e12), latency=st.floats(0, 10), faster=st.floats(1, 1e3))
+def test_a_peer_that_is_read_faster_is_never_passed_over(rate: float, latency: float, faster: float) -> None:
+    fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.9, 0.9])
+    slow, fast = (choose(reading(fleet, [rate * by] * 3, [latency / by] * 3)) for by in (1.0, faster))
+    assert fast.predicted_seconds <= slow.predicted_seconds + 1e-9
+    assert slow.fetch.peer < 0 or fast.fetch.peer == 2
+
+
+def test_what_nobody_has_measured_is_as_modelled() -> None:
+    fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.001, 0.5])
+    assert choose(reading(fleet, [0, 0, 0], [9, 9, 9])) == choose(fleet)
 
 
 def test_a_tail_alone_is_read_where_the_pages_are_there() -> None:
