@@ -27,6 +27,7 @@ PROBE_SECONDS = 30.0
 """A source that is not worth its time is read from once in so long all the same: it may have become faster."""
 
 _KEPT = 0.9  # of the weight of older reads, with each new one: the last ten count
+_KEPT_LONG = 0.5  # of it besides, in PROBE_SECONDS: a few probes show that a source has become faster
 _SHARE_MIN = 0.1  # of the mean read's time: for its bytes, whatever is fitted
 
 
@@ -77,7 +78,8 @@ def break_even_tokens(
 
 class MeasuredSpeed:
     """The speed of one source: as assumed until SAMPLES_MIN reads are done, then fitted to what reads have taken
-    lately, by weighted least squares of seconds over bytes (the weight of a read falls by a tenth with each newer one).
+    lately, by weighted least squares of seconds over bytes. The weight of a read falls by a tenth with each newer one,
+    and by half in PROBE_SECONDS.
 
     Two reads more stand beside the measured ones, of no bytes and of twice the mean: they lie on the assumed line,
     scaled to the mean time. So reads that are all of one size are split into latency and bytes as was assumed, and
@@ -90,6 +92,7 @@ class MeasuredSpeed:
         self.num_refused = 0  # reads that were not worth their time so far
         self._speed = assumed
         self._looked_at = 0.0  # the newest sample or probe, on the caller's clock, which begins at 0 or later
+        self._observed_at = 0.0  # the newest sample
         self._weight = 0.0
         self._bytes = 0.0  # weighted sums over samples
         self._seconds = 0.0
@@ -108,13 +111,14 @@ class MeasuredSpeed:
         """A read is done. Nothing is learned from one of no bytes or of no time."""
         if num_bytes <= 0 or not 0 < seconds < math.inf:
             return
+        kept = _KEPT * _KEPT_LONG ** (max(now - self._observed_at, 0.0) / PROBE_SECONDS)
         self.num_samples += 1
-        self._looked_at = now
-        self._weight = self._weight * _KEPT + 1.0
-        self._bytes = self._bytes * _KEPT + num_bytes
-        self._seconds = self._seconds * _KEPT + seconds
-        self._bytes_squared = self._bytes_squared * _KEPT + num_bytes * num_bytes
-        self._bytes_seconds = self._bytes_seconds * _KEPT + num_bytes * seconds
+        self._observed_at = self._looked_at = now
+        self._weight = self._weight * kept + 1.0
+        self._bytes = self._bytes * kept + num_bytes
+        self._seconds = self._seconds * kept + seconds
+        self._bytes_squared = self._bytes_squared * kept + num_bytes * num_bytes
+        self._bytes_seconds = self._bytes_seconds * kept + num_bytes * seconds
         if self.is_measured:
             self._speed = self._fit()
 
