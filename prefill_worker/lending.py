@@ -13,7 +13,6 @@ stay out for as long as a read begun in good order may still take.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from engine.plan import Expose, FromTransfer
 from engine.worker.events import LentEvent, PagesEvent, SequenceKey
 from engine.worker.exposure import Exposure
+from engine.worker.lease_deadlines import keep_deadlines
 from engine.worker.role import HandlerHost
 from kvstore.leases import LeaseLedger, Returned
 from prefill_worker.metrics import LendingMetrics
@@ -93,17 +93,13 @@ class Lender:
 
     async def run(self) -> None:
         """Let leases end when their time has come."""
-        while True:
-            self._changed.clear()
-            due = self._ledger.next_deadline
-            wait = None if due is None else max(0.0, due - self._clock.monotonic())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._changed.wait()
-                    continue
-            done = asyncio.Event()
-            self.host.enqueue(lambda done=done: self._advance(done))
-            await done.wait()
+        await keep_deadlines(
+            self._ledger,
+            clock=self._clock,
+            host=self.host,
+            changed=self._changed,
+            advance=self._advance,
+        )
 
     async def finish(self) -> None:
         pass
@@ -215,7 +211,7 @@ class Lender:
         self._take_back(returned)
         self.host.hand_over(key)
 
-    def _advance(self, done: asyncio.Event) -> None:
+    def _advance(self) -> None:
         """In the host's own task."""
         moved = self._ledger.advance(self._clock.monotonic())
         for name in moved.expired:
@@ -227,7 +223,6 @@ class Lender:
         for returned in moved.returned:
             self._take_back(returned)
         self._note_change()
-        done.set()
 
     def _take_back(self, returned: Returned) -> None:
         self.host.scheduler.take_back(returned.record)

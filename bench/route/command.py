@@ -10,19 +10,20 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bench.route import report, trace
 from bench.route.fleet import Outcome, Simulation
 from bench.route.policies import ENTRANTS, Entrant
+from bench.route.store import StoreConfig, StoreWrite, lru_hit_rate
 from bench.route.worker import WHOLE_BLOCKS, WorkerConfig
 from kvstore.handover import record_bytes
 from kvstore.layout import Numerics, build_layout
 from kvstore.shadow_radix import EvictionOrder, TailPolicy
 from rorqual.model_config import PAGE_TOKENS
-from rorqual.performance import HARDWARE, PRESETS, PerformanceModel, model_costs
+from rorqual.performance import HARDWARE, PRESETS, PerformanceModel, SourceSpeed, model_costs
 
 FREE_TAILS = "rorqual-freetails"
 """Not a policy but a bound: ours, with a tail behind every page that takes no room."""
@@ -48,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = _race(ENTRANTS["rorqual"], _with_free_tails(config), requests, args, label=FREE_TAILS)
         free = report.figures(run, ttft_target=args.ttft_target, uses_picture=True).hit_rate
     print(report.table(found))
+    lru = lru_hit_rate(requests, num_pages=args.store_pages) if args.store_pages else None
     print(_notes(names, ideal=ideal, free=free, ttft_target=args.ttft_target))
+    if lru is not None:
+        print(_store_notes(found, lru=lru, num_pages=args.store_pages))
     if args.json is not None:
         content = {
             "trace": args.trace,
@@ -61,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "ttft_target": args.ttft_target,
             "ideal_hit_rate": ideal,
             "free_tails_hit_rate": free,
+            "store_pages": args.store_pages,
+            "store_bandwidth": args.store_bandwidth,
+            "store_latency_ms": args.store_latency_ms,
+            "store_write": args.store_write,
+            "store_tails_every": args.store_tails_every,
+            "store_lru_hit_rate": lru,
             "policies": report.as_json(found),
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -126,6 +136,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="goodput is the share of prompts whose first token comes within this (default 1.0)",
     )
+    _add_worker(parser)
+    _add_store(parser)
+    add("--no-bounds", action="store_true", help="leave out the run with free tails")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--plot", type=Path, metavar="FILE", help="write hit rates and times to first token as a picture")
+    return parser
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--model", choices=tuple(PRESETS), default="flash", help="whose costs are used (default flash)")
     add("--hardware", choices=tuple(HARDWARE), default="h200", help="of a worker's devices (default h200)")
     add("--devices", type=_positive, default=8, metavar="N", help="of a worker (default 8)")
@@ -137,10 +157,59 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pages between tails of a prompt (default 0: none)",
     )
-    add("--no-bounds", action="store_true", help="leave out the run with free tails")
-    add("--json", type=Path, metavar="FILE", help="write all figures")
-    add("--plot", type=Path, metavar="FILE", help="write hit rates and times to first token as a picture")
-    return parser
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--store-pages",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="a store that all workers share has the bytes of so many pages, for pages and tails together (default 0:"
+        " there is none)",
+    )
+    add(
+        "--store-bandwidth",
+        type=_number,
+        default=2e9,
+        metavar="BYTES",
+        help="a second, of one worker's reads from the store, and as much of its writes (default 2e9)",
+    )
+    add(
+        "--store-latency-ms",
+        type=_number,
+        default=2.0,
+        metavar="MS",
+        help="of a read or a write (default 2)",
+    )
+    add(
+        "--store-write",
+        choices=[item.value for item in StoreWrite],
+        default=StoreWrite.PROMPT_END.value,
+        help="what workers write: prompts that they have computed, or what their caches give up (default prompt_end)",
+    )
+    add(
+        "--store-tails-every",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="pages between the tails of a prompt that are taken for the store alone (default 16; 0: none)",
+    )
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 1e-3 <= number <= 1e15:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0.001 to 1e15")
+    return number
 
 
 def _positive(text: str) -> int:
@@ -163,11 +232,24 @@ def _worker_config(args: argparse.Namespace) -> WorkerConfig:
     preset = PRESETS[args.model]
     layout = build_layout(preset, Numerics.SERVED)
     model = PerformanceModel(
-        hardware=HARDWARE[args.hardware], costs=model_costs(preset), num_devices=args.devices
+        hardware=HARDWARE[args.hardware],
+        costs=model_costs(preset),
+        num_devices=args.devices,
+        store=SourceSpeed(
+            bytes_per_second=args.store_bandwidth, latency_seconds=args.store_latency_ms / 1000
+        ),
     )
     assert layout.page_bytes == model.costs.page_bytes, "both count the same rows"
+    store: StoreConfig | None = None
+    if args.store_pages:
+        store = StoreConfig(
+            budget_bytes=args.store_pages * layout.page_bytes,
+            write=StoreWrite(args.store_write),
+            tails_every=args.store_tails_every,
+        )
     return WorkerConfig(
         model=model,
+        store=store,
         tail_bytes=record_bytes(layout, PAGE_TOKENS, drafts=True),
         budget_bytes=args.pages_per_worker * layout.page_bytes,
         order=EvictionOrder(args.eviction),
@@ -249,6 +331,15 @@ def _notes(names: Sequence[str], *, ideal: float, free: float | None, ttft_targe
             "Caches, tails and eviction are the same for all. Only rorqual reads pages and tails from peers."
         )
     return "\n".join(lines)
+
+
+def _store_notes(found: Mapping[str, report.Figures], *, lru: float, num_pages: int) -> str:
+    """Hits over those of one LRU cache as large as the store, of each policy."""
+    shares = ", ".join(f"{name} {100 * item.hit_rate / max(lru, 1e-9):.1f} %" for name, item in found.items())
+    return (
+        f"store: full prompt pages read from it. One LRU cache of {num_pages:,} pages, without tails, would have"
+        f" {100 * lru:.2f} %; hits over that: {shares}."
+    )
 
 
 def _say(text: str) -> None:

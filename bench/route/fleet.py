@@ -1,7 +1,7 @@
 """One policy over one trace: simulated workers and the policy under test on one virtual clock. No real time passes.
 
-Called by `bench.route`. Three kinds of events: a prompt arrives, a read from a peer has ended, a step has ended. Events
-of one moment are taken in the order they were made, so that a run repeats itself.
+Called by `bench.route`. Events: a prompt arrives, a read from a peer or from the store has ended, a write to the store
+has ended, a step has ended. Those of one moment are taken in the order they were made, so that a run repeats itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.route.picture import ExactPicture
+from bench.route.store import SharedStore, StoreItem, StoreLink
 from bench.route.trace import Request
 from bench.route.worker import Job, Worker, WorkerConfig
 from kvstore.shadow_radix import Pin
@@ -29,6 +30,7 @@ class Outcome:
     num_reused: int  # not computed on the worker
     num_present: int  # there when it began, resumable or not
     num_fetched: int  # read from a peer
+    num_stored: int  # read from the store
     ttft_seconds: float
     predicted_seconds: float
 
@@ -49,8 +51,23 @@ class _Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class _ReadFromStore:
+    worker: Worker
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    worker: Worker
+    items: list[StoreItem]
+
+
+@dataclass(frozen=True, slots=True)
 class _StepEnd:
     worker: Worker
+
+
+_Event = _Arrival | _Fetched | _ReadFromStore | _Written | _StepEnd
 
 
 class Simulation:
@@ -64,14 +81,17 @@ class Simulation:
         policy: CachePlacement,
         timer: Callable[[], float],
     ) -> None:
-        self.workers = [Worker(number, config) for number in range(num_workers)]
-        self.picture = ExactPicture(num_workers)
+        self.store: SharedStore | None = None
+        if config.store is not None:
+            self.store = SharedStore(budget_bytes=config.store.budget_bytes, costs=config.costs)
+        self.workers = [Worker(number, config, self._link(config)) for number in range(num_workers)]
+        self.picture = ExactPicture(num_workers, self.store)
         self.policy = policy
         self.decision_seconds = 0.0
         self.outcomes: list[Outcome] = []
         self._config = config
         self._timer = timer
-        self._events: list[tuple[float, int, _Arrival | _Fetched | _StepEnd]] = []
+        self._events: list[tuple[float, int, _Event]] = []
         self._num_events = 0
         self._predicted: dict[int, float] = {}
         self._num_fetched: dict[int, int] = {}
@@ -91,12 +111,26 @@ class Simulation:
                         yield num_placed
                 case _Fetched():
                     self._fetched(now, event)
+                case _ReadFromStore(worker=worker, job=job):
+                    worker.receive_from_store(job)
+                    self._tell(now, worker)
+                    self._wake(now, worker)
+                case _Written(worker=worker, items=items):
+                    assert self.store is not None
+                    assert worker.link is not None
+                    self.store.put(items)
+                    worker.link.written(items)
                 case _StepEnd(worker=worker):
                     self._step_ended(now, worker)
         assert len(self.outcomes) == len(requests), "every prompt is computed"
         yield num_placed
 
-    def _at(self, seconds: float, event: _Arrival | _Fetched | _StepEnd) -> None:
+    def _link(self, config: WorkerConfig) -> StoreLink | None:
+        if self.store is None or config.store is None:
+            return None
+        return StoreLink(self.store, config.store, config.model)
+
+    def _at(self, seconds: float, event: _Event) -> None:
         self._num_events += 1
         heapq.heappush(self._events, (seconds, self._num_events, event))
 
@@ -113,7 +147,9 @@ class Simulation:
         job = Job(request=request, arrived=now, ready=now)
         if decision.fetch.peer >= 0:
             self._fetch(now, worker, job, decision)
-        worker.enqueue(job)
+        worker.enqueue(job, now)
+        if job.read is not None:
+            self._at(job.ready, _ReadFromStore(worker, job))
         self._wake(now, worker)
 
     def _fetch(self, now: float, worker: Worker, job: Job, decision: Decision) -> None:
@@ -138,7 +174,7 @@ class Simulation:
     def _fetched(self, now: float, event: _Fetched) -> None:
         event.worker.receive(event.job, depth=event.depth, tail_depth=event.tail_depth)
         event.peer.radix.release(event.pin)
-        self._tell(event.worker)
+        self._tell(now, event.worker)
         self._wake(now, event.worker)
 
     def _wake(self, now: float, worker: Worker) -> None:
@@ -147,7 +183,7 @@ class Simulation:
 
     def _step_ended(self, now: float, worker: Worker) -> None:
         for job in worker.end_step():
-            request, start = job.request, job.start
+            request, start, read = job.request, job.start, job.read
             assert start is not None
             self.policy.finished(request.number)
             self.outcomes.append(
@@ -158,15 +194,20 @@ class Simulation:
                     num_reused=start.from_depth,
                     num_present=job.num_matched,
                     num_fetched=self._num_fetched.pop(request.number, 0),
+                    num_stored=read.depth - read.first if read is not None else 0,
                     ttft_seconds=now - job.arrived,
                     predicted_seconds=self._predicted.pop(request.number),
                 )
             )
-        self._tell(worker)
+        self._tell(now, worker)
         self._wake(now, worker)
 
-    def _tell(self, worker: Worker) -> None:
+    def _tell(self, now: float, worker: Worker) -> None:
+        """The router of what has changed in the cache, and the store of what is to be written."""
         self.picture.apply(worker.number, worker.take_changes())
+        if (writes := worker.begin_writes(now)) is not None:
+            done, items = writes
+            self._at(done, _Written(worker, items))
 
     def _fleet(self, now: float) -> FleetPicture:
         workers = self.workers

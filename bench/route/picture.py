@@ -1,4 +1,5 @@
-"""What the simulated router sees: an exact picture of every worker's cache, from the changes that indexes report.
+"""What the simulated router sees: an exact picture of every worker's cache, from the changes that indexes report, and
+of the store that all of them share.
 
 Called by `bench.route.fleet`. A dictionary from page key to a bit mask of workers: a look-up walks the keys of a prompt
 once, whatever the number of workers.
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bench.route.store import SharedStore
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Changes
 from router.placement.cache import Found
@@ -19,8 +21,9 @@ from router.placement.cache import Found
 class ExactPicture:
     """Always what the workers have: it is told of every change at once."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, store: SharedStore | None = None) -> None:
         self._num_workers = num_workers
+        self._store = store
         self._pages: dict[PageKey, int] = {}
         self._tails: dict[PageKey, int] = {}
 
@@ -57,7 +60,11 @@ class ExactPicture:
             if (alive := tails.get(key, 0) & present) != 0:
                 _set(tail_W, alive, depth)
         _set(pages_W, present, depth)
-        return Found(pages_W=pages_W, tail_W=tail_W)
+        store_pages, store_tail = 0, 0
+        if self._store is not None:
+            store_pages = self._store.reach(keys)
+            store_tail = self._store.deepest_tail(keys[:store_pages])
+        return Found(pages_W=pages_W, tail_W=tail_W, store_pages=store_pages, store_tail=store_tail)
 
     def memory_bytes(self) -> int:
         """Of the tables with their keys and masks."""

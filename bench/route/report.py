@@ -20,12 +20,14 @@ class Figures:
     hit_rate: float  # full pages not computed by the worker, of all full pages
     present_rate: float  # full pages that were there when the prompt began, resumable behind or not
     fetched_rate: float  # full pages read from a peer
+    stored_rate: float  # full pages read from the store that all share
     work_max_over_mean: float  # of the workers' busy seconds
     ttft_mean: float
     ttft_p50: float
     ttft_p90: float
     ttft_p99: float
     goodput: float  # share of prompts whose first token came within the target
+    store_refused: int  # reads and writes not made, since too much was on its way
     decisions_per_s: float  # on this machine; the only figures that are measured are this one and the next
     memory_bytes: int  # of the policy, and of the picture it reads, at the end
 
@@ -41,12 +43,14 @@ def figures(run: Simulation, *, ttft_target: float, uses_picture: bool) -> Figur
         hit_rate=sum(item.num_reused for item in outcomes) / num_pages,
         present_rate=sum(item.num_present for item in outcomes) / num_pages,
         fetched_rate=sum(item.num_fetched for item in outcomes) / num_pages,
+        stored_rate=sum(item.num_stored for item in outcomes) / num_pages,
         work_max_over_mean=float(work.max() / work.mean()),
         ttft_mean=float(ttft.mean()),
         ttft_p50=p50,
         ttft_p90=p90,
         ttft_p99=p99,
         goodput=float((ttft <= ttft_target).mean()),
+        store_refused=sum(worker.link.num_refused for worker in run.workers if worker.link is not None),
         decisions_per_s=len(outcomes) / max(run.decision_seconds, 1e-9),
         memory_bytes=deep_bytes(run.policy) + (run.picture.memory_bytes() if uses_picture else 0),
     )
@@ -56,11 +60,12 @@ def table(found: Mapping[str, Figures]) -> str:
     """Lines of text, one for each policy."""
     lines = [
         "",
-        f"{'policy':20} {'hits':>6} {'there':>6} {'fetched':>7} {'max/mean':>8} {'TTFT p50':>8} {'p90':>8} {'p99':>8}"
-        f" {'goodput':>7} {'decisions/s':>11} {'memory MB':>9}",
+        f"{'policy':20} {'hits':>6} {'there':>6} {'fetched':>7} {'store':>6} {'max/mean':>8} {'TTFT p50':>8} {'p90':>8}"
+        f" {'p99':>8} {'goodput':>7} {'decisions/s':>11} {'memory MB':>9}",
     ]
     lines += [
         f"{name:20} {100 * item.hit_rate:5.1f}% {100 * item.present_rate:5.1f}% {100 * item.fetched_rate:6.1f}%"
+        f" {100 * item.stored_rate:5.1f}%"
         f" {item.work_max_over_mean:8.3f} {1000 * item.ttft_p50:5.0f} ms {1000 * item.ttft_p90:5.0f} ms"
         f" {1000 * item.ttft_p99:5.0f} ms {100 * item.goodput:6.1f}% {item.decisions_per_s:11,.0f}"
         f" {item.memory_bytes / 1e6:9.1f}"

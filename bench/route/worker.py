@@ -1,9 +1,11 @@
 """A simulated prefill worker: the real index, a queue, and steps that take as long as the performance model says.
 
 Called by `bench.route.fleet`, which owns the clock. A step packs prompts from the queue, in the order they came, up to
-a number of tokens; a prompt that waits for a read from a peer, or for pages that another prompt is computing, lets
-others pass. Pages and tails share one budget of bytes. The pages of a prompt are there for others as soon as the step
-that computes them has ended.
+a number of tokens; a prompt that waits for a read from a peer or from the store, or for pages that another prompt is
+computing, lets others pass. Pages and tails share one budget of bytes. The pages of a prompt are there for others as
+soon as the step that computes them has ended.
+
+Whether the store is read from the worker decides, whatever the policy: when the first token comes sooner by it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bench.route.store import StoreConfig, StoreItem, StoreLink, StoreWrite, page_item, tail_item
 from bench.route.trace import BLOCK_PAGES, Request
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import (
@@ -25,6 +28,7 @@ from kvstore.shadow_radix import (
     Pin,
     ShadowRadix,
     Start,
+    StartKind,
     TailKind,
     TailPlan,
     TailPolicy,
@@ -51,6 +55,7 @@ class WorkerConfig:
     budget_bytes: int
     order: EvictionOrder = EvictionOrder.VALUE
     tails: TailPolicy = WHOLE_BLOCKS
+    store: StoreConfig | None = None
 
     @property
     def costs(self) -> Costs:
@@ -60,13 +65,23 @@ class WorkerConfig:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreRead:
+    """Pages first .. depth - 1 and the tail at `tail_depth` (0: none), on their way."""
+
+    first: int
+    depth: int
+    tail_depth: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Job:
     """A prompt on a worker. Depths in pages, the rest in tokens."""
 
     request: Request
     arrived: float
-    ready: float  # when what is read from a peer has come
+    ready: float  # when what is read from a peer or from the store has come
+    read: StoreRead | None = None  # from the store
     is_fetched: bool = False
     tokens_left: int = 0  # to be computed, as far as is known
     seconds_left: float = 0.0
@@ -75,13 +90,14 @@ class Job:
     num_matched: int = 0  # pages there when it began
     pin: Pin | None = None
     plans: tuple[TailPlan, ...] = ()
+    tails_taken: tuple[int, ...] = ()  # depths
     keeps_pages: bool = True  # False: there was no room for them
 
 
 class Worker:
     """Not a process and without a clock: `begin_step` says how long it takes, `end_step` is called that much later."""
 
-    def __init__(self, number: int, config: WorkerConfig) -> None:
+    def __init__(self, number: int, config: WorkerConfig, link: StoreLink | None = None) -> None:
         self.number = number
         self.config = config
         self.radix = ShadowRadix(costs=config.costs, order=config.order, num_changes_max=1 << 22)
@@ -94,14 +110,23 @@ class Worker:
         self.queued_tokens = 0
         self.queued_seconds = 0.0
         self.active_pages = 0
+        self.link = link
+        self._to_store: list[
+            StoreItem
+        ] = []  # deepest first, so that of one prompt the first pages stay longest
+        self._coming_from_store: set[PageKey] = set()
         self._coming = Promises(prompts_max=1 << 20)  # of prompts queued here
         self._page_bytes = config.costs.page_bytes
         self._next_id = 0
 
-    def enqueue(self, job: Job) -> None:
+    def enqueue(self, job: Job, now: float) -> None:
+        """`job.read` says afterwards what is read from the store, until `job.ready`."""
         request = job.request
         match = self._match_to_come(request)
-        self._expect(job, self._start(request, match))
+        start = self._start(request, match)
+        if self.link is not None and job.ready <= now:
+            start = self._read_store(self.link, job, now, match, start)
+        self._expect(job, start)
         self.queue.append(job)
         self.active_pages += request.num_pages
         self._coming.promise(request.number, worker=0, keys=request.keys, num_present=match.num_pages)
@@ -152,8 +177,8 @@ class Worker:
         return done
 
     def receive(self, job: Job, *, depth: int, tail_depth: int) -> None:
-        """Pages up to `depth` and the tail at `tail_depth` (0: none) have been read from a peer. All stay pinned
-        until the prompt begins."""
+        """Pages up to `depth` and the tail at `tail_depth` (0: none) have been read from elsewhere. All stay
+        pinned until the prompt begins."""
         keys = job.request.keys
         num_own = min(self.radix.match(keys).num_pages, depth)
         pin = self.radix.pin(keys, num_pages=num_own)
@@ -172,8 +197,61 @@ class Worker:
             if start.num_tokens_computed < job.tokens_left:
                 self._expect(job, start)
 
+    def receive_from_store(self, job: Job) -> None:
+        """What is read has come: it is of use unless pages before it have been evicted meanwhile."""
+        read, keys = job.read, job.request.keys
+        assert read is not None
+        self._coming_from_store.difference_update(keys[read.first : read.depth])
+        if self.radix.match(keys).num_pages >= read.first:
+            self.receive(job, depth=read.depth, tail_depth=read.tail_depth)
+
     def take_changes(self) -> Changes:
-        return self.radix.take_changes()
+        changes = self.radix.take_changes()
+        if self.link is not None and self.link.config.write is StoreWrite.EVICTION:
+            self._to_store += map(tail_item, changes.tails_removed)
+            self._to_store += map(page_item, changes.pages_removed)
+        return changes
+
+    def begin_writes(self, now: float) -> tuple[float, list[StoreItem]] | None:
+        """What is being written to the store from now on, and when it will be there."""
+        items, self._to_store = self._to_store, []
+        return self.link.begin_write(now, items) if self.link is not None and items else None
+
+    def _read_store(self, link: StoreLink, job: Job, now: float, match: Match, start: Start) -> Start:
+        """The start that the prompt is expected to have: with a read from the store, which begins here, if the first
+        token comes sooner by it. `match` and `start`: what is here, or will be."""
+        request, keys, store = job.request, job.request.keys, link.store
+        # Behind pages that are here or will have been read: pages to be computed may come later than those read.
+        first = self.radix.match(keys).num_pages
+        while first < len(keys) and keys[first] in self._coming_from_store:
+            first += 1
+        depth = store.reach(keys, first=first)
+        tail_depth = store.deepest_tail(keys[:depth])
+        if tail_depth <= match.resumable:
+            tail_depth = 0
+        tails = (*match.tail_depths, tail_depth) if tail_depth else match.tail_depths
+        num_pages = max(match.num_pages, depth)
+        stored = self._start(request, replace(match, num_pages=num_pages, tail_depths=tails))
+        if stored.num_tokens_computed >= start.num_tokens_computed:
+            return start
+        depth = depth if stored.kind is StartKind.REBUILD else max(stored.tail_depth, first)
+        tail_depth = tail_depth if stored.tail_depth == tail_depth else 0
+        num_bytes = (depth - first) * self._page_bytes + (self.config.tail_bytes if tail_depth else 0)
+        seconds = link.read_seconds(now, num_bytes)
+        wait = self.wait_seconds(now)
+        if max(wait, seconds) + self._work(request, stored) >= wait + self._work(request, start):
+            return start
+        items = [page_item(key) for key in reversed(keys[first:depth])]
+        if tail_depth:
+            items.append(tail_item(keys[tail_depth - 1]))
+        job.ready = link.begin_read(now, items, seconds=seconds)
+        job.read = StoreRead(first=first, depth=depth, tail_depth=tail_depth)
+        self._coming_from_store.update(keys[first:depth])
+        return stored
+
+    def _work(self, request: Request, start: Start) -> float:
+        tokens = start.num_tokens_computed
+        return float(self.config.model.work_seconds(tokens, request.num_tokens - tokens))
 
     def _match_to_come(self, request: Request) -> Match:
         """What will be there once the prompts queued before have been computed."""
@@ -246,14 +324,18 @@ class Worker:
                 if keys[place - 1] in wanted and place <= job.pin.num_pages
             )
         for plan in job.plans:
-            if plan.depth <= min(depth, job.pin.num_pages):
-                self._keep_tail(keys[plan.depth - 1], plan.kind)
+            if plan.depth <= min(depth, job.pin.num_pages) and self._keep_tail(
+                keys[plan.depth - 1], plan.kind
+            ):
+                job.tails_taken += (plan.depth,)
         job.plans = tuple(plan for plan in job.plans if plan.depth > depth)
         for key in keys[first:depth]:
             self.waiting.difference_update(self.in_progress.completed(job.request.number, key))
 
     def _finish(self, job: Job) -> None:
         assert job.pin is not None
+        if self.link is not None and self.link.config.write is StoreWrite.PROMPT_END:
+            self._to_store += self._items_of(job, job.pin.num_pages, self.link)
         self.radix.release(job.pin)
         job.pin = None
         self.queue.remove(job)
@@ -261,6 +343,26 @@ class Worker:
         self.waiting.difference_update(self.in_progress.end(job.request.number))
         self.active_pages -= job.request.num_pages
         self._forget(job, tokens=job.tokens_left, seconds=job.seconds_left)
+
+    def _items_of(self, job: Job, num_pages: int, link: StoreLink) -> list[StoreItem]:
+        """All pages of a prompt, the tails taken of it, and those for the store alone. The tail it was resumed from is
+        used, and not written again: the next turn resumes deeper."""
+        assert job.start is not None
+        keys, tails = job.request.keys, {*job.tails_taken}
+        end = len(keys) - len(keys) % self.config.tails.end_multiple
+        # Where computing was exact, and further on than a tail that the prompt began with.
+        first = max(job.start.exact_depth, job.start.tail_depth + 1)
+        extra = [depth for depth in link.config.extra_tails(end) if first <= depth <= num_pages]
+        tails.update(extra[: link.config.tails_max])
+        resumed = job.start.tail_depth
+        if resumed and tail_item(keys[resumed - 1]) in link.store:
+            tails.add(resumed)
+        items: list[StoreItem] = []
+        for depth in range(num_pages, 0, -1):
+            if depth in tails:
+                items.append(tail_item(keys[depth - 1]))
+            items.append(page_item(keys[depth - 1]))
+        return items
 
     def _extend(self, pin: Pin, keys: Sequence[PageKey]) -> bool:
         """False when pinned pages leave no room for some of them."""
@@ -270,9 +372,12 @@ class Worker:
             self.radix.extend(pin, key, PageId(self._new_id()))
         return room >= len(keys)
 
-    def _keep_tail(self, key: PageKey, kind: TailKind) -> None:
-        if self._make_room(self.config.tail_bytes):
+    def _keep_tail(self, key: PageKey, kind: TailKind) -> bool:
+        """False when pinned pages and tails leave no room for it."""
+        has_room = self._make_room(self.config.tail_bytes)
+        if has_room:
             self.radix.insert_tail(key, RecordId(self._new_id()), kind=kind)
+        return has_room
 
     def _make_room(self, num_bytes: int) -> bool:
         """Evict until so many bytes are free; False when what is pinned leaves fewer."""

@@ -10,12 +10,12 @@ sequences but those pins, which are bounded, and promises nothing: an answer may
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from engine.worker.exposure import Exposure
+from engine.worker.lease_deadlines import keep_deadlines
 from engine.worker.prefix_cache import KeyLoan
 from engine.worker.role import HandlerHost
 from engine.worker.wire import LeaseKeysRequest
@@ -101,17 +101,13 @@ class KeyLender:
 
     async def run(self) -> None:
         """Let leases end when their time has come."""
-        while True:
-            self._changed.clear()
-            due = self._ledger.next_deadline
-            wait = None if due is None else max(0.0, due - self._clock.monotonic())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._changed.wait()
-                    continue
-            done = asyncio.Event()
-            self.host.enqueue(lambda done=done: self._advance(done))
-            await done.wait()
+        await keep_deadlines(
+            self._ledger,
+            clock=self._clock,
+            host=self.host,
+            changed=self._changed,
+            advance=self._advance,
+        )
 
     async def lease(self, request: LeaseKeysRequest) -> Offer | None:
         """What of it can be read. None: nothing, or not now."""
@@ -185,14 +181,13 @@ class KeyLender:
             record=record,
         )
 
-    def _advance(self, done: asyncio.Event) -> None:
+    def _advance(self) -> None:
         """In the host's own task."""
         moved = self._ledger.advance(self._clock.monotonic())
         self._metrics.ended.labels("expired").inc(len(moved.expired))
         for returned in moved.returned:
             self._take_back(returned)
         self._note_change()
-        done.set()
 
     def _take_back(self, returned: Returned) -> None:
         loan = self._loans.pop(returned.record)

@@ -9,7 +9,7 @@ clock; never imports torch.
 from rorqual.performance.correction import Corrections
 from rorqual.performance.costs import FLASH, PRESETS, PRO, ModelCosts, model_costs
 from rorqual.performance.hardware import HARDWARE, Hardware
-from rorqual.performance.roofline import Efficiency, PerformanceModel
+from rorqual.performance.roofline import STORE_SPEED, Efficiency, PerformanceModel
 from rorqual.performance.sources import MeasuredSpeed, SourceSpeed
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "HARDWARE",
     "PRESETS",
     "PRO",
+    "STORE_SPEED",
     "Corrections",
     "Efficiency",
     "Hardware",

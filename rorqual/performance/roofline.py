@@ -34,6 +34,10 @@ class Efficiency:
         assert self.step_seconds >= 0, "a step costs no negative time"
 
 
+STORE_SPEED = SourceSpeed(bytes_per_second=2e9, latency_seconds=0.002)
+"""Assumed of one worker's reads from the store that all workers share, and of its writes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerformanceModel:
     """One worker: `num_devices` accelerators, experts spread over them, attention data-parallel."""
@@ -43,6 +47,7 @@ class PerformanceModel:
     num_devices: int
     chunk_tokens: int = 8192  # of one prefill step, at most
     efficiency: Efficiency = Efficiency()
+    store: SourceSpeed = STORE_SPEED
 
     def __post_init__(self) -> None:
         assert self.num_devices > 0, "a worker has a device"
@@ -102,6 +107,10 @@ class PerformanceModel:
     def fetch_seconds(self, num_bytes: float | Numbers) -> Numbers:
         """Seconds to read so many bytes from another worker."""
         return self.peer_speed.seconds(num_bytes)
+
+    def store_seconds(self, num_bytes: float | Numbers) -> Numbers:
+        """Seconds to read so many bytes from the store, nothing else being read. 0 for none."""
+        return self.store.seconds(num_bytes)
 
     def state_bytes_read(self, context: float | Numbers) -> Numbers:
         """Bytes of cached state that the attention of one new token reads in all layers."""

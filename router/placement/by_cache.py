@@ -8,6 +8,7 @@ is charged first, and it is not on the way to the first token. Which worker comp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -191,4 +192,5 @@ class _Looked:
         self._found = found
 
     def look_up(self, keys: Sequence[PageKey]) -> Found:
-        return Found(pages_W=self._found.pages_W.copy(), tail_W=self._found.tail_W.copy())
+        found = self._found
+        return replace(found, pages_W=found.pages_W.copy(), tail_W=found.tail_W.copy())

@@ -29,7 +29,7 @@ class Source(enum.Enum):
     OWN = "own"  # the prefill worker has it
     PEER = "peer"  # read out of another worker's memory
     HOST = "host"  # host memory of the prefill worker; no policy plans this yet
-    STORE = "store"  # a store that all workers share; no policy plans this yet
+    STORE = "store"  # a store that all workers share
     COMPUTE = "compute"
 
 
@@ -66,10 +66,12 @@ class FetchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What the caches have of one prompt."""
+    """What the caches have of one prompt, and what the store has that all workers share."""
 
     pages_W: Int32s  # leading pages present
     tail_W: Int32s  # deepest boundary with a live tail among them, 0 for none
+    store_pages: int = 0  # leading pages present in the store; 0 without one
+    store_tail: int = 0  # deepest boundary with a tail among those, 0 for none
 
 
 class CacheView(Protocol):

@@ -7,7 +7,7 @@ if none of them existed. A promise ends when the prompt is computed: by then the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 
@@ -71,7 +71,7 @@ class Promises:
             depth = np.array(depths, np.int32)[at]
             is_reached = pages_W[worker] >= depth
             np.maximum.at(tail_W, worker[is_reached], depth[is_reached])
-        return Found(pages_W=pages_W, tail_W=tail_W)
+        return replace(found, pages_W=pages_W, tail_W=tail_W)
 
 
 ENDS = 2

@@ -6,11 +6,15 @@ For every worker the predicted time to the first token is
 
 `wait` is the work ahead of it, this router's promises counted; `compute` what is left behind the cheapest start there:
 the deepest tail, or a rebuild of the windows from pages alone. Where a peer keeps more, reading from it is a second
-choice: its pages and tail come while the worker still computes others. Two terms more make it a score:
+choice, and reading from the store that all workers share a third: pages and a tail come while the worker still computes
+others. Two terms more make it a score:
 
 - a copy of pages that another worker keeps pushes out others. That is charged as `copy_share` of what the pages take
   to compute: it keeps a conversation where it is until the wait there is longer, and lets the short heads that many
-  prompts share spread over all workers, since they cost little.
+  prompts share spread over all workers, since they cost little. Of pages that the store has, `stored_share` is charged
+  no more than reading takes: with a large store what was pushed out is read again, with a small one it is gone there
+  too. On Mooncake's conversation trace a share of 1 instead of 0.5 loses 0.3 points of hits with a store as large as
+  all caches together, and gives first tokens 2 % sooner at p90 with larger ones.
 - `balance_share` of the work that a worker has done more than the least busy one, so that of workers as good as
   equal the one is taken that has worked less.
 """
@@ -44,6 +48,9 @@ class SoonestConfig:
     """Weights of the score, and whether peers are read from."""
 
     copy_share: float = 3.0
+    stored_share: float = (
+        0.5  # of what a copy pushes out, as much is believed to be in the store, if the copied is
+    )
     balance_share: float = 0.01
     session_seconds: float = 0.005  # a worker that has had the session counts as so much sooner
     sessions_max: int = 1_000_000
@@ -52,6 +59,7 @@ class SoonestConfig:
 
     def __post_init__(self) -> None:
         assert self.copy_share >= 0, "a copy is no gain"
+        assert 0 <= self.stored_share <= 1, "it is a share"
         assert self.balance_share >= 0, "work done is no reason for more"
 
 
@@ -61,9 +69,10 @@ class _Starts:
 
     depth_W: Int32s
     seconds_W: Float64s  # max(wait, fetch) + compute
-    peer: int  # -1: nothing is read
-    reach: int  # pages the peer gives, from the first on
-    has_peer_tail: bool
+    source: Source = Source.OWN  # where what a worker lacks is read; OWN: nothing is
+    peer: int = -1  # of PEER
+    reach: int = 0  # pages that are read up to, from the first on
+    reads_tail: bool = False
 
 
 class SoonestFirstToken:
@@ -82,6 +91,9 @@ class SoonestFirstToken:
         self._sessions: OrderedDict[str, int] = OrderedDict()
         chunk = model.chunk_tokens
         self._page_seconds = float(model.work_seconds(chunk)) * PAGE_TOKENS / chunk
+        read = model.costs.page_bytes / model.store.bytes_per_second
+        # Less for a copy of a page that the store has.
+        self._page_seconds_off = self._config.stored_share * max(self._page_seconds - read, 0.0)
 
     def choose(self, fleet: FleetPicture, request: CacheDemand) -> Decision:
         found = fleet.caches.look_up(request.keys)
@@ -92,8 +104,10 @@ class SoonestFirstToken:
         ways = [best]
         if self._config.fetches:
             ways += self._from_peers(fleet, compute_D, found, pages_W, best.depth_W)
+        ways += self._from_store(fleet, compute_D, found, pages_W, best.depth_W)
         seconds_W = np.minimum.reduce([way.seconds_W for way in ways])
-        worker = least(self._score(fleet, request, seconds_W, pages_W), fleet.prefill_W)
+        score_W = self._score(fleet, request, seconds_W, pages_W, num_stored=found.store_pages)
+        worker = least(score_W, fleet.prefill_W)
         way = min(ways, key=lambda item: float(item.seconds_W[worker]))
         self._remember(request, worker, num_present=int(pages_W[worker]))
         depth = int(way.depth_W[worker])
@@ -119,7 +133,7 @@ class SoonestFirstToken:
     def _from_own(self, fleet: FleetPicture, compute_D: Float64s, pages_W: Int32s, tail_W: Int32s) -> _Starts:
         depth_W = np.maximum(tail_W, pages_W - self._rebuild_pages)
         seconds_W = fleet.wait_seconds_W + fleet.corrected(compute_D[depth_W])
-        return _Starts(depth_W, seconds_W, -1, 0, False)
+        return _Starts(depth_W, seconds_W)
 
     def _from_peers(
         self, fleet: FleetPicture, compute_D: Float64s, found: Found, pages_W: Int32s, own_W: Int32s
@@ -133,18 +147,40 @@ class SoonestFirstToken:
         least_own = int(own_W.min())
         if tail >= least_own + self._config.fetch_pages_min:
             ways.append(
-                self._way(fleet, compute_D, pages_W, peer=tail_peer, depth=tail, reach=tail, has_tail=True)
+                self._from_peer(
+                    fleet, compute_D, pages_W, peer=tail_peer, depth=tail, reach=tail, has_tail=True
+                )
             )
         rebuilt = pages - self._rebuild_pages
         if rebuilt >= max(tail, least_own) + self._config.fetch_pages_min:
             ways.append(
-                self._way(
+                self._from_peer(
                     fleet, compute_D, pages_W, peer=pages_peer, depth=rebuilt, reach=pages, has_tail=False
                 )
             )
         return ways
 
-    def _way(
+    def _from_store(
+        self, fleet: FleetPicture, compute_D: Float64s, found: Found, pages_W: Int32s, own_W: Int32s
+    ) -> list[_Starts]:
+        """The deeper one of two: with the store's deepest tail, or with all its pages and a rebuild."""
+        rebuilt = found.store_pages - self._rebuild_pages
+        reads_tail = found.store_tail >= rebuilt
+        depth, reach = (found.store_tail,) * 2 if reads_tail else (rebuilt, found.store_pages)
+        if depth < int(own_W.min()) + self._config.fetch_pages_min:
+            return []
+        read_W = self._model.store_seconds(self._bytes_to_read(pages_W, reach, reads_tail))
+        depth_W = np.full(fleet.num_workers, depth, np.int32)
+        seconds_W = np.maximum(fleet.wait_seconds_W, read_W) + fleet.corrected(compute_D[depth_W])
+        return [
+            _Starts(depth_W, seconds_W, source=Source.STORE, reach=reach, reads_tail=reads_tail),
+        ]
+
+    def _bytes_to_read(self, pages_W: Int32s, reach: int, reads_tail: bool) -> Float64s:
+        missing_W = np.maximum(reach - pages_W, 0)
+        return missing_W * float(self._page_bytes) + (self._tail_bytes if reads_tail else 0.0)
+
+    def _from_peer(
         self,
         fleet: FleetPicture,
         compute_D: Float64s,
@@ -155,8 +191,7 @@ class SoonestFirstToken:
         reach: int,
         has_tail: bool,
     ) -> _Starts:
-        missing_W = np.maximum(reach - pages_W, 0)
-        num_bytes_W = missing_W * float(self._page_bytes) + (self._tail_bytes if has_tail else 0.0)
+        num_bytes_W = self._bytes_to_read(pages_W, reach, has_tail)
         fetch_W = fleet.peer_seconds_W(num_bytes_W, assumed=self._model.peer_speed)
         seconds_W = np.maximum(fleet.wait_seconds_W, fetch_W)
         depth_W = np.full(fleet.num_workers, depth, np.int32)
@@ -164,7 +199,7 @@ class SoonestFirstToken:
         seconds_W[peer] = np.inf  # nobody reads from itself
         if fleet.readable_W is not None:
             seconds_W[~fleet.readable_W] = np.inf
-        return _Starts(depth_W, seconds_W, peer, reach, has_tail)
+        return _Starts(depth_W, seconds_W, source=Source.PEER, peer=peer, reach=reach, reads_tail=has_tail)
 
     def _compute(self, request: CacheDemand) -> Float64s:
         """Of each depth a worker may begin at: all workers and ways have some of them."""
@@ -172,11 +207,21 @@ class SoonestFirstToken:
         return self._model.work_seconds(np.maximum(request.num_tokens - context_D, 1.0), context_D)
 
     def _score(
-        self, fleet: FleetPicture, request: CacheDemand, seconds_W: Float64s, pages_W: Int32s
+        self,
+        fleet: FleetPicture,
+        request: CacheDemand,
+        seconds_W: Float64s,
+        pages_W: Int32s,
+        *,
+        num_stored: int,
     ) -> Float64s:
         config = self._config
-        copies_W = (int(pages_W.max()) - pages_W).astype(np.float64)
-        score_W = seconds_W + fleet.corrected(copies_W * (config.copy_share * self._page_seconds))
+        deepest = int(pages_W.max())
+        copies_W = (deepest - pages_W).astype(np.float64)
+        stored_W = np.maximum(min(num_stored, deepest) - pages_W, 0)
+        charge_W = copies_W * (config.copy_share * self._page_seconds)
+        charge_W -= stored_W * (config.copy_share * self._page_seconds_off)
+        score_W = seconds_W + fleet.corrected(charge_W)
         work_W = fleet.work_seconds_W
         score_W += config.balance_share * (work_W - work_W.min())
         home = self._sessions.get(request.session, -1) if request.session else -1
@@ -195,14 +240,14 @@ class SoonestFirstToken:
 
 def _plan(way: _Starts, *, num_own: int, num_pages: int, has_own_tail: bool) -> FetchPlan:
     reach = max(num_own, way.reach)
-    parts = [(Source.OWN, 0, num_own, -1), (Source.PEER, num_own, reach, way.peer)]
+    parts = [(Source.OWN, 0, num_own, -1), (way.source, num_own, reach, way.peer)]
     parts.append((Source.COMPUTE, reach, num_pages, -1))
     spans = [
         Span(source=source, first=first, count=end - first, worker=peer)
         for source, first, end, peer in parts
         if end > first
     ]
-    if way.has_peer_tail:
-        return FetchPlan(spans=tuple(spans), tail_source=Source.PEER, tail_worker=way.peer)
-    is_resumed = way.peer < 0 and has_own_tail
+    if way.reads_tail:
+        return FetchPlan(spans=tuple(spans), tail_source=way.source, tail_worker=way.peer)
+    is_resumed = way.source is Source.OWN and has_own_tail
     return FetchPlan(spans=tuple(spans), tail_source=Source.OWN if is_resumed else Source.COMPUTE)

@@ -18,7 +18,7 @@ from rorqual.model_config import load_model_config
 from tests.harness.pools import Pools
 from tests.harness.system import IDS_CONFIG, Served, make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 NUM_PROMPTS = 100
 PROMPT_MAX = 3000
@@ -63,7 +63,7 @@ def answers(system: Served) -> list[tuple[list[int], list[float], Any]]:
         return list(threads.map(ask, range(NUM_PROMPTS)))
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("served", marks=pytest.mark.minutes)])
+@pytest.fixture(scope="module", params=["float32", "served"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = IDS_CONFIG | {"max_position_embeddings": 4096}
     weights = "float32" if request.param == "float32" else "quantised"

@@ -3,46 +3,20 @@ once, and change no bit of an answer."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rorqual.model_config import PAGE_TOKENS
-from tests.harness.system import IDS_CONFIG, Served, System, make_checkpoint
+from tests.harness.repeating import Answer, a_prompt, ask
+from tests.harness.system import IDS_CONFIG, System, make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 TINY = ("--exact", "--pages", "7", "--slots", "2", "--prefill-tokens", "512")
 HOST = ("--host-pages", "40")
 ROLES = {"both": ("--both", "1"), "split": ("--prefill", "1", "--decode", "1")}
-
-Answer = tuple[list[int], list[float]]
-
-
-def a_prompt(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(3, IDS_CONFIG["vocab_size"]), k=length)
-
-
-def ask(system: Served, prompt: list[int], num_tokens: int) -> tuple[Answer, int]:
-    """The answer, and how many tokens of the prompt were kept."""
-    body: dict[str, Any] = {
-        "prompt": prompt,
-        "max_tokens": num_tokens,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "logprobs": 1,
-        "seed": 3,
-        "temperature": 0.8,
-    }
-    with system.client() as client:
-        answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    (choice,) = answer.json()["choices"]
-    cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-    return (choice["token_ids"], choice["logprobs"]["token_logprobs"]), cached
 
 
 def converse(system: System) -> Iterator[tuple[Answer, int, int]]:

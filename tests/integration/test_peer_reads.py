@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,36 +15,12 @@ from rorqual.session import Open, PeerFetch, SequenceReport
 from tests.harness.failures import endpoint_of, spoil
 from tests.harness.pools import Member, Pools
 from tests.harness.raw_session import raw_session
-from tests.harness.system import IDS_CONFIG, Served, make_checkpoint, wait_until
+from tests.harness.repeating import Answer, a_prompt, ask
+from tests.harness.system import IDS_CONFIG, make_checkpoint, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 SYSTEM = ("--exact", "--pages", "48", "--slots", "4", "--prefill-tokens", "512")
-
-Answer = tuple[list[int], list[float]]
-
-
-def a_prompt(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(3, IDS_CONFIG["vocab_size"]), k=length)
-
-
-def ask(system: Served, prompt: list[int], num_tokens: int) -> tuple[Answer, int]:
-    """The answer, and how many tokens of the prompt were kept."""
-    body: dict[str, Any] = {
-        "prompt": prompt,
-        "max_tokens": num_tokens,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "logprobs": 1,
-        "seed": 3,
-        "temperature": 0.8,
-    }
-    with system.client() as client:
-        answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    (choice,) = answer.json()["choices"]
-    cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-    return (choice["token_ids"], choice["logprobs"]["token_logprobs"]), cached
 
 
 @pytest.fixture(scope="module")

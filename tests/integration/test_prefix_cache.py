@@ -3,10 +3,8 @@ nor read again."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,38 +12,14 @@ from kvstore.handover import record_bytes
 from kvstore.layout import Numerics, build_layout
 from rorqual.model_config import PAGE_TOKENS, load_model_config
 from tests.harness.pools import Pools
-from tests.harness.system import IDS_CONFIG, Served, make_checkpoint
+from tests.harness.repeating import Answer, a_prompt, ask
+from tests.harness.system import IDS_CONFIG, make_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SYSTEM = ("--exact", "--pages", "40", "--slots", "4", "--prefill-tokens", "512")
 REBUILD_PAGES = 1  # of this model: 4 layers with a window of 32
 PROMPTS = 5 * PAGE_TOKENS
-
-Answer = tuple[list[int], list[float]]
-
-
-def a_prompt(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(3, IDS_CONFIG["vocab_size"]), k=length)
-
-
-def ask(system: Served, prompt: list[int], num_tokens: int) -> tuple[Answer, int]:
-    """The answer, and how many tokens of the prompt were kept."""
-    body: dict[str, Any] = {
-        "prompt": prompt,
-        "max_tokens": num_tokens,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "logprobs": 1,
-        "seed": 3,
-        "temperature": 0.8,
-    }
-    with system.client() as client:
-        answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    (choice,) = answer.json()["choices"]
-    cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-    return (choice["token_ids"], choice["logprobs"]["token_logprobs"]), cached
 
 
 def lengths() -> list[int]:

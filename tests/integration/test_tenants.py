@@ -16,7 +16,7 @@ from rorqual.model_config import PAGE_TOKENS, load_model_config
 from tests.harness.pools import Member, Pools
 from tests.harness.system import IDS_CONFIG, make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(180)]
 
 WORKERS = ("--exact", "--pages", "40", "--slots", "4", "--prefill-tokens", "512")
 ONE, OTHER = "key-of-one", "key-of-the-other"

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rorqual.performance import FLASH, HARDWARE, PRO, Corrections, Efficiency, PerformanceModel, model_costs
+from rorqual.performance import (
+    FLASH,
+    HARDWARE,
+    PRO,
+    Corrections,
+    Efficiency,
+    PerformanceModel,
+    SourceSpeed,
+    model_costs,
+)
 from rorqual.performance.correction import RATIO_MAX
 
 IDEAL = Efficiency(memory=1.0, arithmetic=1.0, network=1.0, step_seconds=0.0)
@@ -71,6 +80,11 @@ def test_half_the_efficiency_takes_twice_the_time() -> None:
 
 def test_all_interfaces_of_a_worker_read_at_once() -> None:
     assert a_model(8).fetch_seconds(400e9) == pytest.approx(1.0)  # 8 x 400 Gbit/s
+
+
+def test_a_read_from_the_store_takes_its_latency_and_its_bytes_and_no_read_takes_nothing() -> None:
+    model = dataclasses.replace(a_model(), store=SourceSpeed(bytes_per_second=1e9, latency_seconds=0.5))
+    assert model.store_seconds(np.array([0.0, 1.0, 2e9])) == pytest.approx([0.0, 0.5, 2.5], abs=1e-6)
 
 
 def test_a_small_batch_decodes_for_the_price_of_one_and_a_large_one_does_not() -> None:

@@ -18,7 +18,7 @@ from tests.harness.neighbours import Neighbour, PeerRead, pages_of
 from tests.harness.reusing import Answer, Reusing
 from tests.harness.speculating import exact_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 PAGE = 256
 SAMPLED = SamplingParams(seed=5, temperature=0.8, top_p=0.95, logprobs=1)

@@ -17,30 +17,39 @@ def keys(name: str, count: int) -> tuple[PageKey, ...]:
 
 
 class Caches:
-    """What each worker holds: one path of keys, and the depths of its tails."""
+    """What each worker holds: one path of keys, and the depths of its tails. The store has the same of its own."""
 
     def __init__(
-        self, num_workers: int, held: Mapping[int, tuple[tuple[PageKey, ...], Sequence[int]]]
+        self,
+        num_workers: int,
+        held: Mapping[int, tuple[tuple[PageKey, ...], Sequence[int]]],
+        stored: tuple[tuple[PageKey, ...], Sequence[int]] = ((), ()),
     ) -> None:
         self._num_workers = num_workers
         self._held = held
+        self._stored = stored
 
     def look_up(self, keys: Sequence[PageKey]) -> Found:
         pages_W = np.zeros(self._num_workers, np.int32)
         tail_W = np.zeros(self._num_workers, np.int32)
         for worker, (held, tails) in self._held.items():
-            while (
-                pages_W[worker] < min(len(keys), len(held)) and held[pages_W[worker]] == keys[pages_W[worker]]
-            ):
-                pages_W[worker] += 1
-            tail_W[worker] = max((depth for depth in tails if depth <= pages_W[worker]), default=0)
-        return Found(pages_W=pages_W, tail_W=tail_W)
+            pages_W[worker], tail_W[worker] = _reach(keys, held, tails)
+        store_pages, store_tail = _reach(keys, *self._stored)
+        return Found(pages_W=pages_W, tail_W=tail_W, store_pages=store_pages, store_tail=store_tail)
+
+
+def _reach(keys: Sequence[PageKey], held: Sequence[PageKey], tails: Sequence[int]) -> tuple[int, int]:
+    depth = 0
+    while depth < min(len(keys), len(held)) and held[depth] == keys[depth]:
+        depth += 1
+    return depth, max((tail for tail in tails if tail <= depth), default=0)
 
 
 def a_fleet(
     num_workers: int = 3,
     *,
     held: Mapping[int, tuple[tuple[PageKey, ...], Sequence[int]]] | None = None,
+    stored: tuple[tuple[PageKey, ...], Sequence[int]] = ((), ()),
     wait: Sequence[float] = (),
     queued: Sequence[float] = (),
     sequences: Sequence[int] = (),
@@ -60,7 +69,7 @@ def a_fleet(
 
     decoders = decoding or {}
     return FleetPicture(
-        caches=Caches(num_workers, held or {}),
+        caches=Caches(num_workers, held or {}, stored),
         can_prefill_W=np.array([number not in decoders for number in range(num_workers)]),
         can_decode_W=np.array([number in decoders for number in range(num_workers)]),
         draining_W=np.array([number in draining for number in range(num_workers)]),

@@ -40,9 +40,12 @@ def test_pages_promised_behind_those_that_are_there_count_and_so_do_the_ends_of_
         promises.forget(number)
         kept.pop(number, None)
 
-    found = Found(pages_W=np.array(pages, np.int32), tail_W=np.array(tails, np.int32))
+    found = Found(
+        pages_W=np.array(pages, np.int32), tail_W=np.array(tails, np.int32), store_pages=5, store_tail=3
+    )
     after = promises.added_to(found, prompt)
 
+    assert (after.store_pages, after.store_tail) == (5, 3), "the store was promised nothing"
     assert len(promises) == len(kept)
     assert (found.pages_W.tolist(), found.tail_W.tolist()) == (pages, tails), "what is there is not changed"
     for worker in range(WORKERS):

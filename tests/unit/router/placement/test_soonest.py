@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rorqual.performance import FLASH, HARDWARE, PerformanceModel, model_costs
+from rorqual.performance import FLASH, HARDWARE, PerformanceModel, SourceSpeed, model_costs
 from router.placement.cache import Decision, FleetPicture, Source
 from router.placement.soonest import SoonestConfig, SoonestFirstToken
 from tests.unit.router.placement.pictures import a_demand, a_fleet, keys
@@ -19,8 +19,13 @@ PLAIN = SoonestConfig(copy_share=0.0, balance_share=0.0, session_seconds=0.0)
 PROMPT = keys("abc", 100)  # about 0.11 s of computing
 
 
-def choose(fleet: FleetPicture, config: SoonestConfig = PLAIN, **demand: object) -> Decision:
-    policy = SoonestFirstToken(model=MODEL, tail_bytes=3.7e6, config=config)
+def choose(
+    fleet: FleetPicture,
+    config: SoonestConfig = PLAIN,
+    model: PerformanceModel = MODEL,
+    **demand: object,
+) -> Decision:
+    policy = SoonestFirstToken(model=model, tail_bytes=3.7e6, config=config)
     return policy.choose(fleet, a_demand(PROMPT, **demand))  # pyright: ignore[reportArgumentType]
 
 
@@ -110,6 +115,58 @@ def test_without_reads_from_peers_no_plan_names_one() -> None:
     assert decision.fetch.peer == -1
 
 
+def test_what_no_worker_keeps_is_read_from_the_store() -> None:
+    decision = choose(a_fleet(stored=(PROMPT[:98], [40, 98]), wait=[0.2, 0.1, 0.3]))
+    assert (decision.prefill, decision.resume) == (1, 98)
+    assert sources(decision) == [(Source.STORE, 0, 98, -1), (Source.COMPUTE, 98, 2, -1)]
+    assert (decision.fetch.tail_source, decision.fetch.peer) == (Source.STORE, -1)
+    computed = float(MODEL.prefill_seconds(2 * 256 + 100, 98 * 256))
+    assert decision.predicted_seconds == pytest.approx(0.1 + computed), "it is read while others are computed"
+
+
+def test_a_worker_that_waits_for_nobody_waits_for_the_store() -> None:
+    decision = choose(a_fleet(stored=(PROMPT, [100])))
+    read = float(MODEL.store_seconds(100 * MODEL.costs.page_bytes + 3.7e6))
+    assert decision.predicted_seconds == pytest.approx(read + float(MODEL.prefill_seconds(100, 100 * 256)))
+
+
+def test_pages_of_the_store_serve_a_rebuild_when_its_tail_is_far() -> None:
+    decision = choose(a_fleet(held={0: (PROMPT[:10], [])}, stored=(PROMPT, [50]), wait=[0.0, 0.5, 0.5]))
+    assert (decision.prefill, decision.resume) == (0, 100 - 22)
+    assert sources(decision) == [(Source.OWN, 0, 10, -1), (Source.STORE, 10, 90, -1)]
+    assert decision.fetch.tail_source is Source.COMPUTE
+
+
+def test_a_tail_alone_is_read_from_the_store_where_the_pages_are_there() -> None:
+    decision = choose(a_fleet(held={0: (PROMPT, [])}, stored=(PROMPT, [96]), wait=[0.0, 0.5, 0.5]))
+    assert (decision.prefill, decision.resume) == (0, 96)
+    assert sources(decision) == [(Source.OWN, 0, 100, -1)]
+    assert decision.fetch.tail_source is Source.STORE
+
+
+def test_a_store_slower_than_computing_is_left_alone() -> None:
+    slow = dataclasses.replace(MODEL, store=SourceSpeed(bytes_per_second=1e8, latency_seconds=0.002))
+    decision = choose(a_fleet(stored=(PROMPT, [100])), model=slow)
+    assert (decision.resume, sources(decision)) == (0, [(Source.COMPUTE, 0, 100, -1)])
+
+
+def test_a_peer_that_is_faster_is_read_before_the_store() -> None:
+    decision = choose(a_fleet(held={2: (PROMPT, [98])}, stored=(PROMPT, [98]), wait=[0.0, 0.1, 0.5]))
+    assert (decision.prefill, decision.fetch.peer, decision.fetch.tail_source) == (0, 2, Source.PEER)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_a_copy_that_the_store_has_is_charged_no_more_than_reading_it(share: float) -> None:
+    config = dataclasses.replace(PLAIN, copy_share=3.0, stored_share=share)
+    computed = float(MODEL.work_seconds(MODEL.chunk_tokens)) * 256 / MODEL.chunk_tokens
+    charge = 3 * 98 * (share * MODEL.costs.page_bytes / 2e9 + (1 - share) * computed)
+    for wait, chosen in ((charge - 0.01, 2), (charge + 0.01, 0)):
+        fleet = a_fleet(held={2: (PROMPT[:98], [98])}, stored=(PROMPT[:98], [98]), wait=[0.0, 0.0, wait])
+        assert choose(fleet, config).prefill == chosen
+    longer = 3 * 98 * computed - 0.01
+    assert choose(a_fleet(held={2: (PROMPT[:98], [98])}, wait=[0.0, 0.0, longer]), config).prefill == 2
+
+
 def test_a_copy_has_to_be_worth_the_room_it_takes() -> None:
     fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.0, 0.1])
     assert choose(fleet).prefill == 0
@@ -160,19 +217,25 @@ def test_no_plan_reads_what_nobody_has_or_leaves_a_page_out(data: st.DataObject)
         count = data.draw(st.integers(0, 100))
         held[worker] = (PROMPT[:count], data.draw(st.lists(st.integers(1, max(count, 1)), max_size=3)))
     wait = data.draw(st.lists(st.floats(0, 1), min_size=num_workers, max_size=num_workers))
-    fleet = a_fleet(num_workers, held=held, wait=wait)
+    num_stored = data.draw(st.integers(0, 100))
+    stored_tails = data.draw(st.lists(st.integers(1, max(num_stored, 1)), max_size=2))
+    fleet = a_fleet(num_workers, held=held, stored=(PROMPT[:num_stored], stored_tails), wait=wait)
     decision = choose(fleet, data.draw(st.sampled_from([PLAIN, SoonestConfig(), _own()])))
-    pages_W = fleet.caches.look_up(PROMPT).pages_W
+    found = fleet.caches.look_up(PROMPT)
     end = 0
     for span in decision.fetch.spans:
         assert span.first == end
         assert span.count > 0
         end += span.count
-        if span.source is not Source.COMPUTE:
+        if span.source is Source.STORE:
+            assert end <= found.store_pages
+        elif span.source is not Source.COMPUTE:
             holder = decision.prefill if span.source is Source.OWN else span.worker
-            assert end <= pages_W[holder]
+            assert end <= found.pages_W[holder]
     assert end == len(PROMPT)
     assert decision.fetch.peer != decision.prefill
+    if decision.fetch.tail_source is Source.STORE:
+        assert decision.resume == found.store_tail
 
 
 def _own() -> SoonestConfig:
