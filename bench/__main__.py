@@ -29,6 +29,10 @@ RACES = {
         "bench.picture",
         "the router's picture of all caches: memory, look-ups, changes, loading, up to 10 million pages (2 minutes)",
     ),
+    "restore": (
+        "bench.restore.command",
+        "a prefix brought back from host memory, peers and a store beside computing it, by length (1 minute)",
+    ),
     "route": (
         "bench.route.command",
         "placement policies over a trace of prompts, on simulated workers (1 minute)",

@@ -204,6 +204,8 @@ class Load:
     slots_total: int
     step_ms: float
     prefill_tokens_per_second: float = 0.0  # measured lately, 0 before there was any
+    peer_bytes_per_second: float = 0.0  # of what it reads from other workers, measured lately; 0: it was not
+    peer_latency_seconds: float = 0.0  # of such a read, however short
     pages_leased: int = 0  # lent out, or kept until nobody can be reading or writing them any more
 
 

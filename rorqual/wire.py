@@ -497,6 +497,8 @@ def _load_to_pb(load: Load) -> pb.Load:
         step_ms=load.step_ms,
         prefill_tokens_per_second=load.prefill_tokens_per_second,
         pages_leased=load.pages_leased,
+        peer_bytes_per_second=load.peer_bytes_per_second,
+        peer_latency_seconds=load.peer_latency_seconds,
     )
 
 
@@ -514,4 +516,6 @@ def _load_from_pb(message: pb.Load) -> Load:
             message.prefill_tokens_per_second, "prefill_tokens_per_second"
         ),
         pages_leased=message.pages_leased,
+        peer_bytes_per_second=check_number(message.peer_bytes_per_second, "peer_bytes_per_second"),
+        peer_latency_seconds=check_number(message.peer_latency_seconds, "peer_latency_seconds"),
     )

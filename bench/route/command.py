@@ -23,7 +23,7 @@ from kvstore.handover import record_bytes
 from kvstore.layout import Numerics, build_layout
 from kvstore.shadow_radix import EvictionOrder, TailPolicy
 from rorqual.model_config import PAGE_TOKENS
-from rorqual.performance import HARDWARE, PRESETS, PerformanceModel, StoreSpeed, model_costs
+from rorqual.performance import HARDWARE, PRESETS, PerformanceModel, SourceSpeed, model_costs
 
 FREE_TAILS = "rorqual-freetails"
 """Not a policy but a bound: ours, with a tail behind every page that takes no room."""
@@ -235,7 +235,9 @@ def _worker_config(args: argparse.Namespace) -> WorkerConfig:
         hardware=HARDWARE[args.hardware],
         costs=model_costs(preset),
         num_devices=args.devices,
-        store=StoreSpeed(bytes_per_second=args.store_bandwidth, latency_seconds=args.store_latency_ms / 1000),
+        store=SourceSpeed(
+            bytes_per_second=args.store_bandwidth, latency_seconds=args.store_latency_ms / 1000
+        ),
     )
     assert layout.page_bytes == model.costs.page_bytes, "both count the same rows"
     store: StoreConfig | None = None

@@ -16,6 +16,7 @@ from engine.worker.events import SequenceKey
 from engine.worker.host_tier import HostTier
 from engine.worker.prefix_cache import PrefixCache
 from engine.worker.sequences import Phase, Sequence
+from engine.worker.speeds import Speeds
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Match, Start
 from kvstore.store.contract import TenantLabel
@@ -33,6 +34,7 @@ class Lack:
     tail_depths: tuple[int, ...]
     num_tokens: int  # that would be computed
     tenant: TenantLabel
+    is_probe: bool = False  # the store seems too slow for it, and is asked to see
 
     @property
     def page_keys(self) -> tuple[PageKey, ...]:
@@ -56,15 +58,22 @@ class Wish:
 
 
 class Filling:
-    def __init__(self, tier: HostTier, cache: PrefixCache, sequences: Mapping[SequenceKey, Sequence]) -> None:
+    def __init__(
+        self,
+        tier: HostTier,
+        cache: PrefixCache,
+        sequences: Mapping[SequenceKey, Sequence],
+        speeds: Speeds,
+    ) -> None:
         """`sequences` are the scheduler's, which have been opened and have not ended."""
         self._tier = tier
         self._cache = cache
         self._sequences = sequences
+        self._speeds = speeds
 
     def lack(self, key: SequenceKey, *, num_pages_coming: int = 0) -> Lack | None:
-        """Of a sequence that waits. None: nothing that a store could add would save anything. So many first pages come
-        from elsewhere."""
+        """Of a sequence that waits. None: nothing that a store could add would save anything, or all of it not as much
+        as reading it takes. So many first pages come from elsewhere."""
         sequence = self._sequences[key]
         if not sequence.can_share or sequence.is_adopting or not sequence.keys:
             return None
@@ -73,7 +82,12 @@ class Filling:
         keys = tuple(sequence.keys[: here.num_pages + num_max])
         start = self._start(sequence, here)
         best = Match(num_pages=len(keys), tail_depths=(len(keys),), is_branch=False)
-        if start.num_tokens_computed <= self._start(sequence, best).num_tokens_computed:
+        num_saved = start.num_tokens_computed - self._start(sequence, best).num_tokens_computed
+        if num_saved <= 0:
+            return None
+        lacks_tail = len(keys) not in here.tail_depths
+        is_worth = self._is_worth(len(keys) - here.num_pages, lacks_tail, num_saved)
+        if not is_worth and not self._speeds.probes(self._speeds.store):
             return None
         return Lack(
             keys=keys,
@@ -81,6 +95,7 @@ class Filling:
             tail_depths=here.tail_depths,
             num_tokens=start.num_tokens_computed,
             tenant=sequence.tenant,
+            is_probe=not is_worth,
         )
 
     def wish(
@@ -105,6 +120,9 @@ class Filling:
         depth = start.tail_depth or start.reuse_depth
         first = min(lack.first, depth)
         has_tail = start.tail_depth > 0 and start.tail_depth not in lack.tail_depths
+        is_worth = lack.is_probe or self._is_worth(depth - first, has_tail, num_saved)
+        if not is_worth and not self._speeds.probes(self._speeds.store):
+            return None
         self._tier.index.touch(keys[:first])
         return Wish(
             parent=keys[first - 1] if first else PageKey(b""),
@@ -113,6 +131,12 @@ class Filling:
             depth=depth,
             num_tokens_saved=num_saved,
         )
+
+    def _is_worth(self, num_pages: int, with_tail: bool, num_tokens_saved: int) -> bool:
+        """What comes from a store goes through host memory."""
+        costs, speeds = self._cache.config.costs, self._speeds
+        num_bytes = num_pages * costs.page_bytes + with_tail * costs.tail_bytes
+        return speeds.is_worth(num_bytes, num_tokens_saved, speeds.store, speeds.host)
 
     def _here(self, keys: list[PageKey], num_pages_coming: int) -> Match:
         device = self._cache.match(keys)

@@ -33,7 +33,6 @@ from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, Sequ
 from engine.worker.hisparse import HiSparseConfig
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.prefill_rate import PrefillRate
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.rank_link import RankLost
 from engine.worker.reports import error_report, offer_report, scores_report, token_report, with_tokens
@@ -125,7 +124,6 @@ class Host:
         self._step_deadline: asyncio.Timeout | None = None
         self._draining = False
         self._failure = ""
-        self._prefill_rate = PrefillRate()
         self._store = store
         self._handler.attach(self)
         if store is not None:
@@ -142,6 +140,9 @@ class Host:
             metrics.watch_host_tier(lambda: tier.state)
         if self._scheduler.config.hisparse is not None:
             metrics.watch_hisparse(lambda: self._scheduler.hisparse_state)
+        metrics.watch_speeds(
+            self._scheduler.speeds, page_bytes=ready.page_bytes, tail_bytes=ready.record_bytes
+        )
 
     @property
     def draining(self) -> bool:
@@ -167,13 +168,15 @@ class Host:
         """What routers are told of the prefix cache."""
         return self._feed
 
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """For the store: what it competes with."""
-        return self._prefill_rate.tokens_per_second
-
     def load(self) -> Load:
-        return replace(self._scheduler.load(), prefill_tokens_per_second=self._prefill_rate.tokens_per_second)
+        speeds = self._scheduler.speeds
+        peer = speeds.peer_told
+        return replace(
+            self._scheduler.load(),
+            prefill_tokens_per_second=speeds.prefill_tokens_per_second,
+            peer_bytes_per_second=peer.bytes_per_second if peer is not None else 0.0,
+            peer_latency_seconds=peer.latency_seconds if peer is not None else 0.0,
+        )
 
     def credit(self, session: Session) -> Credit | None:
         return self._handler.credit(num_sessions=len(self._sessions), keys=session.keys.values())
@@ -341,7 +344,7 @@ class Host:
                 self._set_step_deadline()
                 self.metrics.step_seconds.observe(message.step_ms / 1000)
                 self.metrics.copy_seconds.inc(message.copy_ms / 1000)
-                self._prefill_rate.landed(message.step_ms / 1000)
+                self._scheduler.speeds.landed(message)
                 self._count_drafts(message)
                 # Before the turn: a cancel in it would take away the owner of an event.
                 self._report(self._scheduler.apply(message))
@@ -356,6 +359,7 @@ class Host:
 
     def _turn(self) -> None:
         """Carry out what sessions have asked for, then keep the rank fed."""
+        self._scheduler.speeds.turned(asyncio.get_running_loop().time())
         while self._commands:
             self._commands.popleft()()
         self._handler.turned()
@@ -381,7 +385,7 @@ class Host:
     def _count(self, plan: StepPlan) -> None:
         num_decode = sum(1 for segment in plan.segments if segment.count == 1)
         num_all = sum(segment.count for segment in plan.segments)
-        self._prefill_rate.planned(num_all - num_decode)
+        self._scheduler.speeds.planned(plan, page_bytes=self._ready.page_bytes)
         self.metrics.tokens_computed.labels("decode").inc(num_decode)
         self.metrics.tokens_computed.labels("prefill").inc(num_all - num_decode)
 

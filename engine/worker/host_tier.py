@@ -8,7 +8,6 @@ plan, or by the same one instead. What comes back, and for whom, is `engine.work
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -26,15 +25,11 @@ COPY_BYTES_MAX = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostTierConfig:
-    """By default bringing back takes no time, and so is always worth it."""
-
     num_pages: int
     num_records: int
     copy_bytes_max: int = (
         COPY_BYTES_MAX  # brought back by one plan, so that it is not held up; one page at least
     )
-    bytes_per_second: float = math.inf  # of copies
-    seconds_per_token: float = 0.0  # of computing
     sequences_max: int = 4  # of the queue, for which something is brought back before they can start
     first_id: int = 0  # of host pages and records: tests keep them apart from the device's
     keeps_landed: bool = False  # what has been copied here, until the host has written it to a store

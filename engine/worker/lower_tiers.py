@@ -23,6 +23,7 @@ from engine.worker.prefix_cache import PrefixCache
 from engine.worker.restoring import Restoring
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence
+from engine.worker.speeds import Speeds
 from engine.worker.spilling import Spilling
 from kvstore.shadow_radix import Start
 
@@ -50,6 +51,7 @@ class LowerTiers:
         cache: PrefixCache | None,
         imports: Imports,
         sequences: Mapping[SequenceKey, Sequence],
+        speeds: Speeds,
     ) -> None:
         self.tier = tier
         self.restoring: Restoring | None = None
@@ -58,8 +60,8 @@ class LowerTiers:
         self._hisparse: HiSparse | None = None
         if tier is None or cache is None:
             return
-        self.restoring = Restoring(tier, holdings, cache, imports)
-        self.filling = Filling(tier, cache, sequences)
+        self.restoring = Restoring(tier, holdings, cache, imports, speeds)
+        self.filling = Filling(tier, cache, sequences, speeds)
         if tier.config.takes_turns:
             self._spilling = Spilling(tier, cache)
         if config.hisparse is not None:

@@ -13,7 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from engine.worker.hisparse import HiSparseState
 from engine.worker.host_tier import HostTierState
 from engine.worker.prefix_cache import CacheState
+from engine.worker.speeds import Speeds
 from kvstore.shadow_radix import StartKind
+from rorqual.model_config import PAGE_TOKENS
+from rorqual.performance.sources import MeasuredSpeed
 from rorqual.session import Load
 
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -192,6 +195,38 @@ class WorkerMetrics:
                 lambda now, kind=kind: getattr(now.counts, f"rows_{kind}"),
                 kind=kind,
             )
+
+    def watch_speeds(self, speeds: Speeds, *, page_bytes: int, tail_bytes: int) -> None:
+        """Export how fast kept state is read, as measured or, before that, assumed."""
+
+        def show(name: str, text: str, value: Callable[[tuple[MeasuredSpeed, ...]], float]) -> None:
+            gauge = Gauge(f"rorqual_worker_source_{name}", text, ["source"], registry=self.registry)
+            for source, way in speeds.ways():
+                gauge.labels(source).set_function(lambda way=way: float(value(way)))
+
+        show(
+            "bytes_per_second",
+            "Bandwidth of reads of kept state, by source; of a store up to host memory.",
+            lambda way: way[0].speed.bytes_per_second,
+        )
+        show(
+            "latency_seconds",
+            "Of a read, however short, by source.",
+            lambda way: way[0].speed.latency_seconds,
+        )
+        show("reads_measured", "Reads measured so far, by source.", lambda way: way[0].num_samples)
+        show(
+            "reads_refused",
+            "Prefixes so far that were not read, since computing them seemed sooner, by source.",
+            lambda way: way[0].num_refused,
+        )
+        show(
+            "break_even_tokens",
+            "Length from which on a prefix with a tail is read instead of computed, by source.",
+            lambda way: speeds.break_even_tokens(
+                way, tail_bytes=tail_bytes, bytes_per_token=page_bytes / PAGE_TOKENS
+            ),
+        )
 
     def _watch_cache(self, cache: Callable[[], CacheState]) -> None:
         def show(name: str, text: str, value: Callable[[CacheState], float], **labels: str) -> None:

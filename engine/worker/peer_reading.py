@@ -93,6 +93,8 @@ class _Read:
     offer: Offer | None = None  # of what has been read and proved
     is_broken: bool = False  # a read from the owner failed
     has_ended: bool = False  # the task has
+    call_seconds: float = 0.0  # of the call that has leased the pages
+    fetch_began: float = 0.0
     fetch: asyncio.Future[Fetched] | None = None
 
 
@@ -172,6 +174,8 @@ class PeerReader:
                 read = self._fetches.pop(message.fetch)
                 self._metrics.bytes_read.inc(message.num_bytes)
                 read.is_broken = read.is_broken or bool(message.error)
+                if not message.error:
+                    self._measure(read, message.num_bytes)
                 if read.has_ended:
                     self._settle(read)
                 elif read.fetch is not None and not read.fetch.done():
@@ -224,10 +228,12 @@ class PeerReader:
             first_page=item.first,
             wants_tail=item.record is not None,
         )
+        called = self._clock.monotonic()
         with self._metrics.call_seconds.labels("lease_keys").time():
             offer = await self._lenders.lease_keys(
                 fetch.address, request, seconds_max=self.config.call_seconds_max
             )
+        read.call_seconds = self._clock.monotonic() - called
         if offer is None:
             return "gone"
         source = read.source = Source(address=fetch.address, lease=offer.lease, wire_id=offer.wire_id)
@@ -288,8 +294,15 @@ class PeerReader:
         self._next_fetch += 1
         read.fetch = asyncio.get_running_loop().create_future()
         self._fetches[message.fetch] = read
+        read.fetch_began = self._clock.monotonic()
         self.host.send(message)
         return await read.fetch
+
+    def _measure(self, read: _Read, num_bytes: int) -> None:
+        """Also of one that came too late. To connect, and to wait for steps in flight, is not of the read."""
+        speeds = self.host.scheduler.speeds
+        seconds = read.call_seconds + self._clock.monotonic() - read.fetch_began
+        speeds.observe(speeds.peer, num_bytes, seconds)
 
     def _give_up(self, read: _Read) -> None:
         """Its task ends: well or badly."""

@@ -25,6 +25,7 @@ from engine.worker.host_tier import HostTier
 from engine.worker.imports import PAGES_SHARE_MAX, Import, Imports
 from engine.worker.prefix_cache import Found, Packed, PageFacts, PrefixCache
 from engine.worker.sequences import Sequence
+from engine.worker.speeds import Speeds
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Match, StartKind
 from kvstore.tiers import HostPage, HostTail
@@ -53,11 +54,14 @@ class _Restore:
 
 
 class Restoring:
-    def __init__(self, tier: HostTier, holdings: Holdings, cache: PrefixCache, imports: Imports) -> None:
+    def __init__(
+        self, tier: HostTier, holdings: Holdings, cache: PrefixCache, imports: Imports, speeds: Speeds
+    ) -> None:
         self._tier = tier
         self._holdings = holdings
         self._cache = cache
         self._imports = imports
+        self._speeds = speeds
         self._queued: deque[_Restore] = deque()  # whose copies are not all planned yet
         self._planned: deque[tuple[int, _Restore]] = deque()  # with the plan that has the last copy
         self._pages: dict[PageKey, _Restore] = {}  # on their way
@@ -159,9 +163,10 @@ class Restoring:
         return wish if self._is_worth_it(wish, num_saved) else None
 
     def _is_worth_it(self, wish: _Wish, num_tokens_saved: int) -> bool:
-        costs, config = self._cache.config.costs, self._tier.config
+        costs = self._cache.config.costs
         num_bytes = (wish.depth - wish.first) * costs.page_bytes + wish.with_tail * costs.tail_bytes
-        return num_bytes / config.bytes_per_second <= num_tokens_saved * config.seconds_per_token
+        speeds = self._speeds
+        return speeds.is_worth(num_bytes, num_tokens_saved, speeds.host) or speeds.probes(speeds.host)
 
     def _may_restore(self, sequence: Sequence) -> bool:
         index = self._tier.index

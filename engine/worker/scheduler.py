@@ -55,13 +55,7 @@ from engine.plan import Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
-from engine.worker.events import (
-    Adoption,
-    Event,
-    SequenceKey,
-    Surrender,
-    TokenEvent,
-)
+from engine.worker.events import Adoption, Event, SequenceKey, Surrender, TokenEvent
 from engine.worker.filling import Filling
 from engine.worker.hisparse import HiSparseState
 from engine.worker.holdings import Holdings
@@ -72,6 +66,7 @@ from engine.worker.prefix_cache import CacheState, PrefixCache
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
+from engine.worker.speeds import Speeds
 from engine.worker.tails import Tails, digests_by_slot
 from engine.worker.telling import lent_event, pages_events, score_events
 from rorqual.errors import InvalidRequest
@@ -86,6 +81,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.is_starved = False  # a running sequence waits for pages that others hold for state to come
         self.last_applied = 0  # number of the newest plan whose result is in
+        self.speeds = Speeds(config.speeds)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._cache = PrefixCache(config.cache) if config.cache is not None else None
         tier: HostTier | None = None
@@ -107,6 +103,7 @@ class Scheduler:
             cache=self._cache,
             imports=self.imports,
             sequences=self._sequences,
+            speeds=self.speeds,
         )
         self._admission = Admission(
             self._holdings,

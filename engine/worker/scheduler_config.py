@@ -6,11 +6,12 @@ Made by `engine.worker.host` from what the rank reports; read by `engine.worker.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.worker.hisparse import HiSparseConfig
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
+from engine.worker.speeds import SpeedsConfig
 from rorqual.errors import InvalidRequest
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Role
@@ -37,6 +38,7 @@ class SchedulerConfig:
         None  # None: what the cache gives up is gone; of use with a cache alone
     )
     hisparse: HiSparseConfig | None = None  # None: nobody spills; of use with host memory alone
+    speeds: SpeedsConfig = field(default_factory=SpeedsConfig)
     keeps_digests: bool = False  # of kept pages, also where nothing is lent: a store keeps them, too
 
     def check_generated(self, token_ids: Sequence[int], *, max_tokens: int) -> None:

@@ -34,14 +34,12 @@ from rorqual.clock import Clock
 _TAIL_FACTS = struct.Struct("<QB")
 TAIL_FACTS_BYTES = _TAIL_FACTS.size
 DIGEST_BYTES = 8
-BYTES_PER_SECOND_FIRST = 100e6
-"""Assumed of reads until some have been measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreTierConfig:
     num_page_components: int
-    budget_seconds: float = 0.02  # that a prompt waits, and the time that its bytes should take
+    budget_seconds: float = 0.02  # that a prompt waits beyond the time that its bytes should take
     wait_seconds_max: float = 5.0  # that a prompt waits in all
     late_seconds: float = 1.0  # that a read goes on when nobody waits for it any more
     finish_seconds_max: float = 2.0  # for the last writes
@@ -60,11 +58,6 @@ class StoreHost(Protocol):
     @property
     def scheduler(self) -> Scheduler: ...
 
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """As measured; 0: not yet."""
-        ...
-
     def enqueue(self, effect: Callable[[], None]) -> None:
         """Carry `effect` out in the host's own task, soon."""
         ...
@@ -77,6 +70,8 @@ class _Read:
     began: float  # of the loop's time
     deadline: asyncio.TimerHandle | None = None
     is_waited_for: bool = True
+    seconds: float = 0.0  # that the store took so far
+    num_bytes: int = 0  # that it gave, or did not give in its time
     task: asyncio.Task[None] | None = field(default=None)
 
 
@@ -111,7 +106,6 @@ class StoreTier:
         self._tasks: asyncio.TaskGroup | None = None
         self._reads: set[_Read] = set()
         self._stepped = asyncio.Event()
-        self._bytes_per_second = BYTES_PER_SECOND_FIRST
 
     @property
     def host(self) -> StoreHost:
@@ -166,7 +160,8 @@ class StoreTier:
             return
         loop = asyncio.get_running_loop()
         read = _Read(key=key, lack=lack, began=loop.time())
-        read.deadline = loop.call_later(self.config.budget_seconds, self._release, read, "overdue")
+        seconds = self._wait_seconds(read, num_bytes=1, num_tokens=lack.num_tokens)
+        read.deadline = loop.call_later(seconds, self._release, read, "overdue")
         self._reads.add(read)
         read.task = self._tasks.create_task(self._bring(read))
 
@@ -210,6 +205,10 @@ class StoreTier:
                 outcome = await self._read(read, wish)
         finally:
             self._reads.discard(read)
+            if not read.num_bytes and not read.is_waited_for:
+                read.num_bytes = self._pages.shape[1]  # whatever it is that did not come in time
+            speeds = self.host.scheduler.speeds
+            speeds.observe(speeds.store, read.num_bytes, read.seconds)
             self._release(read, outcome)
 
     async def _ask(self, read: _Read) -> Wish | None:
@@ -217,8 +216,10 @@ class StoreTier:
         lack = read.lack
         pages = [StoreKey(Kind.PAGE, lack.tenant, key) for key in lack.page_keys]
         tails = [StoreKey(Kind.TAIL, lack.tenant, key) for key in lack.tail_keys]
-        seconds = self.config.budget_seconds + self.config.late_seconds
+        seconds = self._seconds_left(read) + self.config.late_seconds
+        began = self._clock.monotonic()
         present = await self._store.contains([*pages, *tails], budget_seconds=seconds)
+        read.seconds += self._clock.monotonic() - began
         has = [key for key, is_there in zip([*pages, *tails], present, strict=True) if is_there]
         if not has:
             return None
@@ -239,19 +240,26 @@ class StoreTier:
         return found
 
     def _extend(self, read: _Read, wish: Wish) -> None:
-        """The sequence waits for as long as its bytes should take, and never longer than computing would."""
+        """The sequence waits on: it is known now for how much."""
         if not read.is_waited_for:
             return
-        config, rate = self.config, self.host.prefill_tokens_per_second
         num_bytes = len(wish.pages) * self._pages.shape[1] + (wish.tail is not None) * self._records.shape[1]
-        seconds = min(
-            config.budget_seconds + num_bytes / self._bytes_per_second,
-            wish.num_tokens_saved / rate if rate else config.wait_seconds_max,
-            config.wait_seconds_max,
-        )
+        seconds = self._wait_seconds(read, num_bytes=num_bytes, num_tokens=wish.num_tokens_saved)
         self._disarm(read)
         loop = asyncio.get_running_loop()
         read.deadline = loop.call_at(read.began + seconds, self._release, read, "overdue")
+
+    def _wait_seconds(self, read: _Read, *, num_bytes: int, num_tokens: int) -> float:
+        """That a sequence waits: a little longer than its bytes should take, and never longer than computing would.
+        Nobody waits longer than that little for a store that is only tried."""
+        config, speeds = self.config, self.host.scheduler.speeds
+        if read.lack.is_probe:
+            return config.budget_seconds
+        return min(
+            config.budget_seconds + float(speeds.store.speed.seconds(num_bytes)),
+            speeds.compute_seconds(num_tokens),
+            config.wait_seconds_max,
+        )
 
     async def _read(self, read: _Read, wish: Wish) -> str:
         """Pages in their order, a bounded number of bytes at a time; the tail comes with the last of them."""
@@ -280,7 +288,12 @@ class StoreTier:
         began = self._clock.monotonic()
         seconds = self._seconds_left(read) + self.config.late_seconds
         values = await self._store.read(keys, budget_seconds=seconds)
-        self._measure(sum(len(value) for value in values if value is not None), began)
+        taken = self._clock.monotonic() - began
+        read.seconds += taken
+        read.num_bytes += sum(len(value) for value in values if value is not None)
+        if taken >= 0.99 * seconds:
+            # What has not come takes that long at least. Before its time is over, it is not there, and says nothing.
+            read.num_bytes += sum(value is None for value in values) * self._pages.shape[1]
         found = [self._page(value) for value in values[: len(pages)]]
         num_pages = next((at for at, value in enumerate(found) if value is None), len(pages))
         its_tail = self._tail(values[-1]) if tail is not None and num_pages == len(pages) else None
@@ -396,11 +409,6 @@ class StoreTier:
         if read.deadline is None:
             return 0.0
         return max(0.0, read.deadline.when() - asyncio.get_running_loop().time())
-
-    def _measure(self, num_bytes: int, began: float) -> None:
-        seconds = self._clock.monotonic() - began
-        if num_bytes > 1 << 20 and seconds > 0:
-            self._bytes_per_second += 0.25 * (num_bytes / seconds - self._bytes_per_second)
 
     def _release(self, read: _Read, outcome: str) -> None:
         """The sequence need not wait any more."""

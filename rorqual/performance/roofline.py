@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rorqual.performance.costs import ModelCosts
 from rorqual.performance.hardware import Hardware
+from rorqual.performance.sources import SourceSpeed
 
 Numbers = NDArray[np.float64]
 """A float64 array; plain numbers become one of no dimensions."""
@@ -33,16 +34,8 @@ class Efficiency:
         assert self.step_seconds >= 0, "a step costs no negative time"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreSpeed:
-    """How fast one worker reads from the store that all workers share, and writes to it. Measured per deployment."""
-
-    bytes_per_second: float = 2e9
-    latency_seconds: float = 0.002  # of a read or a write, however long
-
-    def __post_init__(self) -> None:
-        assert self.bytes_per_second > 0, "a store moves bytes"
-        assert self.latency_seconds >= 0, "no answer comes before its question"
+STORE_SPEED = SourceSpeed(bytes_per_second=2e9, latency_seconds=0.002)
+"""Assumed of one worker's reads from the store that all workers share, and of its writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +47,7 @@ class PerformanceModel:
     num_devices: int
     chunk_tokens: int = 8192  # of one prefill step, at most
     efficiency: Efficiency = Efficiency()
-    store: StoreSpeed = StoreSpeed()
+    store: SourceSpeed = STORE_SPEED
 
     def __post_init__(self) -> None:
         assert self.num_devices > 0, "a worker has a device"
@@ -105,16 +98,19 @@ class PerformanceModel:
         memory = traffic / (self.hardware.memory_bytes_per_second * self.efficiency.memory)
         return np.maximum(memory, sequences * flops) + self.efficiency.step_seconds
 
-    def fetch_seconds(self, num_bytes: float | Numbers) -> Numbers:
-        """Seconds to read so many bytes from another worker: all devices' network interfaces read at once."""
+    @property
+    def peer_speed(self) -> SourceSpeed:
+        """Of reads from another worker: all devices' network interfaces read at once."""
         rate = self.hardware.network_bytes_per_second * self.num_devices * self.efficiency.network
-        return np.asarray(num_bytes, np.float64) / rate
+        return SourceSpeed(bytes_per_second=rate)
+
+    def fetch_seconds(self, num_bytes: float | Numbers) -> Numbers:
+        """Seconds to read so many bytes from another worker."""
+        return self.peer_speed.seconds(num_bytes)
 
     def store_seconds(self, num_bytes: float | Numbers) -> Numbers:
         """Seconds to read so many bytes from the store, nothing else being read. 0 for none."""
-        moved = np.asarray(num_bytes, np.float64)
-        seconds = self.store.latency_seconds + moved / self.store.bytes_per_second
-        return np.where(moved > 0, seconds, 0.0)
+        return self.store.seconds(num_bytes)
 
     def state_bytes_read(self, context: float | Numbers) -> Numbers:
         """Bytes of cached state that the attention of one new token reads in all layers."""

@@ -165,6 +165,8 @@ class ByCache:
             work_seconds_W=np.where(can_W, self._work_W, self._work_W[can_W].max()),
             slowness_W=factor_W,
             readable_W=able_W & fleet.can_share_W,
+            peer_rate_W=fleet.peer_rate_W,
+            peer_latency_W=fleet.peer_latency_W,
         )
 
     def _note_work(self, row: int, seconds: float) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.keys import PageKey
+from rorqual.performance.sources import SourceSpeed, read_seconds
 
 Int32s = NDArray[np.int32]
 Float64s = NDArray[np.float64]
@@ -103,6 +104,10 @@ class FleetPicture:
     work_seconds_W: Float64s  # computed there so far, or lately
     slowness_W: Float64s | None = None  # what predicted seconds of computing are multiplied with; None: 1
     readable_W: Bools | None = None  # who reads from others, and they from it; None: everybody
+    peer_rate_W: Float64s | None = (
+        None  # bytes a second that it has read from others lately; 0, None: as modelled
+    )
+    peer_latency_W: Float64s | None = None  # seconds of such a read, however short
 
     def __post_init__(self) -> None:
         assert self.can_prefill_W.any(), "somebody computes prompts"
@@ -114,6 +119,17 @@ class FleetPicture:
     def corrected(self, seconds_W: Float64s) -> Float64s:
         """Predicted seconds of computing, by what each worker has measured."""
         return seconds_W if self.slowness_W is None else seconds_W * self.slowness_W
+
+    def peer_seconds_W(self, num_bytes_W: Float64s, *, assumed: SourceSpeed) -> Float64s:
+        """To read so many bytes from another worker, by what each has measured; `assumed` of those that have not."""
+        if self.peer_rate_W is None or self.peer_latency_W is None:
+            return assumed.seconds(num_bytes_W)
+        is_known_W = self.peer_rate_W > 0
+        return read_seconds(
+            num_bytes_W,
+            latency_seconds=np.where(is_known_W, self.peer_latency_W, assumed.latency_seconds),
+            bytes_per_second=np.where(is_known_W, self.peer_rate_W, assumed.bytes_per_second),
+        )
 
     @property
     def prefill_W(self) -> Bools:

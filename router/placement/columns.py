@@ -80,6 +80,8 @@ class FleetColumns:
     pages_free_W: Int64s
     step_ms_W: Float64s
     prefill_rate_W: Float64s  # tokens a second; 0 before there was any
+    peer_rate_W: Float64s  # bytes a second that it reads from others; 0: it has measured none lately
+    peer_latency_W: Float64s  # seconds of such a read, however short
     pages_cached_W: Int64s
     has_credit_W: Bools
     credit_sequences_W: Int64s  # promised
@@ -185,7 +187,7 @@ class FleetColumns:
 
 
 class FleetTable:
-    """The rows and who writes them. Memory is that of `rows_max` rows, about 150 bytes each, from the start."""
+    """The rows and who writes them. Memory is that of `rows_max` rows, about 170 bytes each, from the start."""
 
     def __init__(self, *, rows_max: int, sequences_outstanding_max: int) -> None:
         self._addresses: list[str] = []
@@ -218,6 +220,8 @@ class FleetTable:
             pages_free_W=ints(),
             step_ms_W=np.zeros(rows_max),
             prefill_rate_W=np.zeros(rows_max),
+            peer_rate_W=np.zeros(rows_max),
+            peer_latency_W=np.zeros(rows_max),
             pages_cached_W=ints(),
             has_credit_W=bools(),
             credit_sequences_W=ints(),
@@ -274,6 +278,8 @@ class FleetTable:
         columns.pages_free_W[row] = load.pages_free
         columns.step_ms_W[row] = load.step_ms
         columns.prefill_rate_W[row] = load.prefill_tokens_per_second
+        columns.peer_rate_W[row] = load.peer_bytes_per_second
+        columns.peer_latency_W[row] = load.peer_latency_seconds
 
     def set_draining(self, row: int, is_draining: bool) -> None:
         self._all.draining_W[row] = is_draining

@@ -14,11 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from kvstore.keys import PageKey
+from rorqual.performance.sources import TOKENS_PER_SECOND_UNKNOWN
 from rorqual.session import PeerFetch, Role, credit_pages
 from router.placement.columns import Bools, FleetColumns, Float64s, WorkerView
-
-TOKENS_PER_SECOND_UNKNOWN = 1000.0
-"""Assumed of a worker that has measured no prefill yet: so much that it is tried, not so much that all wait there."""
 
 WAIT_SECONDS_SAME = 0.01
 WAIT_SHARE_SAME = 0.1

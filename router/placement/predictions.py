@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from rorqual.performance import Corrections, Efficiency, Hardware, ModelCosts, PerformanceModel
+from rorqual.performance.sources import TOKENS_PER_SECOND_UNKNOWN
 from router.placement.columns import Bools, FleetColumns, Float64s
-from router.placement.least_wait import TOKENS_PER_SECOND_UNKNOWN
 
 RATIO_MAX_UNKNOWN = 1e6
 """Bound of corrections where the hardware is not known: the model gives shapes, measurements the scale."""

@@ -192,7 +192,8 @@ class SoonestFirstToken:
         has_tail: bool,
     ) -> _Starts:
         num_bytes_W = self._bytes_to_read(pages_W, reach, has_tail)
-        seconds_W = np.maximum(fleet.wait_seconds_W, self._model.fetch_seconds(num_bytes_W))
+        fetch_W = fleet.peer_seconds_W(num_bytes_W, assumed=self._model.peer_speed)
+        seconds_W = np.maximum(fleet.wait_seconds_W, fetch_W)
         depth_W = np.full(fleet.num_workers, depth, np.int32)
         seconds_W = seconds_W + fleet.corrected(compute_D[depth_W])
         seconds_W[peer] = np.inf  # nobody reads from itself

@@ -28,7 +28,7 @@ from bench.route.worker import Job, StoreRead, Worker, WorkerConfig
 from kvstore.keys import PageKey
 from rorqual import cli
 from rorqual.ids import PageId
-from rorqual.performance import StoreSpeed
+from rorqual.performance import STORE_SPEED, SourceSpeed
 from tests.unit.bench.races import CONFIG, MODEL, requests_of, run
 
 PAGE_BYTES = MODEL.costs.page_bytes
@@ -45,10 +45,10 @@ def with_store(
     config: WorkerConfig = SMALL,
     *,
     write: StoreWrite = StoreWrite.PROMPT_END,
-    speed: StoreSpeed | None = None,
+    speed: SourceSpeed | None = None,
 ) -> WorkerConfig:
     store = StoreConfig(budget_bytes=num_pages * PAGE_BYTES, write=write)
-    model = dataclasses.replace(config.model, store=speed or StoreSpeed())
+    model = dataclasses.replace(config.model, store=speed or STORE_SPEED)
     return dataclasses.replace(config, store=store, model=model)
 
 
@@ -178,8 +178,14 @@ def test_what_one_worker_computed_another_reads() -> None:
 
 
 @pytest.mark.parametrize("name", ["round_robin", "rorqual"])
-@pytest.mark.parametrize("speed", [StoreSpeed(bytes_per_second=3e8), StoreSpeed(latency_seconds=1.0)])
-def test_a_store_slower_than_computing_is_not_read_from(name: str, speed: StoreSpeed) -> None:
+@pytest.mark.parametrize(
+    "speed",
+    [
+        SourceSpeed(bytes_per_second=3e8, latency_seconds=0.002),
+        SourceSpeed(bytes_per_second=2e9, latency_seconds=1.0),
+    ],
+)
+def test_a_store_slower_than_computing_is_not_read_from(name: str, speed: SourceSpeed) -> None:
     requests = twins(100.0)
     # The first pages have to be the store's alone: their worker forgets them before the second prompt comes.
     between = a_request(2, range(10_000, 10_240))

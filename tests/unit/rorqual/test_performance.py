@@ -16,7 +16,7 @@ from rorqual.performance import (
     Corrections,
     Efficiency,
     PerformanceModel,
-    StoreSpeed,
+    SourceSpeed,
     model_costs,
 )
 from rorqual.performance.correction import RATIO_MAX
@@ -83,7 +83,7 @@ def test_all_interfaces_of_a_worker_read_at_once() -> None:
 
 
 def test_a_read_from_the_store_takes_its_latency_and_its_bytes_and_no_read_takes_nothing() -> None:
-    model = dataclasses.replace(a_model(), store=StoreSpeed(bytes_per_second=1e9, latency_seconds=0.5))
+    model = dataclasses.replace(a_model(), store=SourceSpeed(bytes_per_second=1e9, latency_seconds=0.5))
     assert model.store_seconds(np.array([0.0, 1.0, 2e9])) == pytest.approx([0.0, 0.5, 2.5], abs=1e-6)
 
 

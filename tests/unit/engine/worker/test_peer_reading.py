@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fake_rank import NUM_PAGE_COMPONENTS, FakeRank
 from fake_reads import ReadingLink
-from fake_state import answer
+from fake_state import RECORD_BYTES, answer
 from prometheus_client import CollectorRegistry
 
 from engine.worker.exposure import Exposure
@@ -30,6 +30,7 @@ from prefill_worker.lending import Lender, LenderConfig
 from prefill_worker.metrics import LendingMetrics
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS
+from rorqual.performance.sources import PROBE_SECONDS, SAMPLES_MIN
 from rorqual.sampling import SamplingParams
 from rorqual.session import Offer, Open, PeerFetch, Source
 from tests.harness.virtual import LoopClock, virtual
@@ -204,6 +205,26 @@ async def test_only_pages_that_are_missing_are_read() -> None:
         (fetch,) = reader.link.fetches
         assert len(fetch.source_pages) == 3
         assert fetch.record is not None
+
+
+@virtual
+async def test_reads_are_measured_and_told_to_routers_for_a_while() -> None:
+    async with two_workers(num_pages=80) as (owner, reader, neighbours):
+        neighbours.call_seconds = 0.25
+        for number in range(SAMPLES_MIN):
+            assert reader.host.load().peer_bytes_per_second == 0
+            for worker, fetch in ((owner, None), (reader, fetch_of(5, seconds=3.0))):
+                await ask(worker, 1400, fetch, cache_salt=f"salt {number}")
+        load, speed = reader.host.load(), reader.host.scheduler.speeds.peer.speed
+        assert load.peer_bytes_per_second == speed.bytes_per_second
+        assert load.peer_latency_seconds == speed.latency_seconds > 0
+        assert reader.count("source_reads_measured", source="peer") == SAMPLES_MIN
+        # The call that leases is part of a read; connecting and renewing are not.
+        (num_bytes,) = {5 * 4 * PAGE_TOKENS + RECORD_BYTES}
+        assert 0.25 <= float(speed.seconds(num_bytes)) < 0.5
+        await asyncio.sleep(PROBE_SECONDS)
+        await ask(reader, 10)
+        assert reader.host.load().peer_bytes_per_second == 0
 
 
 @virtual

@@ -8,7 +8,9 @@ import pytest
 from fake_state import PAGE_TOKENS, REBUILD_TOKENS, answer, digest, page_digests
 
 from engine.worker.host_tier import HostTierConfig
+from engine.worker.speeds import SpeedsConfig
 from kvstore.shadow_radix import Changes, StartKind
+from rorqual.performance import SourceSpeed
 from tests.harness.benches import (
     FIRST_HOST_ID,
     Bench,
@@ -108,7 +110,8 @@ def test_pages_that_save_nothing_stay_where_they_are() -> None:
 
 @pytest.mark.parametrize(("bytes_per_second", "is_worth_it"), [(1e9, True), (1e3, False)])
 def test_what_is_sooner_computed_than_copied_is_computed(bytes_per_second: float, is_worth_it: bool) -> None:
-    bench = tiered(host_tier=a_host_tier(bytes_per_second=bytes_per_second, seconds_per_token=1e-4))
+    speed = SourceSpeed(bytes_per_second=bytes_per_second)
+    bench = tiered(speeds=SpeedsConfig(host=speed, tokens_per_second=1e4))
     prompt = a_prompt(1, 3 * PAGE_TOKENS)
     computed(bench, 1, prompt)
     push_out(bench, 2)

@@ -148,6 +148,15 @@ class NaiveByCache:
             work_seconds_W=np.array(work),
             slowness_W=np.array([factors.get(index, 1.0) for index in numbers]),
             readable_W=np.isin(numbers, [view.index for view in workers if view.can_share]),
+            peer_rate_W=np.array(
+                [
+                    by_index[index].load.peer_bytes_per_second if index in by_index else 0.0
+                    for index in numbers
+                ]
+            ),
+            peer_latency_W=np.array(
+                [by_index[index].load.peer_latency_seconds if index in by_index else 0.0 for index in numbers]
+            ),
         )
 
     def _note_work(self, index: int, seconds: float) -> None:

@@ -50,6 +50,8 @@ def a_worker(draw: st.DrawFn, index: int) -> WorkerView:
         slots_total=1,
         step_ms=draw(st.sampled_from([0.0, 20.0])),
         prefill_tokens_per_second=draw(st.sampled_from([0.0, 990.0, 1000.0, 3000.0])),
+        peer_bytes_per_second=draw(st.sampled_from([0.0, 1e4, 1e9])),
+        peer_latency_seconds=draw(st.sampled_from([0.0, 0.5])),
     )
     return WorkerView(
         # Not in the order of rows.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rorqual.performance import FLASH, HARDWARE, PerformanceModel, StoreSpeed, model_costs
+from rorqual.performance import FLASH, HARDWARE, PerformanceModel, SourceSpeed, model_costs
 from router.placement.cache import Decision, FleetPicture, Source
 from router.placement.soonest import SoonestConfig, SoonestFirstToken
 from tests.unit.router.placement.pictures import a_demand, a_fleet, keys
@@ -69,6 +70,33 @@ def test_a_busy_owner_is_read_from_instead_of_computing_again() -> None:
     )
 
 
+def reading(fleet: FleetPicture, rate: list[float], latency: list[float]) -> FleetPicture:
+    """As these workers have measured reads from others."""
+    return dataclasses.replace(fleet, peer_rate_W=np.array(rate), peer_latency_W=np.array(latency))
+
+
+def test_whoever_reads_slowly_computes_instead_and_whoever_reads_fast_is_given_the_prompt() -> None:
+    fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.001, 0.5])
+    assert choose(reading(fleet, [1e6, 0, 0], [0, 0, 0])).prefill == 1  # 90 s: the other has measured nothing
+    slow = choose(reading(fleet, [1e6, 1e6, 0], [0, 0, 0]))
+    assert (slow.prefill, slow.resume, slow.fetch.peer) == (0, 0, -1)
+    late = choose(reading(fleet, [1e12, 1e12, 0], [5.0, 0.0, 0]))
+    assert (late.prefill, late.resume, late.fetch.peer) == (1, 98, 2)
+
+
+@given(rate=st.floats(1e3, 1e12), latency=st.floats(0, 10), faster=st.floats(1, 1e3))
+def test_a_peer_that_is_read_faster_is_never_passed_over(rate: float, latency: float, faster: float) -> None:
+    fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.9, 0.9])
+    slow, fast = (choose(reading(fleet, [rate * by] * 3, [latency / by] * 3)) for by in (1.0, faster))
+    assert fast.predicted_seconds <= slow.predicted_seconds + 1e-9
+    assert slow.fetch.peer < 0 or fast.fetch.peer == 2
+
+
+def test_what_nobody_has_measured_is_as_modelled() -> None:
+    fleet = a_fleet(held={2: (PROMPT, [98])}, wait=[0.0, 0.001, 0.5])
+    assert choose(reading(fleet, [0, 0, 0], [9, 9, 9])) == choose(fleet)
+
+
 def test_a_tail_alone_is_read_where_the_pages_are_there() -> None:
     decision = choose(a_fleet(held={0: (PROMPT, []), 1: (PROMPT, [96])}, wait=[0.0, 0.4, 0.4]))
     assert (decision.prefill, decision.resume, decision.fetch.peer) == (0, 96, 1)
@@ -117,7 +145,7 @@ def test_a_tail_alone_is_read_from_the_store_where_the_pages_are_there() -> None
 
 
 def test_a_store_slower_than_computing_is_left_alone() -> None:
-    slow = dataclasses.replace(MODEL, store=StoreSpeed(bytes_per_second=1e8))
+    slow = dataclasses.replace(MODEL, store=SourceSpeed(bytes_per_second=1e8, latency_seconds=0.002))
     decision = choose(a_fleet(stored=(PROMPT, [100])), model=slow)
     assert (decision.resume, sources(decision)) == (0, [(Source.COMPUTE, 0, 100, -1)])
 
