@@ -152,9 +152,9 @@ def plot(rows: Sequence[Row], released: Sequence[Released], file: Path, *, hardw
         own = [row for row in rows if row.way == way]
         tokens, times = [row.num_tokens for row in own], [row.seconds * 1e3 for row in own]
         style = {"color": "black", "linewidth": 2.0} if way == COMPUTE else {}
-        measured.plot(tokens, times, "o-", label=way, **style)
+        [line] = measured.plot(tokens, times, "o-", label=way, **style)
         spread = [[row.seconds_least * 1e3 for row in own], [row.seconds_most * 1e3 for row in own]]
-        measured.fill_between(tokens, *spread, alpha=0.2, color=style.get("color"))
+        measured.fill_between(tokens, *spread, alpha=0.15, color=line.get_color())
     measured.set_title("measured here: the model of this run")
     for axes, model in zip(others, models, strict=True):
         own = [item for item in released if item.model == model]

@@ -271,8 +271,8 @@ def _add_store_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20.0,
         metavar="MS",
-        help="a prompt waits so long for the store to answer, and then as long as its pages should take, but never"
-        " longer than computing them would (default 20)",
+        help="a prompt waits for the store as long as that is known to take, and so long beyond it, but never longer"
+        " than computing would take (default 20)",
     )
     add(
         "--store-writes",

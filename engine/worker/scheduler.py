@@ -53,6 +53,7 @@ import msgspec
 
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
+from engine.worker.adopting import Adopting
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
 from engine.worker.events import Adoption, Event, SequenceKey, Surrender, TokenEvent
@@ -124,8 +125,7 @@ class Scheduler:
             rows_max=config.draft_rows_max,
         )
         self._running: dict[SequenceKey, Sequence] = {}  # oldest first
-        self._adopting: dict[SequenceKey, Sequence] = {}
-        self._adoptions: dict[SequenceKey, Adoption] = {}  # of those, not taken yet
+        self._adopting = Adopting(self._holdings)
         self._landing: dict[SequenceKey, Sequence] = {}  # those with pages
         self._closes: list[SlotId] = []  # slots to close on the rank with the next plan
         self._inflight: deque[Step] = deque()
@@ -299,7 +299,7 @@ class Scheduler:
         holdings = self._holdings
         remaining = (sequence.num_remaining for sequence in self._running.values())
         return Load(
-            sequences_running=len(self._running) + len(self._adopting),
+            sequences_running=len(self._running) + len(self._adopting.sequences),
             sequences_waiting=self._admission.num_waiting,
             tokens_waiting=self._admission.tokens_waiting + sum(count for count in remaining if count > 1),
             pages_free=holdings.num_pages_free,
@@ -324,9 +324,7 @@ class Scheduler:
         """Sequences that have been given room for their state since the last time; whoever can start, starts. To be
         asked after everything that frees something. Each one taken ends in `adopted`, or in a cancel and `settle`."""
         self._admit()
-        taken = list(self._adoptions.values())
-        self._adoptions.clear()
-        return taken
+        return self._adopting.take()
 
     def adopted(
         self, key: SequenceKey, token_ids: tuple[int, ...], digests: Several[tuple[int, ...]] = ()
@@ -334,11 +332,9 @@ class Scheduler:
         """The state of the prompt is in the adoption's pages and record, and nothing writes there any more;
         `token_ids` is what was generated so far, `digests` those of its full pages, a tuple for each. Raises
         InvalidRequest, and nothing has changed, when it cannot go on from there."""
-        assert key in self._adopting, f"sequence {key} is not adopting"
-        assert key not in self._adoptions, f"state of sequence {key} came before its adoption was taken"
-        sequence = self._adopting[key]
+        sequence = self._adopting.waiting(key)
         self.config.check_generated(token_ids, max_tokens=sequence.max_tokens)
-        del self._adopting[key]
+        del self._adopting.sequences[key]
         sequence.adopt(token_ids)
         self._running[key] = sequence
         self._absorb(sequence, digests)
@@ -413,11 +409,11 @@ class Scheduler:
         """Start waiting sequences while slots, pages and records last."""
         if not self._admission.num_waiting:
             return
-        holders = chain(self._running.values(), self._adopting.values())
+        holders = chain(self._running.values(), self._adopting.sequences.values())
         reserve = sum(1 for sequence in holders if sequence.is_near_page_end)
         while (sequence := self._start_next(reserve)) is not None:
             if sequence.is_adopting:
-                self._adopt_from_now(sequence)
+                self._adopting.begin(sequence, last_applied=self.last_applied)
             else:
                 self._running[sequence.key] = sequence
             reserve += sequence.is_near_page_end
@@ -429,20 +425,6 @@ class Scheduler:
             if not self._below.relieve(self._running.values()):
                 return self._admission.start_head(self._below.start_spilled)
         return sequence
-
-    def _adopt_from_now(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
-        assert sequence.record is not None
-        last_plan = self._holdings.last_plan(sequence)
-        self._adopting[sequence.key] = sequence
-        self._adoptions[sequence.key] = Adoption(
-            key=sequence.key,
-            slot=sequence.slot,
-            pages=tuple(sequence.pages),
-            num_present=sequence.num_pages_shared,
-            record=sequence.record,
-            after=last_plan if last_plan > self.last_applied else 0,
-        )
 
     def _plan_chunks(self, step: Step) -> None:
         """The next chunk of every running sequence that is still in its prompt, as far as the budget goes; of one whose
@@ -473,7 +455,7 @@ class Scheduler:
             if sequence.num_drafting or any(item.pages for item in self._landing.values()):
                 return False
             victim = self._running[next(reversed(self._running))]
-            if victim is sequence and (self._adopting or self._holdings.num_quarantined):
+            if victim is sequence and (self._adopting.sequences or self._holdings.num_quarantined):
                 self.is_starved = True
                 return False
             self._preempt(victim)
@@ -576,7 +558,7 @@ class Scheduler:
                 if self._cache is not None:
                     self._cache.leave(sequence)
             case Phase.ADOPTING:
-                self._abandon(sequence)
+                self._adopting.abandon(sequence)
             case Phase.RUNNING:
                 self._vacate(sequence)
                 self._leave(sequence)
@@ -589,18 +571,9 @@ class Scheduler:
         self._speculation.forget(key)
         del self._sequences[key]
 
-    def _abandon(self, sequence: Sequence) -> None:
-        """Nobody wants the state any more that is read into what it holds; unless nobody has heard of the room."""
-        del self._adopting[sequence.key]
-        self._holdings.free_slot(sequence)
-        if self._adoptions.pop(sequence.key, None) is None:
-            self._holdings.quarantine(sequence)
-        else:
-            self._holdings.free_state(sequence)
-
     def _check(self) -> None:
         self._holdings.check(
-            chain(self._running.values(), self._adopting.values(), self._landing.values()),
+            chain(self._running.values(), self._adopting.sequences.values(), self._landing.values()),
             num_records_planned=self._tails.num_parting
             + sum(len(step.restoring) + len(step.tails) for step in self._inflight),
         )

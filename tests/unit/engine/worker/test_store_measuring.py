@@ -179,3 +179,40 @@ async def test_a_store_that_never_answers_in_time_is_known_to_take_that_long(lat
             await ask(host, number, 1)
         assert store.num_asked == SAMPLES_MIN
         assert float(host.scheduler.speeds.store.speed.seconds(PAGE_BYTES)) > 1.0
+
+
+def waited(host: Host) -> float:
+    """Seconds, of all prompts so far."""
+    return host.metrics.registry.get_sample_value("rorqual_worker_store_wait_seconds_sum") or 0.0
+
+
+@virtual
+async def test_a_prompt_waits_as_long_as_the_store_takes_once_that_is_known() -> None:
+    store = ForeignStore(latency_seconds=0.1)
+    async with a_worker(store) as host:
+        await ask(host, 0, 4)  # a second to compute
+        assert waited(host) < 0.03  # nobody knew
+        for number in range(1, 8):
+            await ask(host, number, 4)
+        before = waited(host)
+        await ask(host, 8, 4)
+        assert waited(host) - before == pytest.approx(0.2)  # asked, then read, of which nothing was of use
+        outcomes = [
+            host.metrics.registry.get_sample_value("rorqual_worker_store_reads_total", {"outcome": name})
+            for name in ("overdue", "missed")
+        ]
+        assert outcomes[1] >= 1
+        assert sum(outcomes) == 9
+
+
+@virtual
+async def test_nobody_waits_long_for_a_store_that_is_only_tried() -> None:
+    store = ForeignStore(latency_seconds=0.9)
+    async with a_worker(store) as host:
+        for number in range(SAMPLES_MIN):
+            await ask(host, number, 2)
+        await asyncio.sleep(PROBE_SECONDS)
+        before, num_asked = waited(host), store.num_asked
+        await ask(host, 9, 2)
+        assert store.num_asked == num_asked + 1
+        assert waited(host) - before == pytest.approx(0.02)
