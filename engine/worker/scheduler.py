@@ -24,8 +24,8 @@ With a cache (`engine.worker.prefix_cache`), full pages stay when their sequence
 left (`engine.worker.tails`). A page enters the cache when the result that completes it is in: only then are its tokens
 certain. So a landing sequence keeps its full pages until its last token is here. Sequences that begin alike share
 pages, which nobody writes; what starts between a tail and the end of what is shared replays it. With host memory below
-the cache, what is evicted goes there (`engine.worker.host_tier`, `engine.worker.spilling`) and comes back
-while a sequence waits (`engine.worker.restoring`); copies alone are worth a step.
+the cache, what is evicted goes there and comes back while a sequence waits (`engine.worker.tiering`); copies alone are
+worth a step.
 
 On a prefill worker a sequence **lends**: its first token is its last one here. The host is told of every full page
 as it is computed and, with the token, of the record that holds the rest of the state. What the host has been told of
@@ -50,7 +50,7 @@ from itertools import chain
 
 import msgspec
 
-from engine.plan import NO_COPIES, Sampled, StepPlan, StepResult
+from engine.plan import Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
 from engine.worker.chunks import chunk_counts
 from engine.worker.drafting import DraftPolicy, FixedDrafts
@@ -66,13 +66,12 @@ from engine.worker.holdings import Holdings
 from engine.worker.host_tier import HostTier
 from engine.worker.imports import Imports
 from engine.worker.prefix_cache import CacheState, PrefixCache
-from engine.worker.restoring import Restoring
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence, Step
 from engine.worker.speculation import Speculation
-from engine.worker.spilling import Spilling
 from engine.worker.tails import Tails, digests_by_slot
 from engine.worker.telling import lent_event, pages_events, score_events
+from engine.worker.tiering import Tiering
 from rorqual.errors import InvalidRequest
 from rorqual.ids import RecordId, SlotId
 from rorqual.sampling import SamplingParams
@@ -87,29 +86,24 @@ class Scheduler:
         self.last_applied = 0  # number of the newest plan whose result is in
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._cache = PrefixCache(config.cache) if config.cache is not None else None
-        self._tier: HostTier | None = None
+        tier: HostTier | None = None
         if self._cache is not None and config.host_tier is not None:
-            self._tier = HostTier(config.host_tier, self._cache)
+            tier = HostTier(config.host_tier, self._cache)
         self._holdings = Holdings(
             num_pages=config.num_pages,
             num_slots=config.num_slots,
             num_records=config.num_records,
             cache=self._cache,
-            tier=self._tier,
+            tier=tier,
         )
         self.imports = Imports(self._holdings, self._cache)
-        self._restoring: Restoring | None = None
-        self._filling: Filling | None = None
-        self._spilling: Spilling | None = None
-        if self._tier is not None and self._cache is not None:
-            self._restoring = Restoring(self._tier, self._holdings, self._cache, self.imports)
-            self._filling = Filling(self._tier, self._cache, self._sequences)
-            if self._tier.config.takes_turns:
-                self._spilling = Spilling(self._tier, self._cache)
+        self._tiering = Tiering(
+            tier, self._cache, holdings=self._holdings, imports=self.imports, sequences=self._sequences
+        )
         self._admission = Admission(
             self._holdings,
             self._cache,
-            self._restoring,
+            self._tiering.restoring,
             sequences_waiting_max=config.sequences_waiting_max,
             tokens_waiting_max=config.tokens_waiting_max,
         )
@@ -150,9 +144,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing to compute, nothing on its way, nothing left open on the rank, nothing with others."""
-        is_copying = self._tier is not None and not self._tier.is_idle
-        is_copying |= self._spilling is not None and not self._spilling.is_idle
-        is_open = self._sequences or self._inflight or self._closes or is_copying
+        is_open = self._sequences or self._inflight or self._closes or not self._tiering.is_idle
         return self._holdings.is_clear and not is_open
 
     def open(
@@ -230,10 +222,7 @@ class Scheduler:
         self._plan_decodes(step)
         self._admit()
         self._plan_chunks(step)
-        if self._spilling is not None:
-            self._spilling.feed()
-        demote = self._tier.take_copies(step.number) if self._tier is not None else NO_COPIES
-        promote = self._restoring.take_copies(step.number) if self._restoring is not None else NO_COPIES
+        demote, promote = self._tiering.take_copies(step.number)
         step.has_copies = bool(demote or promote)
         if not step.segments and not step.has_copies and (not self._closes or self._inflight):
             # Closing slots alone is worth a step only when no other step will come to carry it.
@@ -273,10 +262,7 @@ class Scheduler:
         for sequence in step.sequences.values():
             sequence.num_inflight -= 1
         self._free_read(step)
-        if self._tier is not None:
-            self._tier.landed(step.number)
-        if self._restoring is not None:
-            self._restoring.landed(step.number)
+        self._tiering.landed(step.number)
         events: list[Event] = []
         if result.prompt_scores:
             events.extend(score_events(step, result.prompt_scores))
@@ -369,12 +355,12 @@ class Scheduler:
     @property
     def host_tier(self) -> HostTier | None:
         """What of the cache is in host memory. None where it is off."""
-        return self._tier
+        return self._tiering.tier
 
     @property
     def filling(self) -> Filling | None:
         """What a store could add to the cache. None without host memory."""
-        return self._filling
+        return self._tiering.filling
 
     def cache_state(self) -> CacheState:
         return self._cache.state if self._cache is not None else CacheState()
@@ -385,9 +371,7 @@ class Scheduler:
         self._admission.check()
         if self._cache is not None:
             self._cache.check()
-        if self._tier is not None and self._restoring is not None:
-            self._tier.index.check()
-            self._restoring.check()
+        self._tiering.check()
 
     @property
     def _keeps_digests(self) -> bool:
@@ -420,8 +404,7 @@ class Scheduler:
             else:
                 self._running[sequence.key] = sequence
             reserve += sequence.is_near_page_end
-        if self._tier is not None and self._restoring is not None:
-            self._restoring.look(self._admission.first(self._tier.config.sequences_max))
+        self._tiering.look(self._admission.first)
 
     def _adopt_from_now(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
@@ -560,8 +543,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         key = sequence.key
-        if self._spilling is not None and sequence.phase in (Phase.RUNNING, Phase.LANDING):
-            self._spilling.ended(sequence)
+        self._tiering.ended(sequence)
         match sequence.phase:
             case Phase.WAITING:
                 self._admission.remove(sequence)
