@@ -57,8 +57,12 @@ class HostMemory:
                 self._components.append((units_dev, self.pages[:, offset : offset + item.unit_bytes]))
                 offset += item.unit_bytes
         assert offset == page_bytes
+        self._copied: torch.cuda.Event | None = (
+            None  # behind the newest copies; None: they are done on return
+        )
         if records_RB.is_cuda:
             _pin(self.pages, self.records)
+            self._copied = torch.cuda.Event()
 
     @property
     def num_bytes(self) -> int:
@@ -74,6 +78,19 @@ class HostMemory:
         """Nobody else can map it any more. It goes with the last process that has mapped it."""
         if self._segments is not None:
             self._segments.close()
+
+    def copy(self, *, demote: Copies, promote: Copies) -> None:
+        """Those of one plan, in the order of the stream; see `wait`."""
+        self.demote(demote)
+        self.promote(promote)
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Until the newest copies are done: from then on the host may read what came here and write where nobody reads
+        any more. A plan without segments has nothing else to wait for."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def demote(self, copies: Copies) -> None:
         """From the device to host memory."""
@@ -105,8 +122,7 @@ def _allocate(allocate: Allocate, name: str, unit_bytes: int, num_units: int) ->
 
 
 def _pin(*memory: Tensor) -> None:
-    """Lock it for copies that run beside computing. Not run on a GPU yet: there the host must not read what was copied
-    away before the stream has passed the copy."""
+    """Lock it for copies that run beside computing. Not run on a GPU yet."""
     runtime: Any = torch.cuda.cudart()
     for item in memory:
         if item.numel():

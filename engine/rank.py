@@ -170,12 +170,13 @@ class Rank:
         copied = started
         if plan.demote or plan.promote:
             assert self.host_memory is not None, "a plan copies, and there is no host memory"
-            self.host_memory.demote(plan.demote)
-            self.host_memory.promote(plan.promote)
+            self.host_memory.copy(demote=plan.demote, promote=plan.promote)
             copied = time.perf_counter()
         for item in plan.opens:
             self._open(item)
         done = self._compute(plan.segments)
+        if self.host_memory is not None:
+            self.host_memory.wait()
         return StepResult(
             number=plan.number,
             sampled=tuple(done.sampled),
