@@ -66,8 +66,12 @@ class HostMemory:
                 self._parts[item.component] = _Part(descriptor=item, units_ub=units_ub, host_hb=host_hb)
                 offset += item.unit_bytes
         assert offset == page_bytes
+        self._copied: torch.cuda.Event | None = (
+            None  # behind the newest copies; None: they are done on return
+        )
         if records_RB.is_cuda:
             _pin(self.pages, self.records)
+            self._copied = torch.cuda.Event()
 
     @property
     def num_bytes(self) -> int:
@@ -92,6 +96,17 @@ class HostMemory:
             part.host_hb.unflatten(1, (len(part.descriptor.layers), part.descriptor.layer_bytes)),
             part.descriptor,
         )
+
+    def mark(self) -> None:
+        """All copies of a plan have been asked for; see `wait`."""
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Until the newest copies are done: from then on the host may read what came here and write where nobody reads
+        any more. A plan without segments has nothing else to wait for."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def demote(self, copies: Copies) -> None:
         """From the device to host memory: whole pages."""
@@ -124,8 +139,7 @@ def _allocate(allocate: Allocate, name: str, unit_bytes: int, num_units: int) ->
 
 
 def _pin(*memory: Tensor) -> None:
-    """Lock it for copies that run beside computing. Not run on a GPU yet: there the host must not read what was copied
-    away before the stream has passed the copy."""
+    """Lock it for copies that run beside computing. Not run on a GPU yet."""
     runtime: Any = torch.cuda.cudart()
     for item in memory:
         if item.numel():

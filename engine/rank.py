@@ -74,6 +74,8 @@ class Rank:
         for item in plan.opens:
             self._open(item)
         done = self._compute(plan.segments)
+        if self.host_memory is not None:
+            self.host_memory.wait()
         spilled = self.runner.tables.spilled
         return StepResult(
             number=plan.number,
@@ -100,6 +102,7 @@ class Rank:
         for item in plan.unspills:
             assert spilled is not None, "a plan unspills, and there is no hot buffer"
             spilled.unspill(item.slot, item.pages)
+        self.host_memory.mark()
 
     def _open(self, item: SlotOpen) -> None:
         assert item.slot not in self._slots, f"slot {item.slot} is open"

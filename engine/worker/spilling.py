@@ -33,7 +33,6 @@ class Spilling:
         self._tier = tier
         self._cache = cache
         self._paths: deque[_Path] = deque()
-        self.num_left_out = 0  # sequences
 
     @property
     def is_idle(self) -> bool:
@@ -45,8 +44,7 @@ class Spilling:
         if sequence.root is None or not num_pages:
             return
         if len(self._paths) >= PATHS_MAX:
-            self._paths.popleft()
-            self.num_left_out += 1
+            self._tier.num_not_held += len(self._paths.popleft().keys)
         self._paths.append(_Path(sequence=sequence, keys=sequence.keys[:num_pages]))
 
     def feed(self) -> None:

@@ -50,6 +50,13 @@ class StoreMetrics:
             registry=registry,
         )
 
+        self.not_held = Gauge(
+            "rorqual_worker_store_values_not_held",
+            "Pages and tails so far that were not offered to the store, since too many waited in host memory already,"
+            " or nothing could prove them later.",
+            registry=registry,
+        )
+
     def watch(self, counts: StoreCounts, state: Callable[[], StoreState]) -> None:
         """Export what the store counts, read when scraped."""
         for name, text, found in (

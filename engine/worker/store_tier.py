@@ -33,6 +33,7 @@ from rorqual.clock import Clock
 
 _TAIL_FACTS = struct.Struct("<QB")
 TAIL_FACTS_BYTES = _TAIL_FACTS.size
+_TAIL_KINDS = frozenset(TailKind)
 DIGEST_BYTES = 8
 
 
@@ -119,6 +120,9 @@ class StoreTier:
 
     def attach(self, host: StoreHost) -> None:
         self._host = host
+        tier = host.scheduler.host_tier
+        if tier is not None:
+            self._metrics.not_held.set_function(lambda: float(tier.num_not_held))
 
     async def run(self) -> None:
         """Owns all reads. Ends only by being cancelled, or with an unexpected failure of one of them."""
@@ -169,15 +173,18 @@ class StoreTier:
         """Something landed, perhaps: give it to the store, as much as one turn may."""
         self._stepped.set()
         self._stepped = asyncio.Event()
-        tier = self.host.scheduler.host_tier
+        scheduler = self.host.scheduler
+        tier = scheduler.host_tier
         if tier is None:
             return
-        room = self.config.turn_bytes_max
+        room, has_written = self.config.turn_bytes_max, False
         while room > 0 and (item := tier.next_landed()) is not None:
             room -= self._write(item)
             tier.written(item)
-        if room <= 0:
-            # Not from here: others must have their turn in between.
+            has_written = True
+        # Copies may have waited for the places that are free now, and no result need be on its way that would bring
+        # the next turn. Not from here: others must have theirs in between.
+        if room <= 0 or (has_written and not scheduler.is_idle):
             asyncio.get_running_loop().call_soon(self.host.enqueue, _nothing)
 
     def _write(self, item: HostPage | HostTail) -> int:
@@ -262,7 +269,8 @@ class StoreTier:
         )
 
     async def _read(self, read: _Read, wish: Wish) -> str:
-        """Pages in their order, a bounded number of bytes at a time; the tail comes with the last of them."""
+        """Pages in their order, a bounded number of bytes at a time; the tail comes with the last of them. What is not
+        here `late_seconds` after the deadline is not asked for any more."""
         each = max(1, self.config.read_bytes // self._pages.shape[1])
         parent, num_read = wish.parent, 0
         parts = [wish.pages[at : at + each] for at in range(0, len(wish.pages), each)] or [()]
@@ -287,6 +295,8 @@ class StoreTier:
         keys += [StoreKey(Kind.TAIL, tenant, tail)] if tail is not None else []
         began = self._clock.monotonic()
         seconds = self._seconds_left(read) + self.config.late_seconds
+        if seconds <= 0:
+            return 0
         values = await self._store.read(keys, budget_seconds=seconds)
         taken = self._clock.monotonic() - began
         read.seconds += taken
@@ -328,10 +338,11 @@ class StoreTier:
         parent: PageKey,
         tenant: TenantLabel,
     ) -> int:
-        num_filled = 0
+        num_filled, is_filled = 0, False
 
         def fill() -> None:
-            nonlocal num_filled
+            nonlocal num_filled, is_filled
+            is_filled = True
             tier = self.host.scheduler.host_tier
             assert tier is not None
             cache = self.host.scheduler.cache
@@ -353,7 +364,7 @@ class StoreTier:
                     )
                 )
                 before = key
-                num_filled += 1
+                num_filled += 1  # or it has come another way meanwhile
             if room.record is None or tail is None or tail_key is None:
                 return
             body, digest, kind = tail
@@ -371,12 +382,12 @@ class StoreTier:
                     tenant=tenant,
                 )
             )
-            num_filled += 1
+            num_filled += tier.index.state(tail_key)[1]
 
         try:
             await self._in_turn(fill)
         except asyncio.CancelledError:
-            if not num_filled:
+            if not is_filled:
                 self._give_back(room)
             raise
         return num_filled
@@ -392,7 +403,7 @@ class StoreTier:
             tier.index.give_back_tail(room.record)
 
     def _page(self, value: memoryview | None) -> _Page | None:
-        """Its bytes and digests. None for what does not have the length of one: another version has written it."""
+        """Its bytes and digests. None for what is none, though its digest is right: another version has written it."""
         num_digests, num_bytes = self.config.num_page_components, self._pages.shape[1]
         if value is None or len(value) != num_bytes + num_digests * DIGEST_BYTES:
             return None
@@ -403,12 +414,12 @@ class StoreTier:
             return None
         body = value[:-TAIL_FACTS_BYTES]
         digest, kind = _TAIL_FACTS.unpack_from(value, len(body))
-        return body, digest, TailKind(kind)
+        return (body, digest, TailKind(kind)) if kind in _TAIL_KINDS else None
 
     def _seconds_left(self, read: _Read) -> float:
-        if read.deadline is None:
-            return 0.0
-        return max(0.0, read.deadline.when() - asyncio.get_running_loop().time())
+        """Below 0: it is overdue."""
+        assert read.deadline is not None
+        return read.deadline.when() - asyncio.get_running_loop().time()
 
     def _release(self, read: _Read, outcome: str) -> None:
         """The sequence need not wait any more."""

@@ -92,6 +92,7 @@ class FakeRank:
         num_host_pages: int = 0,
         num_host_records: int = 0,
         first_host_id: int = 0,
+        host_memory: FakeHostMemory | None = None,
         positions_max: int = POSITIONS_MAX,
     ) -> None:
         self.num_pages = num_pages
@@ -106,7 +107,7 @@ class FakeRank:
         self.slots: dict[int, Slot] = {}
         self.memory: list[Rows | None] = [None] * num_pages
         self.records: list[bytes | None] = [None] * num_records
-        self.host_memory = FakeHostMemory(
+        self.host_memory = host_memory or FakeHostMemory(
             num_pages=num_host_pages, num_records=num_host_records, first_id=first_host_id
         )
         self.kept: dict[
