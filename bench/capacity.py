@@ -6,6 +6,7 @@ Bytes of one request of N tokens, from the descriptors of its layout (kvstore/la
   state    = C4 layers x (7 bytes a hot row + 2 bytes an entry of the longest)
   hot      = whole x C4 bytes of a page + state
   spilled  = resident - (ceil(N / 256) - whole, 0 at least) x C4 bytes of a page + state
+             + one thin page, the page bytes without C4, if any is thin: for the turn of a page
   host     = floor(N / 256) x page bytes: full pages, whole
 Hot rows are 8 x top-k. Columns `resident` and `spilled` in requests: all of them resident; all spilled but one, since
 the next request arrives resident. `gain` is the ratio of bytes of a request, `here` that of requests on this device.

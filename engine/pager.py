@@ -128,6 +128,7 @@ class PagedState:
         self._located: dict[tuple[_Strides, DecodeGroup], _Located | None] = {}
         self._new_rows: dict[_Strides, _Writes] = {}
         self._finished: dict[Component, Tensor | None] = {}
+        self._slots: dict[DecodeGroup, list[int]] = {}
         segments = (*batch.decodes, *batch.chunks)
         for segment in segments:
             held = tables.num_pages[segment.slot] * PAGE_TOKENS
@@ -273,7 +274,7 @@ class PagedState:
 
     def decode_picks(self, component: Component, layer: int, group: DecodeGroup, picks_Bk: Tensor) -> Keys:
         if self._tables.spilled is not None:
-            self._tables.spilled.picked(layer, self._slots_of(group), picks_Bk)
+            self._tables.spilled.picked(layer, group.first, self._slots_of(group), picks_Bk)
         if self._exact:
             padding = -picks_Bk.shape[1] % BLOCK_COLUMNS
             picks_Bk = torch.nn.functional.pad(picks_Bk, (0, padding), value=-1)
@@ -289,13 +290,15 @@ class PagedState:
     def _hot(self, component: Component, group: DecodeGroup) -> SpilledSlots | None:
         """Where the group's rows are looked up if any of its sequences is spilled."""
         spilled = self._tables.spilled
-        is_spilled = (
-            component is Component.C4 and spilled is not None and spilled.is_any(self._slots_of(group))
-        )
-        return spilled if is_spilled else None
+        if component is not Component.C4 or spilled is None or not spilled.is_any(self._slots_of(group)):
+            return None
+        return spilled
 
     def _slots_of(self, group: DecodeGroup) -> list[int]:
-        return [segment.slot for segment in self._batch.decodes[group.rows]]
+        """Made once a step: every C4 layer asks."""
+        if group not in self._slots:
+            self._slots[group] = [segment.slot for segment in self._batch.decodes[group.rows]]
+        return self._slots[group]
 
     def _locate(self, component: Component, group: DecodeGroup, entries_BK: Tensor) -> _Located:
         item = self._pools[component].descriptor

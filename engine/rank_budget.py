@@ -70,7 +70,7 @@ def hot_budget(
     division = divide_spilled(
         layout,
         shape,
-        device_bytes=device.num_pages * layout.page_bytes,
+        device_bytes=_bytes_for_pages(settings, device, layout.page_bytes),
         num_buffers=settings.num_hot_buffers,
         num_thin=settings.num_thin_pages,
     )
@@ -80,6 +80,15 @@ def hot_budget(
         num_pages=division.num_pages,
         num_thin=division.num_thin,
     )
+
+
+def _bytes_for_pages(settings: RankSettings, device: Budget, page_bytes: int) -> int:
+    """With what a last whole page would not fit into: thin pages are smaller."""
+    if settings.num_pages is None:
+        fitting = int((settings.kv_bytes or KV_BYTES_DEFAULT) * (1 - settings.tail_share))
+        if fitting // page_bytes == device.num_pages:
+            return fitting
+    return device.num_pages * page_bytes
 
 
 def host_budget(

@@ -36,6 +36,15 @@ class _Layer:
     host: HostRows
 
 
+@dataclass(frozen=True, slots=True)
+class _Picks:
+    """Of a group of decodes, in one layer."""
+
+    first: int
+    slots: Sequence[int]
+    picks_Qk: Tensor
+
+
 class SpilledSlots:
     """`pages_SP` are the page tables of all slots. Suffixes: B hot buffers, G pages of hot rows of each, P pages of a
     table, r rows of a page, b bytes."""
@@ -66,9 +75,8 @@ class SpilledSlots:
         self._uses: list[HotUse] = []  # of those that were released
         self.buffers: list[int] = [NO_BUFFER] * pools.num_slots
         """The hot buffer of each slot."""
-        self._last_picks: dict[
-            int, tuple[Sequence[int], Tensor]
-        ] = {}  # of each layer: slots, and their picks
+        self._num_spilled = 0
+        self._last_picks: dict[int, list[_Picks]] = {}  # of each layer, by group of decodes
         data_hlrb, scales_hlrb = host_memory.rows(Component.C4)
         self._layers: dict[int, _Layer] = {}
         for index, layer in enumerate(item.layers):
@@ -91,7 +99,7 @@ class SpilledSlots:
         )
 
     def is_any(self, slots: Sequence[int]) -> bool:
-        return any(self.buffers[slot] >= 0 for slot in slots)
+        return self._num_spilled > 0 and any(self.buffers[slot] >= 0 for slot in slots)
 
     def num_pages(self, slot: int) -> int:
         """Of the sequence in the slot, whose C4 rows are not in its own pages."""
@@ -129,6 +137,7 @@ class SpilledSlots:
         if buffer < 0:
             return
         self.buffers[slot] = NO_BUFFER
+        self._num_spilled -= 1
         self._buffer_S[slot] = NO_BUFFER
         self._first_new_B[buffer] = 0
         num_wasted = sum(layer.hot.clear(buffer) for layer in self._layers.values())
@@ -147,9 +156,13 @@ class SpilledSlots:
         self._counts_B4 += counts_B4
         return ids, bias, any_empty
 
-    def picked(self, layer: int, slots: Sequence[int], picks_Qk: Tensor) -> None:
-        """What the next step will mostly pick too, should one of these be spilled before it."""
-        self._last_picks[layer] = (slots, picks_Qk)
+    def picked(self, layer: int, first: int, slots: Sequence[int], picks_Qk: Tensor) -> None:
+        """What the next step will mostly pick too, should one of these be spilled before it. A step has them group by
+        group; `first` is the number of the group's first decode, and what earlier steps had from there on is gone."""
+        groups = self._last_picks.setdefault(layer, [])
+        while groups and groups[-1].first >= first:
+            groups.pop()
+        groups.append(_Picks(first, slots, picks_Qk))
 
     def read(self, layer: int, slot: int, entries: Tensor, config: ModelConfig) -> Tensor:
         """Rows f32 [*entries.shape, width] of a chunk's sequence: each that is wanted is staged once, in a buffer that
@@ -171,6 +184,8 @@ class SpilledSlots:
     def take_uses(self) -> tuple[HotUse, ...]:
         """Since the last time, of every spilled sequence that has read rows; rows that it has not wanted until it was
         released are wasted."""
+        if not self._uses and not self._num_spilled:
+            return ()
         found, self._uses = self._uses, []
         found += [
             HotUse(slot=slot, num_hits=hits, num_misses=misses, num_useful=useful, num_wasted=wasted)
@@ -187,6 +202,7 @@ class SpilledSlots:
             assert buffer not in self.buffers, f"hot buffer {buffer} is in use"
             assert len(host_pages) >= self.num_hot_pages, "less is spilled than a hot buffer holds"
             self.buffers[slot] = buffer
+            self._num_spilled += 1
             self._buffer_S[slot] = buffer
             hot = self._pages_SP[slot, : self.num_hot_pages]
             assert int(hot.max()) < self._pools.num_pages, "hot rows are those of whole pages"
@@ -215,11 +231,12 @@ class SpilledSlots:
 
     def _warm(self, slot: int, buffer: int) -> None:
         """Bring in what the sequence picked last, which the next step will mostly pick again."""
-        for layer, (slots, picks_Qk) in self._last_picks.items():
-            queries = [query for query, other in enumerate(slots) if other == slot]
-            if queries:
-                item = self._layers[layer]
-                picks_1k = picks_Qk[queries[-1] :][:1]
-                self._counts_B4 += self._kernels.prefetch_rows(
-                    item.hot, item.host, torch.tensor([buffer]), picks_1k
-                )
+        for layer, groups in self._last_picks.items():
+            group = next((group for group in reversed(groups) if slot in group.slots), None)
+            if group is None:
+                continue
+            newest = max(query for query, other in enumerate(group.slots) if other == slot)
+            item, picks_1k = self._layers[layer], group.picks_Qk[newest : newest + 1]
+            self._counts_B4 += self._kernels.prefetch_rows(
+                item.hot, item.host, torch.tensor([buffer]), picks_1k
+            )

@@ -23,6 +23,10 @@ NEWEST_PAGES = 2
 """Whole pages of newest rows: the one that is written, and the full one before it until its copy on the host is made,
 for which there are 256 tokens of time."""
 
+SPARE_THIN_PAGES = 1
+"""Thin pages of a spilled request beyond all but its newest: what its newest full page becomes once it is copied. Until
+then a whole page is in its place, and of neither kind can the other be made."""
+
 NUM_HOT_MAX = 2**15 - 1
 """Hot rows are numbered in 16 bits."""
 
@@ -89,11 +93,11 @@ def resident_bytes(layout: StateLayout, num_tokens: int) -> int:
 
 
 def spilled_bytes(layout: StateLayout, shape: HotShape, num_tokens: int) -> int:
-    """Device bytes of a spilled request of `num_tokens` tokens. One that has no more pages than are whole anyway saves
-    none of them, and takes the state of a hot buffer on top."""
+    """Device bytes that a spilled request of `num_tokens` tokens needs. One that has no more pages than are whole anyway
+    saves none of them, and takes the state of a hot buffer on top."""
     num_pages = -(-num_tokens // PAGE_TOKENS)
-    num_thin = max(num_pages - whole_pages(layout, shape), 0)
-    saved = num_thin * _c4(layout).unit_bytes
+    num_saved = max(num_pages - whole_pages(layout, shape), 0)
+    saved = num_saved * _c4(layout).unit_bytes - (SPARE_THIN_PAGES * _thin_bytes(layout) if num_saved else 0)
     return resident_bytes(layout, num_tokens) - saved + _state_bytes(layout, shape)
 
 
@@ -104,7 +108,8 @@ def host_bytes(layout: StateLayout, num_tokens: int) -> int:
 
 def tokens_worth_spilling(layout: StateLayout, shape: HotShape) -> int:
     """From this length on, in whole pages, a request takes less of the device spilled than resident."""
-    return (hot_bytes(layout, shape) // _c4(layout).unit_bytes + 1) * PAGE_TOKENS
+    extra = SPARE_THIN_PAGES * _thin_bytes(layout) + _state_bytes(layout, shape)
+    return (whole_pages(layout, shape) + extra // _c4(layout).unit_bytes + 1) * PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,22 +167,22 @@ def divide_spilled(
 
     Without a `num_thin`, what lets `num_buffers` requests of equal length, as long as possible, be spilled while one
     more of that length is resident. With L pages each, W of them whole, that takes num_buffers x W + L whole pages and
-    num_buffers x (L - W) thin ones. Bytes that requests of the greatest length leave become whole pages.
+    num_buffers x (L - W + 1) thin ones (`SPARE_THIN_PAGES`), none where L is not above W. Bytes that requests of the
+    greatest length leave become whole pages.
 
     Raises ConfigError if the whole pages are not the W of each buffer and one more, for a request to begin in.
     """
     assert num_buffers >= 0
     assert num_thin is None or num_thin >= 0
     c4, whole = _c4(layout), whole_pages(layout, shape)
-    thin_bytes = layout.page_bytes - c4.unit_bytes
+    thin_bytes = _thin_bytes(layout)
     state_bytes = num_buffers * _state_bytes(layout, shape)
     left = device_bytes - state_bytes
     if num_thin is None:
-        length = (left - num_buffers * whole * c4.unit_bytes) // (
-            layout.page_bytes + num_buffers * thin_bytes
-        )
+        for_buffers = num_buffers * (whole * c4.unit_bytes + SPARE_THIN_PAGES * thin_bytes)
+        length = (left - for_buffers) // (layout.page_bytes + num_buffers * thin_bytes)
         length = min(length, shape.num_entries // c4.num_rows)
-        num_thin = num_buffers * max(length - whole, 0)
+        num_thin = num_buffers * (length - whole + SPARE_THIN_PAGES) if length > whole else 0
     num_pages = max(left - num_thin * thin_bytes, 0) // layout.page_bytes
     needed = num_buffers * whole + 1
     if num_pages < needed:
@@ -193,6 +198,11 @@ def divide_spilled(
 def _state_bytes(layout: StateLayout, shape: HotShape) -> int:
     """Of one hot buffer, in all layers."""
     return len(_c4(layout).layers) * shape.state_bytes
+
+
+def _thin_bytes(layout: StateLayout) -> int:
+    """Of one thin page."""
+    return layout.page_bytes - _c4(layout).unit_bytes
 
 
 def _c4(layout: StateLayout) -> Descriptor:

@@ -79,7 +79,7 @@ def test_a_flash_request_of_a_million_tokens_keeps_its_index_and_a_hot_buffer() 
     assert hot_bytes(SERVED, shape) == 21 * (64 + 2) * 64 * 584 + state
     assert resident_bytes(SERVED, MILLION) == 4096 * 899_648 + SERVED.slot_bytes
     assert spilled_bytes(SERVED, shape, MILLION) == (
-        66 * 899_648 + (4096 - 66) * (21 * 64 * 68 + 20 * 2 * 584) + SERVED.slot_bytes + state
+        66 * 899_648 + (4096 - 66 + 1) * (21 * 64 * 68 + 20 * 2 * 584) + SERVED.slot_bytes + state
     )
     assert host_bytes(SERVED, MILLION) == 4096 * 899_648
     assert host_bytes(SERVED, MILLION - 1) == 4095 * 899_648  # the newest page is not there
@@ -138,10 +138,10 @@ def test_a_division_holds_as_long_requests_as_any_spilled_and_one_more_resident(
     assert state + found.num_pages * 899_648 + found.num_thin * THIN_BYTES <= device_bytes
     assert found.num_thin % num_buffers == 0
     # The length that its pages are for, and that a page more of each request would not fit.
-    length = found.num_thin // num_buffers + 66
+    length = found.num_thin // num_buffers - 1 + 66 if found.num_thin else 66
     if found.num_thin:
         assert found.num_pages >= num_buffers * 66 + length
-    longer = (num_buffers * 66 + length + 1) * 899_648 + num_buffers * (length + 1 - 66) * THIN_BYTES
+    longer = (num_buffers * 66 + length + 1) * 899_648 + num_buffers * (length + 2 - 66) * THIN_BYTES
     assert length == 4096 or state + longer > device_bytes
 
 
