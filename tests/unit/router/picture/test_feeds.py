@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from fake_content import key_of
+from fake_content import key_of, tell
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -88,17 +88,17 @@ class Feeds(RuleBasedStateMachine):
             depth = next((d for d, key in enumerate(path) if key not in worker.actual), len(path))
             match self.random.randrange(4):
                 case 0 | 1 if depth < len(path):
-                    worker.writer.note(pages_added=[path[depth]])
+                    tell(worker.writer, pages_added=[path[depth]])
                     worker.actual[path[depth]] = PAGE
                 case 2 if depth:
-                    worker.writer.note(pages_removed=[path[depth - 1]])
+                    tell(worker.writer, pages_removed=[path[depth - 1]])
                     del worker.actual[path[depth - 1]]
                 case 3 if depth:
                     key = path[self.random.randrange(depth)]
                     if worker.actual[key] & TAIL:
-                        worker.writer.note(tails_removed=[key])
+                        tell(worker.writer, tails_removed=[key])
                     else:
-                        worker.writer.note(tails_added=[key])
+                        tell(worker.writer, tails_added=[key])
                     worker.actual[key] ^= TAIL
                 case _:
                     pass
