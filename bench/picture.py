@@ -24,7 +24,17 @@ import numpy as np
 from bench import decisions
 from kvstore.feed import FeedReader
 from kvstore.feed.digest import MASK, digest_of
-from rorqual.feed import ABSENT, KEY_BYTES, PAGE, PART_ENTRIES_MAX, TAIL, Delta, SnapshotPart
+from rorqual.feed import (
+    ABSENT,
+    HOST_PAGE,
+    HOST_TAIL,
+    KEY_BYTES,
+    PAGE,
+    PART_ENTRIES_MAX,
+    TAIL,
+    Delta,
+    SnapshotPart,
+)
 from rorqual.ids import Incarnation
 from rorqual.session import Load, StepReport
 from rorqual.wire import decode_report, encode_report
@@ -83,6 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, help="one size only, with this many workers")
     parser.add_argument("--pages", type=int, default=10_000, help="of each, with --workers (default 10000)")
+    parser.add_argument(
+        "--host-share",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="of each worker's pages, that are in its host memory only (default 0)",
+    )
     parser.add_argument("--decisions", type=int, default=NUM_DECISIONS, help="to time (default 2000)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
@@ -97,7 +114,15 @@ def main(argv: list[str] | None = None) -> int:
     sizes = SIZES if args.workers is None else ((args.workers, args.pages),)
     figures: list[Figures] = []
     for num_workers, num_pages in sizes:
-        figures.append(measure(num_workers, num_pages, seed=args.seed, num_decisions=args.decisions))
+        figures.append(
+            measure(
+                num_workers,
+                num_pages,
+                seed=args.seed,
+                num_decisions=args.decisions,
+                host_share=args.host_share,
+            )
+        )
         _print_row(figures[-1])
         gc.collect()
     if args.json:
@@ -127,6 +152,7 @@ def measure(
     num_deltas: int = NUM_DELTAS,
     num_look_ups: int = NUM_LOOK_UPS,
     num_decisions: int = NUM_DECISIONS,
+    host_share: float = 0.0,
 ) -> Figures:
     """One size. Sequential and seeded."""
     rng = np.random.default_rng(seed)
@@ -138,7 +164,7 @@ def measure(
         multiplier=multiplier, workers_max=num_workers, pairs_max=max(1 << 20, 2 * num_workers * num_pages)
     )
     watch = _Watch()
-    workers = [_Worker(picture, rng, prompt, pool, num_pages, watch) for _ in range(num_workers)]
+    workers = [_Worker(picture, rng, prompt, pool, num_pages, watch, host_share) for _ in range(num_workers)]
     load = watch.take()
     resident = _resident_bytes() - resident_before
     num_pairs, num_keys, num_bytes = picture.num_pairs, picture.num_keys, picture.num_bytes
@@ -188,6 +214,7 @@ class _Worker:
         pool: list[bytes],
         num_pages: int,
         watch: _Watch,
+        host_share: float,
     ) -> None:
         depth = min(int(rng.integers(0, len(prompt) + 1)), num_pages)
         num_shared = min(int(POOL_SHARE * num_pages), num_pages - depth)
@@ -196,7 +223,16 @@ class _Worker:
         keys = sorted(
             [*prompt[:depth], *shared, *(own[i : i + KEY_BYTES] for i in range(0, len(own), KEY_BYTES))]
         )
-        flags = np.where(rng.random(num_pages) < TAIL_SHARE, PAGE | TAIL, PAGE).astype(np.uint8).tobytes()
+        flags_host = np.where(rng.random(num_pages) < TAIL_SHARE, PAGE | TAIL, PAGE).astype(np.uint8)
+        if host_share:
+            # Of the prompt its last pages: a device gives up leaves first.
+            num_kept = round(depth * (1 - host_share))
+            kept, below = set(prompt[:num_kept]), set(prompt[num_kept:depth])
+            is_below = np.array([key in below for key in keys]) | (rng.random(num_pages) < host_share)
+            is_below &= np.array([key not in kept for key in keys])
+            flags_host[is_below] |= HOST_PAGE
+            flags_host[is_below & (flags_host & TAIL != 0)] |= HOST_TAIL
+        flags = flags_host.tobytes()
         self.number = 1
         self.digest = digest_of(b"".join(keys), flags)
         self.added: list[bytes] = []

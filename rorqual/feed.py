@@ -5,7 +5,12 @@ apart. An item names pages by their 16-byte keys, packed one after another, with
 Content is described, never carried: no item has a byte of cached state.
 
 The content of a cache at number n is a set of entries (page key, flags). A page that is there has the flag PAGE; one
-that a sequence can resume behind has TAIL too. Every change makes a new number.
+that a sequence can resume behind has TAIL too. HOST_PAGE and HOST_TAIL say that the page, or the tail, is in the
+worker's host memory only: it can use it, others cannot read it. What is on the device and in host memory is on the
+device, so copying there is no change. Every change makes a new number.
+
+A reader that does not know a flag refuses the item: to a router from before there was host memory such a worker counts
+as empty.
 """
 
 from __future__ import annotations
@@ -18,9 +23,19 @@ KEY_BYTES = 16
 
 PAGE = 1
 TAIL = 2  # never without PAGE: a tail leaves with its page
+HOST_PAGE = 4  # never without PAGE; its tail, if any, is in host memory too
+HOST_TAIL = 8  # never without TAIL; its page may be on the device
 ABSENT = 0
 
-CONTENT_FLAGS = bytes((PAGE, PAGE | TAIL))
+CONTENT_FLAGS = bytes(
+    (
+        PAGE,
+        PAGE | TAIL,
+        PAGE | TAIL | HOST_TAIL,
+        PAGE | HOST_PAGE,
+        PAGE | TAIL | HOST_PAGE | HOST_TAIL,
+    )
+)
 """Flags that an entry can have."""
 
 CHANGE_FLAGS = bytes(

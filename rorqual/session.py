@@ -206,6 +206,10 @@ class Load:
     prefill_tokens_per_second: float = 0.0  # measured lately, 0 before there was any
     peer_bytes_per_second: float = 0.0  # of what it reads from other workers, measured lately; 0: it was not
     peer_latency_seconds: float = 0.0  # of such a read, however short
+    host_bytes_per_second: float = 0.0  # the same of its host memory
+    host_latency_seconds: float = 0.0
+    store_bytes_per_second: float = 0.0  # and of the store that all workers share
+    store_latency_seconds: float = 0.0
     pages_leased: int = 0  # lent out, or kept until nobody can be reading or writing them any more
 
 

@@ -499,6 +499,10 @@ def _load_to_pb(load: Load) -> pb.Load:
         pages_leased=load.pages_leased,
         peer_bytes_per_second=load.peer_bytes_per_second,
         peer_latency_seconds=load.peer_latency_seconds,
+        host_bytes_per_second=load.host_bytes_per_second,
+        host_latency_seconds=load.host_latency_seconds,
+        store_bytes_per_second=load.store_bytes_per_second,
+        store_latency_seconds=load.store_latency_seconds,
     )
 
 
@@ -518,4 +522,8 @@ def _load_from_pb(message: pb.Load) -> Load:
         pages_leased=message.pages_leased,
         peer_bytes_per_second=check_number(message.peer_bytes_per_second, "peer_bytes_per_second"),
         peer_latency_seconds=check_number(message.peer_latency_seconds, "peer_latency_seconds"),
+        host_bytes_per_second=check_number(message.host_bytes_per_second, "host_bytes_per_second"),
+        host_latency_seconds=check_number(message.host_latency_seconds, "host_latency_seconds"),
+        store_bytes_per_second=check_number(message.store_bytes_per_second, "store_bytes_per_second"),
+        store_latency_seconds=check_number(message.store_latency_seconds, "store_latency_seconds"),
     )

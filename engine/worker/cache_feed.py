@@ -14,7 +14,7 @@ from engine.worker.metrics import WorkerMetrics
 from kvstore.feed import FeedWriter, Subscription
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Changes
-from rorqual.feed import PAGE, TAIL, FeedItem, SnapshotPart, Subscribe
+from rorqual.feed import FeedItem, SnapshotPart, Subscribe
 from rorqual.ids import Incarnation
 
 ENTRIES_MAX = 8192
@@ -31,8 +31,8 @@ class CacheIndex(Protocol):
         """What is different from the last time; at first from an empty cache."""
         ...
 
-    def contents(self) -> Iterator[tuple[PageKey, bool]]:
-        """Every page, and whether it has a tail."""
+    def contents(self) -> Iterator[tuple[PageKey, int]]:
+        """Every page, and its flags."""
         ...
 
 
@@ -58,16 +58,9 @@ class CacheFeed:
         if changes.is_empty:
             return False
         if changes.is_overflowed:
-            self._writer.replace(
-                (key, PAGE | TAIL if has_tail else PAGE) for key, has_tail in self._index.contents()
-            )
+            self._writer.replace(self._index.contents())
         else:
-            self._writer.note(
-                pages_added=changes.pages_added,
-                pages_removed=changes.pages_removed,
-                tails_added=changes.tails_added,
-                tails_removed=changes.tails_removed,
-            )
+            self._writer.note(changes.entries)
         return self._writer.publish() > 0
 
     def subscribe(self, wish: Subscribe) -> FeedCursor:

@@ -170,12 +170,14 @@ class Host:
 
     def load(self) -> Load:
         speeds = self._scheduler.speeds
-        peer = speeds.peer_told
+        told: dict[str, float] = {}
+        for name, (source, *_) in speeds.ways():
+            speed = speeds.told(source)
+            if speed is not None:
+                told[f"{name}_bytes_per_second"] = speed.bytes_per_second
+                told[f"{name}_latency_seconds"] = speed.latency_seconds
         return replace(
-            self._scheduler.load(),
-            prefill_tokens_per_second=speeds.prefill_tokens_per_second,
-            peer_bytes_per_second=peer.bytes_per_second if peer is not None else 0.0,
-            peer_latency_seconds=peer.latency_seconds if peer is not None else 0.0,
+            self._scheduler.load(), prefill_tokens_per_second=speeds.prefill_tokens_per_second, **told
         )
 
     def credit(self, session: Session) -> Credit | None:

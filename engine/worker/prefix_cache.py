@@ -456,17 +456,16 @@ class PrefixCache:
         """For the feed: what is different from the last time this was called."""
         return self._index.take_changes()
 
-    def contents(self) -> Iterator[tuple[PageKey, bool]]:
-        """Every page, and whether it has a tail, here or in the tier below. The cache must not change meanwhile."""
-        below = self._below
-        if below is None:
-            yield from self._index.contents()
+    def contents(self) -> Iterator[tuple[PageKey, int]]:
+        """Every page, here or in the tier below, and its flags of the feed. The cache must not change meanwhile."""
+        flags = self._index.flags
+        for key, _ in self._index.contents():
+            yield key, flags(key)
+        if self._below is None:
             return
-        for key, has_tail in self._index.contents():
-            yield key, has_tail or below.state(key)[1]
-        for key, has_tail in below.contents():
+        for key, _ in self._below.contents():
             if not self._index.has_page(key):
-                yield key, has_tail
+                yield key, flags(key)
 
     def check(self) -> None:
         """Assert that everything adds up. O(pages): for tests."""

@@ -2,7 +2,7 @@
 
 `engine.worker.restoring` and `engine.worker.filling` ask it whether something is worth reading; the host tells it every
 plan and result, `engine.worker.store_tier` and `engine.worker.peer_reading` tell it what they have read. The rule is
-that of `rorqual.performance.sources`. Routers are told of reads from other workers, since they plan those.
+that of `rorqual.performance.sources`. Routers are told the speeds of all sources, since they place prompts by them.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ class Speeds:
         """As measured; 0: not yet."""
         return self._prefill.tokens_per_second
 
-    @property
-    def peer_told(self) -> SourceSpeed | None:
-        """Of reads from other workers, for routers. None: nothing was measured, or too long ago: it should be tried."""
-        return self.peer.speed if self.peer.is_measured and not self.peer.is_stale(self._now) else None
+    def told(self, source: MeasuredSpeed) -> SourceSpeed | None:
+        """For routers. None: nothing was measured, or too long ago: it should be tried."""
+        return source.speed if source.is_measured and not source.is_stale(self._now) else None
 
     def ways(self) -> Iterator[tuple[str, tuple[MeasuredSpeed, ...]]]:
         """By name, what bytes pass from there to the device."""

@@ -17,13 +17,12 @@ import numpy as np
 from kvstore.feed.digest import MASK, digest_of, mix_key
 from rorqual.feed import (
     ABSENT,
+    CHANGE_FLAGS,
     CONTENT_ENTRIES_MAX,
     CONTENT_FLAGS,
     KEY_BYTES,
-    PAGE,
     PART_ENTRIES_MAX,
     PARTS_MAX,
-    TAIL,
     Delta,
     Digest,
     FeedItem,
@@ -87,25 +86,18 @@ class FeedWriter:
         """Pages of the published content."""
         return len(self._content)
 
-    def note(
-        self,
-        *,
-        pages_added: Iterable[bytes] = (),
-        pages_removed: Iterable[bytes] = (),
-        tails_added: Iterable[bytes] = (),
-        tails_removed: Iterable[bytes] = (),
-    ) -> None:
-        """What the index has changed, by key, as the difference between two moments: no key is added and removed.
-        Asserts that it can be: what is added was not there, what is removed was. A tail may be listed with its
-        page when both go, and goes unlisted too. A tail may be added where one is: it is another one."""
-        for key in pages_added:
-            self._set(key, PAGE, expected=(ABSENT,))
-        for key in tails_added:
-            self._set(key, PAGE | TAIL, expected=(PAGE, PAGE | TAIL))
-        for key in tails_removed:
-            self._set(key, PAGE, expected=(PAGE | TAIL,))
-        for key in pages_removed:
-            self._set(key, ABSENT, expected=(PAGE, PAGE | TAIL))
+    def note(self, changes: Iterable[tuple[bytes, int, int]]) -> None:
+        """What the index has changed: keys with their flags before, which are those told so far, and now."""
+        for key, before, now in changes:
+            assert len(key) == KEY_BYTES
+            assert before << 4 | now in CHANGE_FLAGS, "the index told flags that cannot be"
+            assert before == self.flags(key), "the index told a change that cannot be"
+            self._pending[key] = now
+
+    def flags(self, key: bytes) -> int:
+        """As told so far; ABSENT when there is no such page."""
+        flags = self._pending.get(key)
+        return self._content.get(key, ABSENT) if flags is None else flags
 
     def replace(self, content: Iterable[tuple[bytes, int]]) -> None:
         """Forget what is pending: from the next number on the content is this, by key and flags. For an index that
@@ -167,15 +159,6 @@ class FeedWriter:
         digest = digest_of(b"".join(self._content), bytes(self._content.values()))
         assert digest == self._digest, "digest is not that of the content"
         assert self._history_entries == sum(len(delta.changes) for delta in self._history)
-
-    def _flags(self, key: bytes) -> int:
-        flags = self._pending.get(key)
-        return self._content.get(key, ABSENT) if flags is None else flags
-
-    def _set(self, key: bytes, flags: int, *, expected: tuple[int, ...]) -> None:
-        assert len(key) == KEY_BYTES
-        assert self._flags(key) in expected, "the index told a change that cannot be"
-        self._pending[key] = flags
 
     def _append(self, changes: list[tuple[bytes, int, int]]) -> None:
         for key, before, after in changes:

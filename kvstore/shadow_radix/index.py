@@ -16,6 +16,7 @@ from kvstore.keys import PageKey
 from kvstore.shadow_radix.changes import ChangeLog, Changes
 from kvstore.shadow_radix.eviction import Costs, EvictionOrder, EvictionQueue, Valuation
 from kvstore.shadow_radix.node import Match, Node, Pin, Tail, TailKind
+from rorqual.feed import ABSENT, HOST_PAGE, HOST_TAIL, PAGE, TAIL
 from rorqual.ids import PageId, RecordId
 
 _ROOT_KEY = PageKey(b"")
@@ -114,13 +115,26 @@ class ShadowRadix:
         return len(self._nodes) * self._costs.page_bytes + self._num_tails * self._costs.tail_bytes
 
     def join(self, below: Callable[[PageKey], tuple[bool, bool]]) -> None:
-        """From now on changes are those of this index and a tier below together: what either has is there. `below`
-        says whether that tier has a key's page, and its tail; before it changes it calls `note`."""
+        """From now on changes are those of this index and of host memory below it together: what either has is there.
+        `below` says whether that tier has a key's page, and its tail; before it changes it calls `note`."""
         self._below = below
 
     def note(self, key: PageKey) -> None:
         """What the tier below has of this key is about to change."""
-        self._log.note_page(key, self._state(key))
+        self._log.note_page(key, self.flags(key))
+
+    def flags(self, key: PageKey) -> int:
+        """For the feed: of a key's page and tail, here or below; a tail counts with its page alone. What is in both is
+        here."""
+        node = self._nodes.get(key)
+        if node is not None and node.tail is not None:
+            return PAGE | TAIL
+        has_page, has_tail = self._below(key)
+        if node is None:
+            if not has_page:
+                return ABSENT
+            return PAGE | HOST_PAGE | TAIL | HOST_TAIL if has_tail else PAGE | HOST_PAGE
+        return PAGE | TAIL | HOST_TAIL if has_tail else PAGE
 
     def has_page(self, key: PageKey) -> bool:
         """Here, not below."""
@@ -207,7 +221,7 @@ class ShadowRadix:
         self._value.used()
         node = self._nodes.get(key)
         if node is None:
-            self._log.note_page(key, self._state(key))
+            self._log.note_page(key, self.flags(key))
             node = Node(key, parent, page, self._value.clock)
             self._nodes[key] = node
             parent.num_children += 1
@@ -237,7 +251,7 @@ class ShadowRadix:
             node.tail.kind = max(node.tail.kind, kind)
             node.tail.stamp = self._value.clock
             return record
-        self._log.note_tail(key, self._state(key))
+        self._log.note_tail(key, self.flags(key))
         node.tail = Tail(node, record, kind, self._value.clock)
         self._num_tails += 1
         self._tails.add(node.tail)
@@ -297,10 +311,10 @@ class ShadowRadix:
 
     def take_changes(self) -> Changes:
         """What is different from the last time this was called; at first from an empty index."""
-        return self._log.take(self._state)
+        return self._log.take(self.flags)
 
     def contents(self) -> Iterator[tuple[PageKey, bool]]:
-        """Every key with a page and whether it has a tail, parents before children. The index must not change
+        """Every key with a page here and whether it has a tail here, parents before children. The index must not change
         meanwhile."""
         return ((key, node.tail is not None) for key, node in self._nodes.items())
 
@@ -339,15 +353,6 @@ class ShadowRadix:
             "a page id is owned twice"
         )
         assert len({tail.record for tail in tails}) == len(tails), "a record id is owned twice"
-
-    def _state(self, key: PageKey) -> tuple[bool, bool]:
-        """Whether its page and its tail are there, here or below; a tail counts with its page alone."""
-        node = self._nodes.get(key)
-        if node is not None and node.tail is not None:
-            return True, True
-        has_page, has_tail = self._below(key)
-        has_page = has_page or node is not None
-        return has_page, has_page and has_tail
 
     def _hold(self, node: Node) -> None:
         """One pin more ends here. Walks up only through pages that nobody held."""
@@ -390,7 +395,7 @@ class ShadowRadix:
         pages.append(self._left(node))
         if node.tail is not None:
             tails.append(self._drop_tail(node.tail))
-        self._log.note_page(node.key, self._state(node.key))
+        self._log.note_page(node.key, self.flags(node.key))
         del self._nodes[node.key]
         parent.num_children -= 1
         parent.stamp = max(parent.stamp, node.stamp)
@@ -399,7 +404,7 @@ class ShadowRadix:
 
     def _drop_tail(self, tail: Tail) -> EvictedTail:
         assert not tail.num_pins, "a pinned tail is evicted"
-        self._log.note_tail(tail.node.key, (True, True))
+        self._log.note_tail(tail.node.key, PAGE | TAIL)
         left = self._tail_left(tail)
         self._tails.remove(tail)
         tail.node.tail = None

@@ -34,6 +34,9 @@ class Efficiency:
         assert self.step_seconds >= 0, "a step costs no negative time"
 
 
+HOST_SPEED = SourceSpeed(bytes_per_second=10e9)
+"""Assumed of copies from a worker's host memory to its device."""
+
 STORE_SPEED = SourceSpeed(bytes_per_second=2e9, latency_seconds=0.002)
 """Assumed of one worker's reads from the store that all workers share, and of its writes."""
 
@@ -47,6 +50,7 @@ class PerformanceModel:
     num_devices: int
     chunk_tokens: int = 8192  # of one prefill step, at most
     efficiency: Efficiency = Efficiency()
+    host: SourceSpeed = HOST_SPEED
     store: SourceSpeed = STORE_SPEED
 
     def __post_init__(self) -> None:

@@ -363,7 +363,7 @@ class PromptLogprobs(_message.Message):
     def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., alternatives: _Optional[_Iterable[_Union[Alternatives, _Mapping]]] = ..., first: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("sequences_running", "sequences_waiting", "tokens_waiting", "pages_free", "pages_total", "slots_free", "slots_total", "step_ms", "prefill_tokens_per_second", "pages_leased", "peer_bytes_per_second", "peer_latency_seconds")
+    __slots__ = ("sequences_running", "sequences_waiting", "tokens_waiting", "pages_free", "pages_total", "slots_free", "slots_total", "step_ms", "prefill_tokens_per_second", "pages_leased", "peer_bytes_per_second", "peer_latency_seconds", "host_bytes_per_second", "host_latency_seconds", "store_bytes_per_second", "store_latency_seconds")
     SEQUENCES_RUNNING_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -376,6 +376,10 @@ class Load(_message.Message):
     PAGES_LEASED_FIELD_NUMBER: _ClassVar[int]
     PEER_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     PEER_LATENCY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    HOST_LATENCY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STORE_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    STORE_LATENCY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     sequences_running: int
     sequences_waiting: int
     tokens_waiting: int
@@ -388,4 +392,8 @@ class Load(_message.Message):
     pages_leased: int
     peer_bytes_per_second: float
     peer_latency_seconds: float
-    def __init__(self, sequences_running: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., tokens_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_total: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_second: _Optional[float] = ..., pages_leased: _Optional[int] = ..., peer_bytes_per_second: _Optional[float] = ..., peer_latency_seconds: _Optional[float] = ...) -> None: ...
+    host_bytes_per_second: float
+    host_latency_seconds: float
+    store_bytes_per_second: float
+    store_latency_seconds: float
+    def __init__(self, sequences_running: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., tokens_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_total: _Optional[int] = ..., step_ms: _Optional[float] = ..., prefill_tokens_per_second: _Optional[float] = ..., pages_leased: _Optional[int] = ..., peer_bytes_per_second: _Optional[float] = ..., peer_latency_seconds: _Optional[float] = ..., host_bytes_per_second: _Optional[float] = ..., host_latency_seconds: _Optional[float] = ..., store_bytes_per_second: _Optional[float] = ..., store_latency_seconds: _Optional[float] = ...) -> None: ...

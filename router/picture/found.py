@@ -20,13 +20,14 @@ class Found:
     """A moment's answer: later changes of the picture do not show in it. A page counts for a worker only when all
     pages before it are there too."""
 
-    pages_W: I32  # leading pages that are present
+    pages_W: I32  # leading pages that are present, on the device or in host memory
     tail_W: I32  # depth of the deepest boundary that can be resumed behind, 0 when there is none
+    device_pages_W: I32  # the same of what is on the device: others can read it
+    device_tail_W: I32
     num_pages: int  # leading pages that some worker has
 
     def holders(self, depth: int) -> I32:
-        """Indexes of the workers that have the first `depth` pages, ascending; 1 <= depth <= num_pages. The
-        page at that depth can be read from each of them."""
+        """Indexes of the workers that have the first `depth` pages, ascending; 1 <= depth <= num_pages."""
         return np.flatnonzero(self.pages_W >= depth).astype(np.int32)
 
     def num_holders_D(self) -> I32:

@@ -15,7 +15,7 @@ ever seen, and neither dropping a worker nor growing stops the router for more t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NewType
+from typing import NamedTuple, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,16 @@ VECTOR_MIN = 64
 
 FIRST_KEYS = 64
 """Of a prompt, looked up first: most prompts end, or are nowhere cached, within so many pages."""
+
+
+class _Reach(NamedTuple):
+    """Row d - 1: whose pages reach depth d, and who has a tail at d or deeper; in any tier, and on the device, which
+    are the same arrays where all is on devices."""
+
+    pages_DS: Bits
+    tails_DS: Bits
+    device_pages_DS: Bits
+    device_tails_DS: Bits
 
 
 class Picture:
@@ -105,10 +115,20 @@ class Picture:
     def look_up(self, keys: Sequence[bytes]) -> Found:
         """How far every worker's content reaches into a prompt with these page keys. Arrays are as long as the largest
         index that ever joined; who has left counts as empty."""
-        pages_DS, tails_DS = self._reach(_shorts(b"".join(keys)))
+        reach = self._reach(_shorts(b"".join(keys)))
         slot_W = self._slot_host[: self._num_indexes]
+        pages_W, tail_W = deepest_W(reach.pages_DS, slot_W), deepest_W(reach.tails_DS, slot_W)
+        if reach.device_pages_DS is reach.pages_DS and reach.device_tails_DS is reach.tails_DS:
+            device_pages_W, device_tail_W = pages_W, tail_W
+        else:
+            device_pages_W = deepest_W(reach.device_pages_DS, slot_W)
+            device_tail_W = deepest_W(reach.device_tails_DS, slot_W)
         return Found(
-            pages_W=deepest_W(pages_DS, slot_W), tail_W=deepest_W(tails_DS, slot_W), num_pages=len(pages_DS)
+            pages_W=pages_W,
+            tail_W=tail_W,
+            device_pages_W=device_pages_W,
+            device_tail_W=device_tail_W,
+            num_pages=len(reach.pages_DS),
         )
 
     def tend(self) -> bool:
@@ -133,21 +153,28 @@ class Picture:
         if holders.num_pairs == 0:
             assert (self.num_keys, holders.num_rows) == (0, 0), "sets without holders"
 
-    def _reach(self, shorts: U64) -> tuple[Bits, Bits]:
-        """Row d - 1: whose pages reach depth d, and who has a tail at d or deeper, as far as there is anybody."""
+    def _reach(self, shorts: U64) -> _Reach:
+        """As far as there is anybody."""
         refs = self._table.refs_of(shorts[:FIRST_KEYS])
         if len(shorts) > FIRST_KEYS and refs.all():
             refs = np.concatenate([refs, self._table.refs_of(shorts[FIRST_KEYS:])])
         absent = np.flatnonzero(refs == 0)
-        pages_DS, tails_DS = self._holders.bits(refs[: absent[0]] if len(absent) else refs)
+        sets = self._holders.bits(refs[: absent[0]] if len(absent) else refs)
+        pages_DS = sets.pages
         if len(pages_DS):
             pages_DS[0] &= self._live_bits
             np.bitwise_and.accumulate(pages_DS, axis=0, out=pages_DS)
         num_pages = int(np.count_nonzero(pages_DS.any(axis=1)))
-        pages_DS = pages_DS[:num_pages]
-        upward_DS = (tails_DS[:num_pages] & pages_DS)[::-1]
-        np.bitwise_or.accumulate(upward_DS, axis=0, out=upward_DS)
-        return pages_DS, upward_DS[::-1]
+        pages_DS, tails_DS = pages_DS[:num_pages], sets.tails[:num_pages]
+        tails_DS &= pages_DS
+        device_pages_DS, device_tails_DS = pages_DS, tails_DS
+        if sets.host_pages is not None and sets.host_tails is not None:
+            device_pages_DS = np.bitwise_and.accumulate(pages_DS & ~sets.host_pages[:num_pages], axis=0)
+            device_tails_DS = _upward(device_pages_DS & tails_DS & ~sets.host_tails[:num_pages])
+        tails_DS = _upward(tails_DS)
+        if sets.host_tails is None:
+            device_tails_DS = tails_DS
+        return _Reach(pages_DS, tails_DS, device_pages_DS, device_tails_DS)
 
     # What follows is for `WorkerContent` alone.
 
@@ -258,6 +285,13 @@ class WorkerContent:
         if self.slot != NOTHING:
             self._picture.show(self.index, NOTHING, instead_of=self.slot)
             self.slot = NOTHING
+
+
+def _upward(bits_DS: Bits) -> Bits:
+    """Row d: what is set in any row from d on."""
+    upward_DS = np.ascontiguousarray(bits_DS[::-1])
+    np.bitwise_or.accumulate(upward_DS, axis=0, out=upward_DS)
+    return upward_DS[::-1]
 
 
 def _shorts(keys: bytes) -> U64:

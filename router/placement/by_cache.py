@@ -23,6 +23,7 @@ from router.placement.cache import (
     FleetPicture,
     Found,
     Int32s,
+    MeasuredSpeeds,
     Source,
 )
 from router.placement.columns import Bools, FleetColumns, Float64s
@@ -45,6 +46,12 @@ class Reach(Protocol):
 
     @property
     def tail_W(self) -> Int32s: ...
+
+    @property
+    def device_pages_W(self) -> Int32s: ...
+
+    @property
+    def device_tail_W(self) -> Int32s: ...
 
 
 class Caches(Protocol):
@@ -135,9 +142,21 @@ class ByCache:
         """Of chains that begin at different roots a worker has one at most."""
         reaches = [self._caches.look_up(keys) for keys in demand.keys.values()]
         reaches = reaches or [self._caches.look_up(())]
+        pages_W = np.maximum.reduce([item.pages_W for item in reaches])
+        tail_W = np.maximum.reduce([item.tail_W for item in reaches])
+        device_pages_W, device_tail_W = pages_W, tail_W
+        if any(item.device_tail_W is not item.tail_W for item in reaches):
+            device_pages_W = np.maximum.reduce([item.device_pages_W for item in reaches])
+            device_tail_W = np.maximum.reduce([item.device_tail_W for item in reaches])
+        stored = demand.stored
         found = Found(
-            pages_W=np.maximum.reduce([item.pages_W for item in reaches]),
-            tail_W=np.maximum.reduce([item.tail_W for item in reaches]),
+            pages_W=pages_W,
+            tail_W=tail_W,
+            device_pages_W=device_pages_W,
+            device_tail_W=device_tail_W,
+            store_first=stored.first,
+            store_pages=stored.pages,
+            store_tail=stored.tail,
         )
         assert len(found.pages_W) == num_rows, "the picture of caches and the fleet have other workers"
         return found
@@ -165,8 +184,11 @@ class ByCache:
             work_seconds_W=np.where(can_W, self._work_W, self._work_W[can_W].max()),
             slowness_W=factor_W,
             readable_W=able_W & fleet.can_share_W,
-            peer_rate_W=fleet.peer_rate_W,
-            peer_latency_W=fleet.peer_latency_W,
+            speeds={
+                Source.PEER: MeasuredSpeeds(rate_W=fleet.peer_rate_W, latency_W=fleet.peer_latency_W),
+                Source.HOST: MeasuredSpeeds(rate_W=fleet.host_rate_W, latency_W=fleet.host_latency_W),
+                Source.STORE: MeasuredSpeeds(rate_W=fleet.store_rate_W, latency_W=fleet.store_latency_W),
+            },
         )
 
     def _note_work(self, row: int, seconds: float) -> None:
@@ -193,4 +215,14 @@ class _Looked:
 
     def look_up(self, keys: Sequence[PageKey]) -> Found:
         found = self._found
-        return replace(found, pages_W=found.pages_W.copy(), tail_W=found.tail_W.copy())
+        pages_W, tail_W = found.pages_W.copy(), found.tail_W.copy()
+        device_pages_W, device_tail_W = pages_W, tail_W
+        if found.has_host:
+            device_pages_W, device_tail_W = (array.copy() for array in found.on_device)
+        return replace(
+            found,
+            pages_W=pages_W,
+            tail_W=tail_W,
+            device_pages_W=device_pages_W,
+            device_tail_W=device_tail_W,
+        )

@@ -8,8 +8,8 @@ prompt. A worker's pages of a prompt are always its leading ones: an index gives
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ class Source(enum.Enum):
 
     OWN = "own"  # the prefill worker has it
     PEER = "peer"  # read out of another worker's memory
-    HOST = "host"  # host memory of the prefill worker; no policy plans this yet
+    HOST = "host"  # host memory of the prefill worker
     STORE = "store"  # a store that all workers share
     COMPUTE = "compute"
 
@@ -65,13 +65,45 @@ class FetchPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredSpeeds:
+    """How fast each worker has read from one source lately."""
+
+    rate_W: Float64s  # bytes a second; 0: it has measured nothing
+    latency_W: Float64s  # seconds of a read, however short
+
+    def seconds_W(self, num_bytes_W: Float64s, *, assumed: SourceSpeed) -> Float64s:
+        """To read so many bytes; `assumed` of those that have measured nothing."""
+        is_known_W = self.rate_W > 0
+        return read_seconds(
+            num_bytes_W,
+            latency_seconds=np.where(is_known_W, self.latency_W, assumed.latency_seconds),
+            bytes_per_second=np.where(is_known_W, self.rate_W, assumed.bytes_per_second),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """What the caches have of one prompt, and what the store has that all workers share."""
 
-    pages_W: Int32s  # leading pages present
+    pages_W: Int32s  # leading pages present, on the device or in host memory
     tail_W: Int32s  # deepest boundary with a live tail among them, 0 for none
-    store_pages: int = 0  # leading pages present in the store; 0 without one
-    store_tail: int = 0  # deepest boundary with a tail among those, 0 for none
+    device_pages_W: Int32s | None = None  # the same of what is on the device; None: all of it is
+    device_tail_W: Int32s | None = None
+    store_first: int = 0  # pages before this one are not known to be in the store
+    store_pages: int = 0  # it has those from there up to this depth; 0 without one
+    store_tail: int = 0  # deepest boundary with a tail there, up to that depth; 0 for none
+
+    @property
+    def has_host(self) -> bool:
+        """Somebody may have something in host memory only."""
+        return self.device_pages_W is not None and self.device_pages_W is not self.pages_W
+
+    @property
+    def on_device(self) -> tuple[Int32s, Int32s]:
+        """Leading pages and deepest tail there: others can read them."""
+        if self.device_pages_W is None or self.device_tail_W is None:
+            return self.pages_W, self.tail_W
+        return self.device_pages_W, self.device_tail_W
 
 
 class CacheView(Protocol):
@@ -104,10 +136,9 @@ class FleetPicture:
     work_seconds_W: Float64s  # computed there so far, or lately
     slowness_W: Float64s | None = None  # what predicted seconds of computing are multiplied with; None: 1
     readable_W: Bools | None = None  # who reads from others, and they from it; None: everybody
-    peer_rate_W: Float64s | None = (
-        None  # bytes a second that it has read from others lately; 0, None: as modelled
-    )
-    peer_latency_W: Float64s | None = None  # seconds of such a read, however short
+    speeds: Mapping[Source, MeasuredSpeeds] = field(
+        default_factory=dict[Source, MeasuredSpeeds]
+    )  # of PEER, HOST and STORE; without an entry as modelled
 
     def __post_init__(self) -> None:
         assert self.can_prefill_W.any(), "somebody computes prompts"
@@ -120,16 +151,12 @@ class FleetPicture:
         """Predicted seconds of computing, by what each worker has measured."""
         return seconds_W if self.slowness_W is None else seconds_W * self.slowness_W
 
-    def peer_seconds_W(self, num_bytes_W: Float64s, *, assumed: SourceSpeed) -> Float64s:
-        """To read so many bytes from another worker, by what each has measured; `assumed` of those that have not."""
-        if self.peer_rate_W is None or self.peer_latency_W is None:
+    def read_seconds_W(self, source: Source, num_bytes_W: Float64s, *, assumed: SourceSpeed) -> Float64s:
+        """To read so many bytes from there, by what each worker has measured; `assumed` of those that have not."""
+        measured = self.speeds.get(source)
+        if measured is None:
             return assumed.seconds(num_bytes_W)
-        is_known_W = self.peer_rate_W > 0
-        return read_seconds(
-            num_bytes_W,
-            latency_seconds=np.where(is_known_W, self.peer_latency_W, assumed.latency_seconds),
-            bytes_per_second=np.where(is_known_W, self.peer_rate_W, assumed.bytes_per_second),
-        )
+        return measured.seconds_W(num_bytes_W, assumed=assumed)
 
     @property
     def prefill_W(self) -> Bools:

@@ -82,6 +82,10 @@ class FleetColumns:
     prefill_rate_W: Float64s  # tokens a second; 0 before there was any
     peer_rate_W: Float64s  # bytes a second that it reads from others; 0: it has measured none lately
     peer_latency_W: Float64s  # seconds of such a read, however short
+    host_rate_W: Float64s  # the same of its host memory
+    host_latency_W: Float64s
+    store_rate_W: Float64s  # and of the store that all workers share
+    store_latency_W: Float64s
     pages_cached_W: Int64s
     has_credit_W: Bools
     credit_sequences_W: Int64s  # promised
@@ -222,6 +226,10 @@ class FleetTable:
             prefill_rate_W=np.zeros(rows_max),
             peer_rate_W=np.zeros(rows_max),
             peer_latency_W=np.zeros(rows_max),
+            host_rate_W=np.zeros(rows_max),
+            host_latency_W=np.zeros(rows_max),
+            store_rate_W=np.zeros(rows_max),
+            store_latency_W=np.zeros(rows_max),
             pages_cached_W=ints(),
             has_credit_W=bools(),
             credit_sequences_W=ints(),
@@ -280,6 +288,10 @@ class FleetTable:
         columns.prefill_rate_W[row] = load.prefill_tokens_per_second
         columns.peer_rate_W[row] = load.peer_bytes_per_second
         columns.peer_latency_W[row] = load.peer_latency_seconds
+        columns.host_rate_W[row] = load.host_bytes_per_second
+        columns.host_latency_W[row] = load.host_latency_seconds
+        columns.store_rate_W[row] = load.store_bytes_per_second
+        columns.store_latency_W[row] = load.store_latency_seconds
 
     def set_draining(self, row: int, is_draining: bool) -> None:
         self._all.draining_W[row] = is_draining

@@ -25,6 +25,19 @@ that a rate measured a little higher does not draw every sequence to one worker.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What the store that all workers share has of one prompt, as far as is known. Depths in pages."""
+
+    first: int = 0  # pages before this one are not known to be there
+    pages: int = 0  # it has those from there up to this depth; 0: none
+    tail: int = 0  # deepest boundary with a tail there, up to that depth; 0: none
+
+
+NOTHING_STORED = Stored()
+"""Nothing is known, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """The sequence to be placed."""
 
@@ -36,6 +49,7 @@ class Demand:
         default_factory=dict[str, tuple[PageKey, ...]]
     )  # of its full pages, by wire id; empty where no policy asks for them
     session: str = ""  # said by the client: prompts of one session begin alike
+    stored: Stored = NOTHING_STORED  # of the first chain in `keys`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

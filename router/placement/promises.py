@@ -60,18 +60,30 @@ class Promises:
         """What will be there once all promises are kept: of leading pages, and of boundaries to resume behind, which
         are those at the ends of promised prompts. `found` is what is there now; it is not changed."""
         pages_W, tail_W = found.pages_W.copy(), found.tail_W.copy()
+        # What is computed, and all before it, is on the device.
+        on_device = tuple(array.copy() for array in found.on_device) if found.has_host else (pages_W, tail_W)
+        reached = [pages_W] if on_device[0] is pages_W else [pages_W, on_device[0]]
         bits_D = self._pages.of(keys, num_there=int(pages_W.max(initial=0)))
         workers = np.flatnonzero(_unpacked([reduce(or_, bits_D, 0)], len(pages_W))[0])
         if len(workers):
-            pages_W[workers] = _reached(_unpacked(bits_D, len(pages_W))[:, workers], pages_W[workers])
+            is_promised_DV = _unpacked(bits_D, len(pages_W))[:, workers]
+            for array_W in reached:
+                array_W[workers] = _reached(is_promised_DV, array_W[workers])
             ends = self._ends.of(keys[: len(bits_D)], num_there=len(bits_D))
             depths = [depth for depth, bits in enumerate(ends, start=1) if bits]
             is_end = _unpacked([bits for bits in ends if bits], len(pages_W))
             at, worker = np.divmod(np.flatnonzero(is_end), len(pages_W))
             depth = np.array(depths, np.int32)[at]
-            is_reached = pages_W[worker] >= depth
-            np.maximum.at(tail_W, worker[is_reached], depth[is_reached])
-        return replace(found, pages_W=pages_W, tail_W=tail_W)
+            for array_W, tails_W in zip(reached, (tail_W, on_device[1]), strict=False):
+                is_reached = array_W[worker] >= depth
+                np.maximum.at(tails_W, worker[is_reached], depth[is_reached])
+        return replace(
+            found,
+            pages_W=pages_W,
+            tail_W=tail_W,
+            device_pages_W=on_device[0],
+            device_tail_W=on_device[1],
+        )
 
 
 ENDS = 2

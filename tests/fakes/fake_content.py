@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rorqual.feed import KEY_BYTES
+from collections.abc import Iterable
+
+from kvstore.feed import FeedWriter
+from rorqual.feed import ABSENT, KEY_BYTES, PAGE, TAIL
 
 
 class FakeContent:
@@ -52,3 +55,19 @@ def key_of(number: int) -> bytes:
     """A page key that looks like any other: the numbers are spread over all 16 bytes."""
     spread = (number + 1) * 0x9E3779B97F4A7C15F39CC0605CEDC835 % (1 << 128)
     return spread.to_bytes(KEY_BYTES, "little")
+
+
+def tell(
+    writer: FeedWriter,
+    *,
+    pages_added: Iterable[bytes] = (),
+    pages_removed: Iterable[bytes] = (),
+    tails_added: Iterable[bytes] = (),
+    tails_removed: Iterable[bytes] = (),
+) -> None:
+    """Changes of a cache without host memory. Pages go with their tails, whether these are listed or not."""
+    writer.note([(key, ABSENT, PAGE) for key in pages_added])
+    adds = [(key, writer.flags(key) | PAGE, PAGE | TAIL) for key in tails_added]
+    writer.note([entry for entry in adds if entry[1] != entry[2]])
+    writer.note([(key, PAGE | TAIL, PAGE) for key in tails_removed])
+    writer.note([(key, writer.flags(key) | PAGE, ABSENT) for key in pages_removed])

@@ -38,6 +38,7 @@ from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
 from kvstore.shadow_radix import Costs, TailPolicy
+from rorqual.feed import ABSENT, HOST_PAGE, HOST_TAIL, TAIL
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
 from tests.harness.keeping import kept_by
@@ -384,6 +385,37 @@ class Pair:
     def _note_adoptions(self) -> None:
         for item in self.decode.take_adoptions():
             self.readings[item.key] = Reading(adoption=item)
+
+
+class FeedMirror:
+    """Follows what a scheduler's cache tells routers."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._flags: dict[bytes, int] = {}
+
+    def follow(self) -> None:
+        """Every change begins at what was told before, and all of them lead to what is there, in the tier it is in."""
+        cache, tier = self._bench.scheduler.cache, self._bench.scheduler.host_tier
+        if cache is None:
+            return
+        changes = cache.take_changes()
+        assert not changes.is_overflowed
+        for key, before, now in changes.entries:
+            assert self._flags.pop(key, ABSENT) == before != now
+            if now:
+                self._flags[key] = now
+        assert self._flags == dict(cache.contents())
+        below = {page.key for page in tier.index.pages()} if tier is not None else set()
+        assert {key for key in below if not cache.has_page(key)} <= self._flags.keys()
+        for key, flags in self._flags.items():
+            here = cache.look(key, page=True, tail=True)
+            assert bool(flags & HOST_PAGE) == (here is None)
+            assert here is not None or key in below
+            has_tail_here = here is not None and bool(here.tails)
+            has_tail_below = tier is not None and tier.index.state(key)[1]
+            assert bool(flags & TAIL) == (has_tail_here or has_tail_below)
+            assert bool(flags & HOST_TAIL) == (has_tail_below and not has_tail_here)
 
 
 def check_host_memory(bench: Bench) -> None:

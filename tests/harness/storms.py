@@ -17,7 +17,7 @@ from engine.worker.imports import Import
 from engine.worker.prefix_cache import Packed, PageFacts
 from kvstore.store.contract import tenant_label
 from rorqual.sampling import SamplingParams
-from tests.harness.benches import Bench, Pair, a_prompt, a_related_prompt
+from tests.harness.benches import Bench, FeedMirror, Pair, a_prompt, a_related_prompt
 
 
 class Storm:
@@ -221,6 +221,7 @@ class Alone:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
+        self.mirror = FeedMirror(bench)
         self.opened: dict[int, tuple[list[int], int, bool, SamplingParams]] = {}
         self.cancelled: set[int] = set()
         self.reads: list[PeerRead] = []
@@ -255,6 +256,7 @@ class Alone:
                         self.bench.send()
                     if name != "send":
                         self.bench.receive()
+        self.mirror.follow()
 
     def read(self, prompt: list[int], *, with_record: bool) -> None:
         """Another worker has this prompt: take room for what is missing of it."""
@@ -286,6 +288,7 @@ class Alone:
         work = sum(len(prompt) + max_tokens for prompt, max_tokens, _, _ in self.opened.values())
         self.bench.run(steps_max=20 * work + 100)
         self.bench.scheduler.check_all()
+        self.mirror.follow()
         for key, (prompt, max_tokens, ignore_eos, params) in self.opened.items():
             expected = answer(prompt, max_tokens, params, ignore_eos=ignore_eos)
             got = self.bench.tokens(key)

@@ -73,6 +73,10 @@ loads = st.builds(
     pages_leased=st.integers(0, 2**32 - 1),
     peer_bytes_per_second=st.floats(0, 2**40, width=32),
     peer_latency_seconds=st.floats(0, 100, width=32),
+    host_bytes_per_second=st.floats(0, 2**40, width=32),
+    host_latency_seconds=st.floats(0, 100, width=32),
+    store_bytes_per_second=st.floats(0, 2**40, width=32),
+    store_latency_seconds=st.floats(0, 100, width=32),
 )
 uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)
@@ -295,6 +299,8 @@ def test_a_command_that_breaks_a_rule_says_which(message: pb.Command, text: str)
         (pb.Report(step=pb.StepReport(load=pb.Load(step_ms=-1))), "step_ms"),
         (pb.Report(step=pb.StepReport(load=pb.Load(peer_bytes_per_second=-1))), "peer_bytes_per_second"),
         (pb.Report(step=pb.StepReport(load=pb.Load(peer_latency_seconds=math.nan))), "peer_latency_seconds"),
+        (pb.Report(step=pb.StepReport(load=pb.Load(host_bytes_per_second=-1))), "host_bytes_per_second"),
+        (pb.Report(step=pb.StepReport(load=pb.Load(store_latency_seconds=-1))), "store_latency_seconds"),
         (pb.Report(step=pb.StepReport(sequences=[pb.SequenceReport(offer=pb.Offer())])), "no wire id"),
         (pb.Report(step=pb.StepReport(sequences=[pb.SequenceReport(finish_reason="bored")])), "bored"),
         (pb.Report(step=pb.StepReport(sequences=[pb.SequenceReport(error_code="x")])), "error code"),

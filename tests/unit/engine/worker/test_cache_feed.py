@@ -20,7 +20,7 @@ from engine.worker.session import Session
 from kvstore.feed import FeedReader
 from kvstore.keys import PageKey, page_keys, root_key
 from kvstore.shadow_radix import ShadowRadix
-from rorqual.feed import PAGE, TAIL, Subscribe
+from rorqual.feed import HOST_PAGE, PAGE, TAIL, Subscribe
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
 from rorqual.session import Open, StepReport
@@ -156,8 +156,10 @@ async def test_routers_stay_exact_while_everything_is_evicted_all_the_time(
         await router.read_until(lambda: router.reader.number == host.feed.writer.number)
         cache = host.scheduler.cache
         assert cache is not None
-        held = {key: PAGE | TAIL if tail else PAGE for key, tail in cache.contents()}
+        held = dict(cache.contents())
         assert router.content.visible == held
+        assert any(flags & HOST_PAGE for flags in held.values()) == (num_host_pages > 0)
+        assert sum(not flags & HOST_PAGE for flags in held.values()) == cache.num_pages
         assert 6 * (num_host_pages > 0) < len(held) <= 6 + num_host_pages
         host.feed.writer.check()
 

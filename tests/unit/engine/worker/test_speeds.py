@@ -67,14 +67,14 @@ def test_copies_are_measured_by_plans_that_bring_something_back() -> None:
 def test_routers_are_told_of_peers_while_it_was_measured_lately() -> None:
     speeds = Speeds(SpeedsConfig())
     speeds.turned(100.0)
-    assert speeds.peer_told is None
+    assert speeds.told(speeds.peer) is None
     for _ in range(SAMPLES_MIN):
         speeds.observe(speeds.peer, 1e6, 0.5)
-    assert speeds.peer_told == speeds.peer.speed
+    assert speeds.told(speeds.peer) == speeds.peer.speed
     speeds.turned(100.0 + PROBE_SECONDS - 1)
-    assert speeds.peer_told is not None
+    assert speeds.told(speeds.peer) is not None
     speeds.turned(100.0 + PROBE_SECONDS)
-    assert speeds.peer_told is None  # so that somebody tries
+    assert speeds.told(speeds.peer) is None  # so that somebody tries
 
 
 def test_what_is_measured_is_exported() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fake_content import FakeContent, key_of
+from fake_content import FakeContent, key_of, tell
 
 from kvstore.feed import FeedBounds, FeedReader, FeedWriter, Reason, Resubscribe
 from rorqual.feed import (
@@ -30,7 +30,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.writer = FeedWriter(WORKER, bounds=FeedBounds(part_entries_max=4))
-        self.writer.note(pages_added=[key_of(i) for i in range(10)], tails_added=[key_of(4)])
+        tell(self.writer, pages_added=[key_of(i) for i in range(10)], tails_added=[key_of(4)])
         self.writer.publish()
         self.model = {key_of(i): PAGE for i in range(10)} | {key_of(4): PAGE | TAIL}
         self.start = self.writer.number
@@ -48,7 +48,7 @@ class Pair:
     def step(self, number: int) -> Delta:
         """A delta that is not sent: pages `number` and one more come, one of the first ten goes."""
         new, gone = [key_of(number), key_of(number + 1000)], key_of(number % 10)
-        self.writer.note(pages_added=new, pages_removed=[gone])
+        tell(self.writer, pages_added=new, pages_removed=[gone])
         assert self.writer.publish() == 1
         self.model |= dict.fromkeys(new, PAGE)
         del self.model[gone]

@@ -7,7 +7,9 @@ import itertools
 import pytest
 from fake_prompts import key_of, keys_of
 
+from kvstore.keys import PageKey
 from kvstore.shadow_radix import Changes, Costs, Evicted, EvictionOrder, ShadowRadix, TailKind
+from rorqual.feed import ABSENT, HOST_PAGE, HOST_TAIL, PAGE, TAIL
 from rorqual.ids import PageId, RecordId
 
 COSTS = Costs(page_bytes=10, tail_bytes=40, rebuild_pages=3)
@@ -185,16 +187,16 @@ def test_bytes_of_pages_and_tails_share_a_budget(owner: Owner) -> None:
 
 def test_changes_are_folded_and_say_what_is_different(owner: Owner) -> None:
     owner.write("ab", tails=(2,))
-    assert owner.index.take_changes() == Changes(pages_added=keys_of("ab"), tails_added=(key_of("ab"),))
+    a, ab, x = key_of("a"), key_of("ab"), key_of("x")
+    assert owner.index.take_changes() == Changes(entries=((a, ABSENT, PAGE), (ab, ABSENT, PAGE | TAIL)))
     owner.write("x")
     owner.index.evict_tails(1)
     owner.index.release(owner.index.pin(keys_of("x"), num_pages=1))
     owner.index.evict_pages(2)
     owner.write("ab", tails=(1,))
     changes = owner.index.take_changes()
-    assert changes == Changes(
-        pages_added=keys_of("x"), tails_removed=(key_of("ab"),), tails_added=(key_of("a"),)
-    )
+    assert set(changes.entries) == {(x, ABSENT, PAGE), (ab, PAGE | TAIL, PAGE), (a, PAGE, PAGE | TAIL)}
+    assert (changes.pages_added, changes.tails_removed, changes.tails_added) == ((x,), (ab,), (a,))
     assert owner.index.take_changes().is_empty
 
 
@@ -212,10 +214,11 @@ def test_pages_are_told_of_in_order_whatever_happened_to_them_before(owner: Owne
     owner.index.take_changes()
     owner.index.insert_tail(key_of("a"), RecordId(99), kind=TailKind.BRANCH)
     owner.index.evict_pages(2)
-    assert owner.index.take_changes() == Changes(pages_removed=(key_of("ab"), key_of("a")))
+    assert owner.index.take_changes().entries == ((key_of("ab"), PAGE, ABSENT), (key_of("a"), PAGE, ABSENT))
     owner.write("xy")
     owner.index.insert_tail(key_of("x"), RecordId(98), kind=TailKind.BRANCH)
-    assert owner.index.take_changes() == Changes(pages_added=keys_of("xy"), tails_added=(key_of("x"),))
+    x, xy = keys_of("xy")
+    assert owner.index.take_changes().entries == ((x, ABSENT, PAGE | TAIL), (xy, ABSENT, PAGE))
 
 
 def test_more_changes_than_the_bound_ask_for_the_contents() -> None:
@@ -224,4 +227,34 @@ def test_more_changes_than_the_bound_ask_for_the_contents() -> None:
     assert owner.index.take_changes() == Changes(is_overflowed=True)
     assert list(owner.index.contents()) == [(key, False) for key in keys_of("abc")]
     owner.write("xy")
-    assert owner.index.take_changes() == Changes(pages_added=keys_of("xy"))
+    assert owner.index.take_changes().entries == tuple((key, ABSENT, PAGE) for key in keys_of("xy"))
+
+
+def test_what_moves_between_the_device_and_the_tier_below_changes_its_flags_and_a_copy_does_not(
+    owner: Owner,
+) -> None:
+    below: dict[PageKey, tuple[bool, bool]] = {}
+
+    def move(key: PageKey, page: bool, tail: bool) -> None:
+        owner.index.note(key)
+        below[key] = page, tail
+
+    owner.index.join(lambda key: below.get(key, (False, False)))
+    owner.write("ab", tails=(2,))
+    owner.index.take_changes()
+    a, ab = keys_of("ab")
+    move(ab, True, True)
+    assert owner.index.take_changes().is_empty
+    owner.index.evict_tails(1)
+    assert owner.index.take_changes().entries == ((ab, PAGE | TAIL, PAGE | TAIL | HOST_TAIL),)
+    owner.index.evict_pages(2)
+    host_only = PAGE | HOST_PAGE | TAIL | HOST_TAIL
+    assert owner.index.take_changes().entries == ((ab, PAGE | TAIL | HOST_TAIL, host_only), (a, PAGE, ABSENT))
+    move(ab, True, False)
+    assert owner.index.take_changes().entries == ((ab, host_only, PAGE | HOST_PAGE),)
+    owner.write("ab")
+    assert set(owner.index.take_changes().entries) == {(ab, PAGE | HOST_PAGE, PAGE), (a, ABSENT, PAGE)}
+    move(ab, False, True)  # a tail counts with a page in either tier
+    assert owner.index.take_changes().entries == ((ab, PAGE, PAGE | TAIL | HOST_TAIL),)
+    owner.index.evict_pages(1)
+    assert owner.index.take_changes().entries == ((ab, PAGE | TAIL | HOST_TAIL, ABSENT),)

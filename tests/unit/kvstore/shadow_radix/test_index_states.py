@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Costs, Evicted, EvictionOrder, Pin, ShadowRadix, TailKind
+from rorqual.feed import ABSENT, PAGE, TAIL
 from rorqual.ids import PageId, RecordId
 
 NUM_PAGES = 7
@@ -155,19 +156,15 @@ class IndexStates(RuleBasedStateMachine):
         names = {key_of(name): name for name in self.all_names()}
         if changes.is_overflowed:
             self.mirror = dict(self.index.contents())
-        for key in changes.pages_added:
+        removed = [key for key, _, now in changes.entries if not now]
+        for key, before, now in changes.entries:
+            assert before == (PAGE | TAIL * self.mirror[key] if key in self.mirror else ABSENT)
+            if not now:
+                continue
             parent = names[key][:-1]
-            assert not parent or key_of(parent) in self.mirror, "added before its parent"
-            assert key not in self.mirror
-            self.mirror[key] = False
-        for key in changes.tails_removed:
-            assert self.mirror[key]
-            self.mirror[key] = False
-        for key in changes.tails_added:
-            assert not self.mirror[key]
-            self.mirror[key] = True
-        for key in changes.pages_removed:
-            assert not self.mirror[key], "its tail is there still"
+            assert before or not parent or key_of(parent) in self.mirror, "added before its parent"
+            self.mirror[key] = now == PAGE | TAIL
+        for key in removed:
             del self.mirror[key]
             assert not any(key_of(names[other][:-1]) == key for other in self.mirror if len(names[other]) > 1)
         assert self.mirror == {key_of(prefix): prefix in self.tails for prefix in self.pages}

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from fake_content import key_of
+from fake_content import key_of, tell
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore.feed import FeedBounds, FeedReader, FeedWriter, Resubscribe, Subscription
-from rorqual.feed import PAGE, TAIL, FeedItem
+from rorqual.feed import ABSENT, CONTENT_FLAGS, HOST_PAGE, HOST_TAIL, PAGE, TAIL, FeedItem
 from rorqual.ids import Incarnation
 from router.picture import Picture, WorkerContent
 
@@ -42,14 +42,15 @@ class Worker:
     on_its_way: deque[FeedItem] = field(default_factory=deque)
 
 
-def expected(entries: Entries, prompt: list[bytes]) -> tuple[int, int]:
-    """Leading pages and deepest tail, by brute force."""
+def expected(entries: Entries, prompt: list[bytes], *, in_host: bool) -> tuple[int, int]:
+    """Leading pages and deepest tail, by brute force; `in_host`: what is in host memory counts."""
     num_pages = tail = 0
     for key in prompt:
-        if key not in entries:
+        flags = entries.get(key, ABSENT)
+        if not flags or (flags & HOST_PAGE and not in_host):
             break
         num_pages += 1
-        if entries[key] & TAIL:
+        if flags & TAIL and (in_host or not flags & HOST_TAIL):
             tail = num_pages
     return num_pages, tail
 
@@ -88,18 +89,17 @@ class Feeds(RuleBasedStateMachine):
             depth = next((d for d, key in enumerate(path) if key not in worker.actual), len(path))
             match self.random.randrange(4):
                 case 0 | 1 if depth < len(path):
-                    worker.writer.note(pages_added=[path[depth]])
+                    tell(worker.writer, pages_added=[path[depth]])
                     worker.actual[path[depth]] = PAGE
                 case 2 if depth:
-                    worker.writer.note(pages_removed=[path[depth - 1]])
+                    tell(worker.writer, pages_removed=[path[depth - 1]])
                     del worker.actual[path[depth - 1]]
                 case 3 if depth:
                     key = path[self.random.randrange(depth)]
-                    if worker.actual[key] & TAIL:
-                        worker.writer.note(tails_removed=[key])
-                    else:
-                        worker.writer.note(tails_added=[key])
-                    worker.actual[key] ^= TAIL
+                    before = worker.actual[key]
+                    now = self.random.choice([flags for flags in CONTENT_FLAGS if flags != before])
+                    worker.writer.note([(key, before, now)])
+                    worker.actual[key] = now
                 case _:
                     pass
 
@@ -193,7 +193,9 @@ class Feeds(RuleBasedStateMachine):
             assert worker.reader.num_entries == len(entries)
             for prompt, found in zip(PROMPTS, answers, strict=True):
                 got = int(found.pages_W[index]), int(found.tail_W[index])
-                assert got == expected(entries, prompt)
+                assert got == expected(entries, prompt, in_host=True)
+                got = int(found.device_pages_W[index]), int(found.device_tail_W[index])
+                assert got == expected(entries, prompt, in_host=False)
         self.picture.check()
 
     @invariant()

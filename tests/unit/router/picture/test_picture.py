@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual.errors import Overloaded
-from rorqual.feed import PAGE, TAIL
+from rorqual.feed import CONTENT_FLAGS, HOST_PAGE, HOST_TAIL, PAGE, TAIL
 from router.picture import Picture, WorkerContent
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 BOTH = PAGE | TAIL
+IN_HOST = PAGE | HOST_PAGE
+BOTH_IN_HOST = BOTH | HOST_PAGE | HOST_TAIL
 
 
 def picture_of(*contents: dict[int, int], **bounds: int) -> tuple[Picture, list[WorkerContent]]:
@@ -51,6 +53,40 @@ def test_a_page_counts_only_behind_all_before_it_and_a_tail_only_on_such_a_page(
     assert look_up(picture, 1, 2, 3, 99) == [(3, 2), (1, 0), (0, 0), (2, 1)]
     assert look_up(picture, 99, 1) == [(0, 0)] * 4
     assert look_up(picture) == [(0, 0)] * 4
+
+
+def look_up_tiers(picture: Picture, *numbers: int) -> list[tuple[int, int, int, int]]:
+    """(leading pages, deepest tail) of each worker, and the same on its device."""
+    found = picture.look_up([key_of(number) for number in numbers])
+    picture.check()
+    arrays = (found.pages_W, found.tail_W, found.device_pages_W, found.device_tail_W)
+    return list(zip(*(array.tolist() for array in arrays), strict=True))
+
+
+@pytest.mark.parametrize("num_others", [0, 5, 20])
+def test_what_is_in_host_memory_counts_for_its_worker_and_ends_what_others_can_read(num_others: int) -> None:
+    """Whatever the form of the sets."""
+    contents = [
+        {1: BOTH, 2: PAGE, 3: BOTH | HOST_TAIL, 4: IN_HOST, 5: BOTH_IN_HOST},
+        {1: IN_HOST, 2: BOTH, 3: PAGE},  # no worker tells this: pages go leaf first
+        {1: BOTH_IN_HOST},
+        {1: BOTH, 2: BOTH},
+    ]
+    others = [dict.fromkeys(range(1, 6), PAGE) for _ in range(num_others)]
+    picture, workers = picture_of(*contents, *others)
+    assert look_up_tiers(picture, 1, 2, 3, 4, 5)[:4] == [
+        (5, 5, 3, 1),
+        (3, 2, 0, 0),
+        (1, 1, 0, 0),
+        (2, 2, 2, 2),
+    ]
+    assert look_up_tiers(picture, 1, 2, 3)[0] == (3, 3, 3, 1)
+    assert workers[0].change(packed({3: 0, 4: 0, 5: 0}), bytes((BOTH, PAGE, BOTH_IN_HOST)))
+    assert look_up_tiers(picture, 1, 2, 3, 4, 5)[0] == (5, 5, 4, 3)
+    for worker in workers[4:]:
+        worker.clear()
+    picture.settle()
+    assert look_up_tiers(picture, 1, 2, 3, 4, 5)[:2] == [(5, 5, 4, 3), (3, 2, 0, 0)]
 
 
 def test_the_answer_names_who_has_each_leading_page() -> None:
@@ -170,13 +206,21 @@ class Naive:
     def __init__(self, num_workers: int) -> None:
         self.contents: list[dict[int, int]] = [{} for _ in range(num_workers)]
 
-    def look_up(self, prompt: list[int]) -> list[tuple[int, int]]:
-        answers: list[tuple[int, int]] = []
+    def look_up(self, prompt: list[int]) -> list[tuple[int, int, int, int]]:
+        answers: list[tuple[int, int, int, int]] = []
         for content in self.contents:
-            num = next((i for i, key in enumerate(prompt) if key not in content), len(prompt))
-            tails = [i + 1 for i, key in enumerate(prompt[:num]) if content[key] & TAIL]
-            answers.append((num, max(tails, default=0)))
+            flags = [content.get(key, 0) for key in prompt]
+            on_device = [flag if not flag & HOST_PAGE else 0 for flag in flags]
+            tails_on_device = [flag & TAIL and not flag & HOST_TAIL for flag in on_device]
+            answers.append(
+                (*reach(flags, [flag & TAIL for flag in flags]), *reach(on_device, tails_on_device))
+            )
         return answers
+
+
+def reach(pages: list[int], tails: list[int]) -> tuple[int, int]:
+    num = next((i for i, flag in enumerate(pages) if not flag), len(pages))
+    return num, max((i + 1 for i, tail in enumerate(tails[:num]) if tail), default=0)
 
 
 @pytest.mark.slow
@@ -189,6 +233,7 @@ class Naive:
 def test_the_picture_answers_as_dictionaries_do(seed: int, num_workers: int, num_keys: int) -> None:
     """Few keys and many workers: every form of a page's holders, and back again."""
     rng = random.Random(seed)
+    some = CONTENT_FLAGS if rng.random() < 0.7 else (PAGE, BOTH)
     picture, workers = picture_of(*[{}] * num_workers)
     naive = Naive(num_workers)
     for _ in range(80):
@@ -197,7 +242,7 @@ def test_the_picture_answers_as_dictionaries_do(seed: int, num_workers: int, num
         match rng.randrange(8):
             case 0:
                 numbers = rng.sample(range(num_keys), rng.randint(0, num_keys))
-                naive.contents[at] = {number: rng.choice((PAGE, BOTH)) for number in numbers}
+                naive.contents[at] = {number: rng.choice(some) for number in numbers}
                 show(worker, naive.contents[at])
             case 1:
                 worker.clear()
@@ -206,20 +251,20 @@ def test_the_picture_answers_as_dictionaries_do(seed: int, num_workers: int, num
             case 2:
                 picture.tend()
             case 3:  # one page for everybody, or for nobody any more
-                number, flag = rng.randrange(num_keys), rng.choice((0, 0, PAGE, BOTH))
+                number, flag = rng.randrange(num_keys), rng.choice((0, 0, *some))
                 for other, entries in zip(workers, naive.contents, strict=True):
                     assert other.change(key_of(number), bytes((flag,)))
                     entries.pop(number, None)
                     entries.update({number: flag} if flag else {})
             case _:
                 numbers = rng.sample(range(num_keys), rng.randint(1, min(num_keys, 100)))
-                flags = bytes(rng.choice((0, PAGE, BOTH)) for _ in numbers)
+                flags = bytes(rng.choice((0, *some)) for _ in numbers)
                 assert worker.change(b"".join(map(key_of, numbers)), flags)
                 for number, flag in zip(numbers, flags, strict=True):
                     content.pop(number, None)
                     content.update({number: flag} if flag else {})
         prompt = rng.sample(range(num_keys), min(num_keys, rng.choice((3, 10, 100))))
-        assert look_up(picture, *prompt) == naive.look_up(prompt)
+        assert look_up_tiers(picture, *prompt) == naive.look_up(prompt)
     for worker in workers:
         picture.leave(worker)
     picture.settle()

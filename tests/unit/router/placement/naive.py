@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,15 @@ from rorqual.performance import PerformanceModel
 from rorqual.session import Role, credit_pages
 from router.placement import TOKENS_PER_SECOND_UNKNOWN, Demand, WorkerView
 from router.placement.by_cache import WORK_KEPT
-from router.placement.cache import CacheDemand, CachePlacement, Decision, FleetPicture, Found
+from router.placement.cache import (
+    CacheDemand,
+    CachePlacement,
+    Decision,
+    FleetPicture,
+    Found,
+    MeasuredSpeeds,
+    Source,
+)
 from router.placement.least_wait import HELD_SHARE, WAIT_SECONDS_SAME, WAIT_SHARE_SAME
 from tests.unit.router.placement.fleets import SEQUENCES_MAX
 from tests.unit.router.placement.pictures import Caches
@@ -148,15 +157,13 @@ class NaiveByCache:
             work_seconds_W=np.array(work),
             slowness_W=np.array([factors.get(index, 1.0) for index in numbers]),
             readable_W=np.isin(numbers, [view.index for view in workers if view.can_share]),
-            peer_rate_W=np.array(
-                [
-                    by_index[index].load.peer_bytes_per_second if index in by_index else 0.0
-                    for index in numbers
-                ]
-            ),
-            peer_latency_W=np.array(
-                [by_index[index].load.peer_latency_seconds if index in by_index else 0.0 for index in numbers]
-            ),
+            speeds={
+                source: MeasuredSpeeds(
+                    rate_W=said(by_index, numbers, f"{source.value}_bytes_per_second"),
+                    latency_W=said(by_index, numbers, f"{source.value}_latency_seconds"),
+                )
+                for source in (Source.PEER, Source.HOST, Source.STORE)
+            },
         )
 
     def _note_work(self, index: int, seconds: float) -> None:
@@ -217,3 +224,8 @@ def _placed(chosen: WorkerView, decode: WorkerView | None) -> Placed:
     if chosen.role is Role.BOTH:
         return chosen.address, chosen.address
     return chosen.address, decode.address if decode is not None else ""
+
+
+def said(by_index: Mapping[int, WorkerView], numbers: Iterable[int], name: str) -> Any:
+    """A figure of each worker's load."""
+    return np.array([getattr(by_index[index].load, name) if index in by_index else 0.0 for index in numbers])

@@ -17,25 +17,47 @@ def keys(name: str, count: int) -> tuple[PageKey, ...]:
 
 
 class Caches:
-    """What each worker holds: one path of keys, and the depths of its tails. The store has the same of its own."""
+    """What each worker holds: one path of keys, and the depths of its tails. The store has the same of its own, from
+    page `store_first` on. `on_device`: of workers that have some of it in host memory only, how many pages and which
+    tails are on the device."""
 
     def __init__(
         self,
         num_workers: int,
         held: Mapping[int, tuple[tuple[PageKey, ...], Sequence[int]]],
         stored: tuple[tuple[PageKey, ...], Sequence[int]] = ((), ()),
+        *,
+        on_device: Mapping[int, tuple[int, Sequence[int]]] | None = None,
+        store_first: int = 0,
     ) -> None:
         self._num_workers = num_workers
         self._held = held
         self._stored = stored
+        self._on_device = on_device or {}
+        self._store_first = store_first
 
     def look_up(self, keys: Sequence[PageKey]) -> Found:
         pages_W = np.zeros(self._num_workers, np.int32)
         tail_W = np.zeros(self._num_workers, np.int32)
         for worker, (held, tails) in self._held.items():
             pages_W[worker], tail_W[worker] = _reach(keys, held, tails)
+        device_pages_W, device_tail_W = (
+            (pages_W, tail_W) if not self._on_device else (pages_W.copy(), tail_W.copy())
+        )
+        for worker, (num_pages, tails) in self._on_device.items():
+            device_pages_W[worker], device_tail_W[worker] = _reach(
+                keys, self._held[worker][0][:num_pages], tails
+            )
         store_pages, store_tail = _reach(keys, *self._stored)
-        return Found(pages_W=pages_W, tail_W=tail_W, store_pages=store_pages, store_tail=store_tail)
+        return Found(
+            pages_W=pages_W,
+            tail_W=tail_W,
+            device_pages_W=device_pages_W,
+            device_tail_W=device_tail_W,
+            store_first=self._store_first,
+            store_pages=store_pages,
+            store_tail=store_tail,
+        )
 
 
 def _reach(keys: Sequence[PageKey], held: Sequence[PageKey], tails: Sequence[int]) -> tuple[int, int]:
@@ -50,6 +72,8 @@ def a_fleet(
     *,
     held: Mapping[int, tuple[tuple[PageKey, ...], Sequence[int]]] | None = None,
     stored: tuple[tuple[PageKey, ...], Sequence[int]] = ((), ()),
+    on_device: Mapping[int, tuple[int, Sequence[int]]] | None = None,
+    store_first: int = 0,
     wait: Sequence[float] = (),
     queued: Sequence[float] = (),
     sequences: Sequence[int] = (),
@@ -69,7 +93,7 @@ def a_fleet(
 
     decoders = decoding or {}
     return FleetPicture(
-        caches=Caches(num_workers, held or {}, stored),
+        caches=Caches(num_workers, held or {}, stored, on_device=on_device, store_first=store_first),
         can_prefill_W=np.array([number not in decoders for number in range(num_workers)]),
         can_decode_W=np.array([number in decoders for number in range(num_workers)]),
         draining_W=np.array([number in draining for number in range(num_workers)]),

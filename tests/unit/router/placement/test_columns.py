@@ -52,6 +52,9 @@ def a_worker(draw: st.DrawFn, index: int) -> WorkerView:
         prefill_tokens_per_second=draw(st.sampled_from([0.0, 990.0, 1000.0, 3000.0])),
         peer_bytes_per_second=draw(st.sampled_from([0.0, 1e4, 1e9])),
         peer_latency_seconds=draw(st.sampled_from([0.0, 0.5])),
+        host_bytes_per_second=draw(st.sampled_from([0.0, 1e5, 1e9])),
+        store_bytes_per_second=draw(st.sampled_from([0.0, 1e5, 1e9])),
+        store_latency_seconds=draw(st.sampled_from([0.0, 0.1])),
     )
     return WorkerView(
         # Not in the order of rows.
@@ -181,6 +184,9 @@ class Watched:
                 # Of who cannot be given a prompt it matters whether he can be read from, and that he slows nobody.
                 matters_for_all = item.name in ("can_prefill_W", "readable_W", "work_seconds_W", "slowness_W")
                 columns[item.name] = (column if matters_for_all else column[fleet.can_prefill_W]).tolist()
+        for source, speeds in fleet.speeds.items():
+            columns[f"{source.value} rate"] = speeds.rate_W[fleet.can_prefill_W].tolist()
+            columns[f"{source.value} latency"] = speeds.latency_W[fleet.can_prefill_W].tolist()
         self.fleets.append(columns)
         return self._policy.choose(fleet, request)
 

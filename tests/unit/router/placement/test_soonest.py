@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rorqual.performance import FLASH, HARDWARE, PerformanceModel, SourceSpeed, model_costs
-from router.placement.cache import Decision, FleetPicture, Source
+from router.placement.cache import Decision, FleetPicture, MeasuredSpeeds, Source
 from router.placement.soonest import SoonestConfig, SoonestFirstToken
 from tests.unit.router.placement.pictures import a_demand, a_fleet, keys
 
@@ -72,7 +72,8 @@ def test_a_busy_owner_is_read_from_instead_of_computing_again() -> None:
 
 def reading(fleet: FleetPicture, rate: list[float], latency: list[float]) -> FleetPicture:
     """As these workers have measured reads from others."""
-    return dataclasses.replace(fleet, peer_rate_W=np.array(rate), peer_latency_W=np.array(latency))
+    speeds = MeasuredSpeeds(rate_W=np.array(rate), latency_W=np.array(latency))
+    return dataclasses.replace(fleet, speeds={Source.PEER: speeds})
 
 
 def test_whoever_reads_slowly_computes_instead_and_whoever_reads_fast_is_given_the_prompt() -> None:
@@ -240,3 +241,85 @@ def test_no_plan_reads_what_nobody_has_or_leaves_a_page_out(data: st.DataObject)
 
 def _own() -> SoonestConfig:
     return dataclasses.replace(PLAIN, fetches=False)
+
+
+def copying(fleet: FleetPicture, rate: float) -> FleetPicture:
+    """As all workers have measured copies from their host memory."""
+    speeds = MeasuredSpeeds(rate_W=np.full(fleet.num_workers, rate), latency_W=np.zeros(fleet.num_workers))
+    return dataclasses.replace(fleet, speeds={Source.HOST: speeds})
+
+
+def test_a_worker_with_the_prompt_in_host_memory_comes_before_one_that_computes_it() -> None:
+    fleet = a_fleet(held={1: (PROMPT, [100])}, on_device={1: (0, [])}, wait=[0.0, 0.03, 0.0])
+    decision = choose(fleet)
+    assert (decision.prefill, decision.resume) == (1, 100)
+    assert sources(decision) == [(Source.HOST, 0, 100, -1)]
+    assert decision.fetch.tail_source is Source.HOST
+    assert choose(copying(fleet, 1e8)).prefill == 0  # 0.94 s of copies
+    assert choose(copying(fleet, 1e11)).prefill == 1
+
+
+def test_pages_on_the_device_are_used_where_host_memory_is_too_slow_for_the_others() -> None:
+    fleet = a_fleet(1, held={0: (PROMPT, [40, 90])}, on_device={0: (60, [40])})
+    decision = choose(fleet)
+    assert decision.resume == 90
+    assert sources(decision) == [
+        (Source.OWN, 0, 60, -1),
+        (Source.HOST, 60, 30, -1),
+        (Source.COMPUTE, 90, 10, -1),
+    ]
+    assert decision.fetch.tail_source is Source.HOST
+    slow = choose(copying(fleet, 1e6))
+    assert (slow.resume, slow.fetch.tail_source) == (40, Source.OWN)
+    assert sources(slow) == [(Source.OWN, 0, 60, -1), (Source.COMPUTE, 60, 40, -1)]
+
+
+def test_a_tail_in_host_memory_below_pages_on_the_device_costs_its_own_bytes_alone() -> None:
+    fleet = a_fleet(1, held={0: (PROMPT, [100])}, on_device={0: (100, [])})
+    decision = choose(copying(fleet, 3.7e8))
+    assert (decision.resume, sources(decision)) == (100, [(Source.OWN, 0, 100, -1)])
+    assert decision.fetch.tail_source is Source.HOST
+    at_once = choose(a_fleet(1, held={0: (PROMPT, [100])})).predicted_seconds
+    assert decision.predicted_seconds == pytest.approx(at_once + 0.01)
+
+
+def test_peers_are_asked_only_for_what_is_on_their_devices() -> None:
+    busy = [0.0, 5.0, 5.0]
+    held = {1: (PROMPT, [50, 98])}
+    fleet = a_fleet(held=held, wait=busy)
+    assert choose(fleet).fetch.num_fetched == 98
+    below = a_fleet(held=held, on_device={1: (60, [50])}, wait=busy)
+    decision = choose(below)
+    assert (decision.prefill, decision.fetch.peer, decision.fetch.num_fetched) == (0, 1, 50)
+    assert choose(a_fleet(held=held, on_device={1: (0, [])}, wait=busy)).fetch.peer == -1
+
+
+def test_what_is_promised_is_on_the_device_and_all_before_it() -> None:
+    """The second of two equal prompts finds nothing to copy: the first has brought it."""
+    fleet = a_fleet(1, held={0: (PROMPT, [100])}, on_device={0: (50, [])})
+    policy = SoonestFirstToken(model=MODEL, tail_bytes=3.7e6, config=PLAIN)
+    first = policy.choose(fleet, a_demand(PROMPT, number=1))
+    second = policy.choose(fleet, a_demand(PROMPT, number=2))
+    assert (Source.HOST, 50, 50, -1) in sources(first)
+    assert sources(second) == [(Source.OWN, 0, 100, -1)]
+    policy.finished(1)
+    policy.finished(2)
+    assert sources(policy.choose(fleet, a_demand(PROMPT, number=3))) == sources(first)
+
+
+def test_pages_that_the_store_lacks_at_the_front_must_be_the_workers_own() -> None:
+    stored = (PROMPT, [100])
+    fleet = a_fleet(held={1: (PROMPT[:40], [])}, stored=stored, store_first=40)
+    decision = choose(fleet)
+    assert (decision.prefill, decision.resume) == (1, 100)
+    assert sources(decision) == [(Source.OWN, 0, 40, -1), (Source.STORE, 40, 60, -1)]
+    assert choose(a_fleet(stored=stored, store_first=40)).resume == 0
+    assert choose(a_fleet(stored=stored)).resume == 100
+
+
+def test_a_store_is_priced_by_what_each_worker_has_measured() -> None:
+    fleet = a_fleet(stored=(PROMPT, [100]), wait=[0.0, 0.001, 0.002])
+    assert choose(fleet).prefill == 0
+    speeds = MeasuredSpeeds(rate_W=np.array([1e8, 0.0, 1e6]), latency_W=np.zeros(3))
+    decision = choose(dataclasses.replace(fleet, speeds={Source.STORE: speeds}))
+    assert (decision.prefill, decision.resume) == (1, 100)
