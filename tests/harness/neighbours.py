@@ -15,9 +15,10 @@ import numpy as np
 
 from engine.model.forward import Model
 from engine.worker.events import SequenceKey
-from engine.worker.prefix_cache import KeyLoan, PrefixCache
+from engine.worker.prefix_cache import KeyLoan, PageFacts, PrefixCache
 from kvstore.keys import PageKey
 from kvstore.layout import IndexSpace
+from kvstore.store.contract import tenant_label
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Role
 from tests.harness.reusing import Reusing
@@ -161,8 +162,10 @@ class PeerRead:
                 self.num_pages_read, self.tail_depth = len(loan.pages), loan.tail_depth
                 self._reader.scheduler.imports.end(
                     item,
-                    num_pages=len(loan.pages),
-                    digests=[loan.digests[at : at + size] for at in range(0, len(loan.digests), size)],
+                    facts=[
+                        PageFacts(digests=loan.digests[at : at + size], tenant=tenant_label(""))
+                        for at in range(0, len(loan.digests), size)
+                    ],
                     tail_depth=loan.tail_depth,
                     packed=loan.packed,
                 )

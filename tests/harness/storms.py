@@ -14,7 +14,8 @@ from fake_state import PAGE_TOKENS, Slot, answer, digest, logprob_of, page_diges
 from engine.plan import Fetch, RecordFetch
 from engine.worker.events import SequenceKey, TokenEvent
 from engine.worker.imports import Import
-from engine.worker.prefix_cache import Packed
+from engine.worker.prefix_cache import Packed, PageFacts
+from kvstore.store.contract import tenant_label
 from rorqual.sampling import SamplingParams
 from tests.harness.benches import Bench, Pair, a_prompt, a_related_prompt
 
@@ -196,8 +197,10 @@ class PeerRead:
             assert bench.rank.end_fetch(self.number, owner).error == ""
         bench.scheduler.imports.end(
             item,
-            num_pages=len(item.pages),
-            digests=[page_digests(rows) for rows in slot.rows[item.first : len(item.keys)]],
+            facts=[
+                PageFacts(digests=page_digests(rows), tenant=tenant_label(""))
+                for rows in slot.rows[item.first : len(item.keys)]
+            ],
             tail_depth=len(item.keys) if item.record is not None else 0,
             packed=Packed(num_bytes=len(packed), digest=digest(packed)),
         )
