@@ -27,7 +27,6 @@ from engine.worker.host_tier import HostTier
 from engine.worker.prefix_cache import Departed, PageFacts, PrefixCache
 from engine.worker.sequences import Phase, Sequence, Spilled
 from kvstore.shadow_radix import EvictedPage
-
 from rorqual.model_config import PAGE_TOKENS
 
 

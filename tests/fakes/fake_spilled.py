@@ -19,6 +19,7 @@ from engine.plan import HotUse, Spill, Unspill
 class _Spilled:
     buffer: int
     host_pages: list[int] = field(default_factory=list)
+    held: list[Rows | None] = field(default_factory=list)  # in its pages, when they were spilled
 
 
 class FakeSpills:
@@ -76,6 +77,7 @@ class FakeSpills:
                 self._memory[target] = rows
                 self.num_pages_moved += 1
         slot.pages[item.first : end] = item.pages
+        state.held += [self._memory[page] for page in item.pages]
         state.host_pages += item.host_pages
         self.check(item.slot)
 
@@ -121,11 +123,12 @@ class FakeSpills:
         )
 
     def _forget(self, slot: int, *, written: set[int]) -> None:
-        """What the pages have held is of use to nobody: there were never C4 rows, or others are in their place."""
-        for page in self._slots[slot].pages[: len(self._spilled[slot].host_pages)]:
-            if page not in written:
+        """What the pages have held is of use to nobody: there were never C4 rows, or others are in their place. They
+        may have been read into since, or copied to."""
+        state = self._spilled.pop(slot)
+        for page, rows in zip(self._slots[slot].pages, state.held, strict=False):
+            if page not in written and self._memory[page] is rows:
                 self._memory[page] = None
-        del self._spilled[slot]
 
     def _buffers(self) -> set[int]:
         return {state.buffer for state in self._spilled.values()}
