@@ -22,6 +22,7 @@ from tests.harness.benches import (
     adopting,
     lending,
 )
+from tests.harness.storing import Stored
 from tests.harness.storms import Alone, Storm, weather
 
 pytestmark = pytest.mark.slow
@@ -110,9 +111,17 @@ def check_let_go(bench: Bench) -> None:
     assert state.counts.num_spills >= bench.rank.spills.num_spills
 
 
-def some_weather(rng: random.Random, bench: Bench, num_moves: int) -> Alone:
-    alone = Alone(bench)
-    names = {"open": 7, "cancel": 1, "send": 2, "receive": 2, "turn": 5, "go on": 4, "read": 2, "read on": 4}
+def some_weather(rng: random.Random, alone: Alone, num_moves: int, **more: int) -> None:
+    names = {
+        "open": 7,
+        "cancel": 1,
+        "send": 2,
+        "receive": 2,
+        "turn": 5,
+        "go on": 4,
+        "read": 2,
+        "read on": 4,
+    } | more
     for name in rng.choices(list(names), weights=names.values(), k=num_moves):
         match name:
             case "open":
@@ -122,7 +131,6 @@ def some_weather(rng: random.Random, bench: Bench, num_moves: int) -> Alone:
                 alone.move(name, (rng.randint(0, 30), rng.randint(1, 200)))
             case _:
                 alone.move(name, rng.randint(1, 300 if name == "turn" else 8))
-    return alone
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -154,13 +162,46 @@ def test_a_long_storm_over_conversations_that_spill_does_too(seed: int) -> None:
         ),
     )
     bench.rank.drafts_well = is_drafted_well
-    alone = some_weather(rng, bench, 80)
+    alone = Alone(bench)
+    some_weather(rng, alone, 80)
     alone.finish()
     check_let_go(bench)
 
 
-handed = st.tuples(lengths, st.integers(2, 500), st.booleans(), st.booleans())
-numbers = st.integers(0, 30)
+@pytest.mark.parametrize("seed", range(24))
+def test_a_long_storm_over_a_store_beside_the_plans_does_too(seed: int) -> None:
+    rng = random.Random(1000 + seed)
+    drafts = rng.choice([0, 4])
+    bench = Bench(
+        num_pages=rng.randint(8, 14),
+        num_slots=rng.randint(2, 6),
+        num_records=rng.randint(1, 5),
+        plans_inflight_max=rng.randint(1, 3),
+        drafts_max=drafts,
+        policy=FixedDrafts(drafts),
+        cache=a_cache(),
+        host_tier=a_host_tier(
+            rng.randint(8, 30),
+            6,
+            takes_turns=True,
+            keeps_landed=True,
+            copy_bytes_max=rng.choice([1, 1 << 20]),
+        ),
+        hisparse=a_hisparse(
+            rng.randint(1, 20),
+            rng.randint(1, 4),
+            few_pages=rng.choice([0.0, 0.3, 1.0]),
+            many_pages=rng.choice([0.0, 0.2, 0.5]),
+            copy_bytes_max=rng.choice([1, 5_000, 1 << 20]),
+        ),
+        keeps_digests=True,
+    )
+    bench.rank.drafts_well = is_drafted_well
+    stored = Stored(bench)
+    some_weather(rng, stored, 80, **{"fill": 4, "fill on": 6, "write": 4})
+    stored.finish()
+    check_let_go(bench)
+    assert stored.num_written > 0
 
 
 @pytest.mark.parametrize("seed", range(24))
