@@ -20,7 +20,8 @@ from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
-from engine.plan import Copies, HotUse, PageCopy, RecordCopy, Spill, Unspill
+from engine.plan import Copies, PageCopy, RecordCopy, Spill, StepResult, Unspill
+from engine.worker.events import SequenceKey
 from engine.worker.holdings import Holdings
 from engine.worker.host_tier import HostTier
 from engine.worker.prefix_cache import Departed, PageFacts, PrefixCache
@@ -78,10 +79,15 @@ class HiSparse:
         self._holdings = holdings
         self._cache = cache
         self._free_buffers = list(reversed(range(config.num_buffers)))
+        self._left_buffers: list[int] = []  # free from the next plan on: this one spills before it unspills
         self._following: dict[int, Sequence] = {}  # spilled ones, by hot buffer
+        self._may_spill: set[SequenceKey] = (
+            set()
+        )  # in the plan that is being made, which spills before it opens
         self._num_host_pages = 0
-        self._spills: list[Spill] = []  # of the plan that is being made, like the next two
-        self._unspills: list[Unspill] = []
+        self._last_applied = 0
+        self._spills: list[tuple[Sequence, Spill]] = []  # of the plan that is being made, like the next two
+        self._unspills: list[tuple[Sequence, Unspill]] = []
         self._copies: list[PageCopy] = []
         self._records: list[RecordCopy] = []
 
@@ -99,6 +105,7 @@ class HiSparse:
     def follow(self, running: Collection[Sequence], *, is_anybody_waiting: bool) -> None:
         """At the start of a plan: what spilled sequences have completed follows; with few pages left the coldest
         resident one is copied ahead; with many, one returns."""
+        self._may_spill = {sequence.key for sequence in running if sequence.is_opened}
         for sequence in list(self._following.values()):
             if sequence.phase is Phase.RUNNING:
                 self._follow(sequence)
@@ -109,7 +116,10 @@ class HiSparse:
             self._return_one(num_free - int(self.config.many_pages * num_pages))
 
     def relieve(self, running: Iterable[Sequence]) -> bool:
-        """Pages run short: the coldest sequence spills in the plan that is being made. False: none can."""
+        """Pages run short: whoever is coming back stays, or the coldest sequence spills in the plan that is being made.
+        False: none can."""
+        if any(self._stop_return(sequence) for sequence in self._following.values()):
+            return True
         return any(self._spill(sequence) for sequence in self._coldest(running))
 
     def start(self, sequence: Sequence) -> Start | None:
@@ -170,32 +180,44 @@ class HiSparse:
             return
         num_pages = sequence.num_landed // PAGE_TOKENS
         for number, found in enumerate(digests, start=num_pages - len(digests)):
-            state.digests[number] = found
+            # Before it is known how many drafts were accepted these are taken for those of pages before them.
+            if number >= len(state.host_pages):
+                state.digests.setdefault(number, found)
 
     def leave(self, sequence: Sequence) -> None:
         """It ends or is preempted, and still holds its pages. What it has completed and not copied yet is copied by the
         next plan."""
         state = sequence.spilled
+        self._spills = [item for item in self._spills if item[0] is not sequence]
+        self._unspills = [item for item in self._unspills if item[0] is not sequence]
         if state is None:
             return
+        self._stop_return(sequence)
+        own = set(sequence.pages)
+        self._copies = [item for item in self._copies if item.page not in own]
+        self._records = [item for item in self._records if item.record != sequence.record]
         if state.buffer is not None:
             for number in range(state.num_pages, sequence.num_landed // PAGE_TOKENS):
                 if not self._offer(sequence, number):
                     break
             del self._following[state.buffer]
             self._free_buffers.append(state.buffer)
-            self._spills = [item for item in self._spills if item.buffer != state.buffer]
         self._let_go(sequence, state)
 
     def take(self) -> tuple[tuple[Spill, ...], tuple[Unspill, ...], Copies]:
-        """Of the plan that is being made; the copies are promotions."""
+        """Of the plan that is being made; the copies are promotions. What was to spill, and has planned its last token
+        since, is closed by this plan."""
+        spills = tuple(item for sequence, item in self._spills if sequence.phase is Phase.RUNNING)
         copies = Copies(pages=tuple(self._copies), records=tuple(self._records))
-        taken = tuple(self._spills), tuple(self._unspills), copies
+        taken = spills, tuple(item for _, item in self._unspills), copies
         self._spills, self._unspills, self._copies, self._records = [], [], [], []
+        self._free_buffers += self._left_buffers
+        self._left_buffers.clear()
         return taken
 
-    def note(self, uses: Iterable[HotUse]) -> None:
-        for use in uses:
+    def landed(self, result: StepResult) -> None:
+        self._last_applied = result.number
+        for use in result.hot:
             self.counts.rows_hit += use.num_hits
             self.counts.rows_missed += use.num_misses
             self.counts.rows_useful += use.num_useful
@@ -203,7 +225,8 @@ class HiSparse:
 
     def check(self) -> None:
         """Assert that everything adds up: for tests."""
-        assert len(self._free_buffers) + len(self._following) == self.config.num_buffers
+        num_free = len(self._free_buffers) + len(self._left_buffers)
+        assert num_free + len(self._following) == self.config.num_buffers
         for buffer, sequence in self._following.items():
             state = sequence.spilled
             assert state is not None
@@ -230,6 +253,8 @@ class HiSparse:
             return False
         if sequence.phase is not Phase.RUNNING or not sequence.is_opened or sequence.is_lending:
             return False
+        if sequence.key not in self._may_spill:
+            return False
         if sequence.num_replaying or (state is not None and state.buffer is not None):
             return False
         return num_hot < pin.num_pages <= num_hot + self._holdings.num_thin_free
@@ -239,6 +264,8 @@ class HiSparse:
         assert pin is not None
         assert slot is not None
         num_pages = pin.num_pages
+        if self._holdings.num_pages_let_go(sequence) <= self.config.num_hot_pages:
+            return False
         if not self._copy(sequence, num_pages, num_bytes_max=None):
             return False
         if not self._holdings.spill(sequence, num_pages, num_hot=self.config.num_hot_pages):
@@ -272,15 +299,14 @@ class HiSparse:
         assert sequence.slot is not None
         assert state.buffer is not None
         self.counts.pages_spilled += state.num_pages - first
-        self._spills.append(
-            Spill(
-                slot=sequence.slot,
-                buffer=state.buffer,
-                first=first,
-                pages=tuple(sequence.pages[first : state.num_pages]),
-                host_pages=tuple(item.page for item in state.host_pages[first : state.num_pages]),
-            )
+        item = Spill(
+            slot=sequence.slot,
+            buffer=state.buffer,
+            first=first,
+            pages=tuple(sequence.pages[first : state.num_pages]),
+            host_pages=tuple(item.page for item in state.host_pages[first : state.num_pages]),
         )
+        self._spills.append((sequence, item))
 
     def _copy_ahead(self, running: Iterable[Sequence]) -> None:
         room = self.config.copy_bytes_max
@@ -342,7 +368,6 @@ class HiSparse:
             self._tier.used(item, self._holdings.newest_plan)
             self._tier.index.unpin_page(item)
         self._num_host_pages -= len(state.host_pages)
-        self._holdings.end_return(state.returning)
         sequence.spilled = None
 
     def _return_one(self, num_pages_max: int) -> None:
@@ -359,35 +384,47 @@ class HiSparse:
                 self._bring_back(sequence, state)
             return
 
+    def _stop_return(self, sequence: Sequence) -> bool:
+        """It stays where it is, if it was coming back. Whether it was."""
+        state = sequence.spilled
+        if state is None or not state.returning:
+            return False
+        self._copies = [item for item in self._copies if item.page not in state.returning]
+        self._holdings.end_return(state.returning)
+        state.returning.clear()
+        state.num_back = 0
+        return True
+
     def _bring_back(self, sequence: Sequence, state: Spilled) -> None:
+        """What it returns into is copied, by as many plans as that takes. It is read there, by it and by others, when
+        all copies are made."""
         room, page_bytes = self.config.copy_bytes_max, self._cache.config.costs.page_bytes
+        if state.num_back == len(state.returning):
+            if state.last_copy <= self._last_applied:
+                self._end_return(sequence, state)
+            return
+        state.last_copy = self._holdings.newest_plan + 1
         while state.num_back < len(state.returning) and room > 0:
             source, target = state.host_pages[state.num_back], state.returning[state.num_back]
             self._copies.append(PageCopy(page=target, host_page=source.page))
             state.num_back += 1
             room -= page_bytes
-        if state.num_back < len(state.returning):
-            return
+
+    def _end_return(self, sequence: Sequence, state: Spilled) -> None:
+        """It is as any other again, and what it has computed is in the cache."""
         assert sequence.slot is not None
         assert state.buffer is not None
-        self._unspills.append(Unspill(slot=sequence.slot, pages=tuple(state.returning)))
+        self._unspills.append((sequence, Unspill(slot=sequence.slot, pages=tuple(state.returning))))
         self._holdings.unspill(sequence, tuple(state.returning))
+        state.returning.clear()
         del self._following[state.buffer]
-        self._free_buffers.append(state.buffer)
+        self._left_buffers.append(state.buffer)
+        self._may_spill.discard(sequence.key)
         self.counts.num_returns += 1
-        self._come_back(sequence, state)
-
-    def _come_back(self, sequence: Sequence, state: Spilled) -> None:
-        """It is as any other again, and what it has computed is in the cache."""
         known = [item.digests for item in state.host_pages]
         num_landed = sequence.num_landed // PAGE_TOKENS
         known += [state.digests.get(number) for number in range(len(known), num_landed)]
-        host_pages: list[HostPage] = state.host_pages
-        for item in host_pages:
-            self._tier.used(item, self._holdings.newest_plan + 1)
-            self._tier.index.unpin_page(item)
-        self._num_host_pages -= len(host_pages)
-        sequence.spilled = None
+        self._let_go(sequence, state)
         sequence.pin = self._cache.hold(sequence.keys, num_pages=0)
         digests = [item for item in known if item is not None]
         self._cache.absorb(sequence, digests if len(digests) == len(known) else ())

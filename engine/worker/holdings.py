@@ -107,6 +107,15 @@ class Holdings:
     def is_thin(self, page: PageId) -> bool:
         return page >= self.num_pages
 
+    def num_pages_let_go(self, sequence: Sequence) -> int:
+        """Whole pages that are to be had once it needs none of those that it has of the cache: those that others hold
+        too are not."""
+        pin, cache = sequence.pin, self._cache
+        assert pin is not None
+        assert cache is not None
+        num_own = sum(page != shared for page, shared in zip(sequence.pages, pin.pages, strict=False))
+        return num_own + cache.num_pages_let_go(pin)
+
     def spill(self, sequence: Sequence, num_pages: int, *, num_hot: int) -> bool:
         """Its first pages, which are all that it has of the cache, become `num_hot` whole pages of its own and thin
         ones. The next plan copies what stays on the device. False, and nothing has changed: they are not to be had."""
@@ -362,7 +371,8 @@ class Holdings:
     def _free_evicted(self, departed: Departed) -> None:
         is_copied = self._tier is not None and self._tier.take(departed)
         last_plan = self._last_plan_of_free
-        if is_copied:
+        if is_copied or (self._tier is not None and self._tier.config.takes_turns):
+            # Also by a plan in flight, when its turn ended.
             self._record_plans.update((item.record, last_plan) for item, _, _ in departed.tails)
         self._pages.free((item.page for item, _ in departed.pages), last_plan=last_plan)
         for item, _, _ in departed.tails:

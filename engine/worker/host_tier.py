@@ -174,9 +174,9 @@ class HostTier:
     def used(self, item: HostPage | HostTail, number: int) -> None:
         """Plan `number` copies it to the device."""
         if isinstance(item, HostPage):
-            self._plans[item.page] = number
+            self._plans[item.page] = max(number, self._plans.get(item.page, 0))
         else:
-            self._record_plans[item.record] = number
+            self._record_plans[item.record] = max(number, self._record_plans.get(item.record, 0))
 
     def landed(self, number: int) -> None:
         """The result of plan `number` is in: what it has copied here is here."""

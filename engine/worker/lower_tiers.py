@@ -115,7 +115,7 @@ class LowerTiers:
         if self.restoring is not None:
             self.restoring.landed(result.number)
         if self._hisparse is not None:
-            self._hisparse.note(result.hot)
+            self._hisparse.landed(result)
 
     def absorb(self, sequence: Sequence, digests: Several[tuple[int, ...]]) -> None:
         """What it has computed is certain now. `digests` of the newest full pages, one for each."""

@@ -222,6 +222,10 @@ class PrefixCache:
         """Pages that can be evicted now and could not if these first ones of a path were pinned."""
         return self._index.num_pages_to_hold(keys, num_pages=num_pages)
 
+    def num_pages_let_go(self, pin: Pin) -> int:
+        """Pages that could be evicted without this pin, and cannot now."""
+        return self._index.num_pages_let_go(pin)
+
     def is_tail_evictable(self, sequence: Sequence, start: Start) -> bool:
         """Whether the tail it would start from counts among those evictable now."""
         return bool(start.tail_depth) and not self._index.is_tail_pinned(sequence.keys[start.tail_depth - 1])

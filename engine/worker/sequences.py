@@ -52,6 +52,7 @@ class Spilled:
     )  # of pages behind those, by number
     returning: list[PageId] = field(default_factory=list[PageId])  # whole pages for all that is spilled
     num_back: int = 0  # of those, whose copies are planned
+    last_copy: int = 0  # the newest plan that copies some of them
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -179,6 +179,16 @@ class ShadowRadix:
             node = node.parent
         return count
 
+    def num_pages_let_go(self, pin: Pin) -> int:
+        """Pages that cannot be evicted now, and could without this pin."""
+        node, count = pin.node, 0
+        assert node is not None, "a released pin holds nothing"
+        while node is not self._root and node.num_holds == 1:
+            count += 1
+            assert node.parent is not None
+            node = node.parent
+        return count
+
     def is_tail_pinned(self, key: PageKey) -> bool:
         """Of a key that has a tail."""
         tail = self._nodes[key].tail

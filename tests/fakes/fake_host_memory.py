@@ -18,6 +18,7 @@ class FakeHostMemory:
     def __init__(self, *, num_pages: int, num_records: int, first_id: int) -> None:
         self.pages: dict[int, Rows | None] = dict.fromkeys(range(first_id, first_id + num_pages))
         self.records: dict[int, bytes | None] = dict.fromkeys(range(first_id, first_id + num_records))
+        self.wipes = True  # what is copied away is nobody's
         self.num_pages_demoted = 0
         self.num_pages_promoted = 0
         self.num_records_promoted = 0
@@ -47,13 +48,15 @@ class FakeHostMemory:
             assert len(packed) == item.num_bytes, f"{item.num_bytes} bytes of a record of {len(packed)}"
             assert item.host_record in self.records, f"{item.host_record} is no record of the host's"
             self.records[item.host_record] = packed
+        self.num_pages_demoted += len(copies.pages)
+        if not self.wipes:
+            return
         for item in copies.pages:
             if item.page not in kept_pages:
                 memory[item.page] = None
         for item in copies.records:
             if item.record not in kept_records:
                 records[item.record] = None
-        self.num_pages_demoted += len(copies.pages)
 
     def promote(self, copies: Copies, memory: list[Rows | None], records: list[bytes | None]) -> None:
         for targets in ([item.page for item in copies.pages], [item.record for item in copies.records]):

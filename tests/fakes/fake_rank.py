@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 from fake_host_memory import FakeHostMemory
 from fake_memory import RemoteOwner, serve_memory
+from fake_spilled import FakeSpills
 from fake_state import (
     EOS,
     NUM_PAGE_COMPONENTS,
@@ -94,6 +95,9 @@ class FakeRank:
         first_host_id: int = 0,
         host_memory: FakeHostMemory | None = None,
         positions_max: int = POSITIONS_MAX,
+        num_thin: int = 0,
+        num_hot_buffers: int = 0,
+        num_hot_pages: int = 0,
     ) -> None:
         self.num_pages = num_pages
         self.num_slots = num_slots
@@ -105,7 +109,7 @@ class FakeRank:
         self.positions_max = positions_max
         self.metadata = b""  # how it is reached from other processes
         self.slots: dict[int, Slot] = {}
-        self.memory: list[Rows | None] = [None] * num_pages
+        self.memory: list[Rows | None] = [None] * (num_pages + num_thin)
         self.records: list[bytes | None] = [None] * num_records
         self.host_memory = host_memory or FakeHostMemory(
             num_pages=num_host_pages, num_records=num_host_records, first_id=first_host_id
@@ -113,6 +117,15 @@ class FakeRank:
         self.kept: dict[
             int, tuple[Set[int], Set[int]]
         ] = {}  # of plans to come: pages and records that stay in a cache
+        self.host_memory.wipes = not num_hot_buffers
+        self.spills = FakeSpills(
+            num_pages=num_pages,
+            num_buffers=num_hot_buffers,
+            num_hot_pages=num_hot_pages,
+            memory=self.memory,
+            host_memory=self.host_memory,
+            slots=self.slots,
+        )
         self.lent_pages: Counter[int] = Counter()  # others may read them: whoever tests says so, with `lend`
         self.lent_records: set[int] = set()
         self.fetches: dict[int, Fetch] = {}  # begun, not ended
@@ -158,10 +171,11 @@ class FakeRank:
     def step(self, plan: StepPlan) -> StepResult:
         self.num_steps += 1
         assert plan.number == self.num_steps, f"plan {plan.number} is the {self.num_steps}th"
-        is_empty = not (plan.closes or plan.opens or plan.segments or plan.demote or plan.promote)
-        assert not is_empty, "empty plan"
+        does = plan.closes or plan.opens or plan.segments or plan.demote or plan.promote
+        assert does or plan.spills or plan.unspills, "empty plan"
         for slot in plan.closes:
             assert slot in self.slots, f"close of slot {slot}, which is not open"
+            self.spills.close(slot)
             del self.slots[slot]
         self._copy(plan)
         for item in plan.opens:
@@ -196,20 +210,20 @@ class FakeRank:
             verified=tuple(verified),
             completed=tuple(completed),
             tailed=tuple(tailed),
+            hot=self.spills.uses(slots),
         )
 
     def _copy(self, plan: StepPlan) -> None:
         """What is copied away is kept, and nobody writes it, or is nobody's: who had it is gone, and nobody reads or
-        writes it from elsewhere."""
+        writes it from elsewhere. Where sequences spill, full pages are copied away while somebody has them."""
         kept_pages, kept_records = self.kept.pop(plan.number, (frozenset(), frozenset()))
-        fetched = self._fetched_pages()
-        used = {page for slot in self.slots.values() for page in slot.pages} | fetched
-        used |= self.lent_pages.keys()
-        for item in plan.demote.pages:
-            taken = fetched if item.page in kept_pages else used
-            assert item.page not in taken, f"page {item.page} is copied while in use"
-        for item in plan.promote.pages:
-            assert item.page not in used, f"page {item.page} is copied to while in use"
+        demoted = {item.page for item in plan.demote.pages}
+        if self.spills.num_buffers:
+            assert not demoted & self.spills.hot_pages, "hot rows are copied"
+            self._check_untouched(demoted & self._fetched_pages())
+        else:
+            self._check_untouched(self._used() & (demoted - kept_pages))
+            self._check_untouched(self._fetched_pages() & demoted)
         for item in plan.demote.records:
             self._check_record(item.record, to_write=item.record not in kept_records)
         for item in plan.promote.records:
@@ -217,7 +231,24 @@ class FakeRank:
         self.host_memory.demote(
             plan.demote, self.memory, self.records, kept_pages=kept_pages, kept_records=kept_records
         )
+        returning = [self.slots[item.slot].pages for item in plan.unspills]
+        vacated = {page for pages in returning for page in pages}
+        for item in plan.spills:
+            self.spills.spill(item, taken=self._used(but=item.slot) - vacated)
+        promoted = {item.page for item in plan.promote.pages}
+        self._check_untouched(promoted & (self._used() - vacated))
         self.host_memory.promote(plan.promote, self.memory, self.records)
+        written = promoted | {page for item in plan.spills for page in item.pages}
+        for item in plan.unspills:
+            self.spills.unspill(item, written=written)
+
+    def _used(self, *, but: int = -1) -> set[int]:
+        """Pages of slots, of all but one, and those that are read or written from elsewhere."""
+        used = {page for number, slot in self.slots.items() if number != but for page in slot.pages}
+        return used | self._fetched_pages() | self.lent_pages.keys()
+
+    def _check_untouched(self, used: set[int]) -> None:
+        assert not used, f"pages {used} are copied while in use"
 
     def transfer(self, message: ToTransfer, owners: Mapping[str, FakeRank]) -> FromTransfer | None:
         """What the rank answers, at once; `owners` are the ranks that can be reached, by their agents' names."""
@@ -313,6 +344,8 @@ class FakeRank:
         self.slots[item.slot] = slot
         if item.restore is not None:
             self._restore(slot, item.restore)
+            if item.restore.host_pages:
+                self.spills.restore(item.slot, item.restore.buffer, item.restore.host_pages)
 
     def _restore(self, slot: Slot, restore: Restore) -> None:
         is_boundary = restore.num_computed % PAGE_TOKENS == 0
@@ -336,6 +369,7 @@ class FakeRank:
     def _map(self, segment: Segment) -> None:
         slot = self.slots[segment.slot]
         self._check_memory(slot)
+        self.spills.check(segment.slot)
         slot.pages.extend(segment.pages)
         end = segment.start + segment.count
         results = [point.num_tokens for point in segment.tails]
@@ -378,7 +412,7 @@ class FakeRank:
         owned = [page for slot in self.slots.values() for page in slot.pages]
         self.owners = Counter(owned)
         assert all(len(slot.pages) == len(set(slot.pages)) for slot in self.slots.values()), "a page twice"
-        assert all(0 <= page < self.num_pages for page in owned), "a page beyond the pool"
+        assert all(0 <= page < len(self.memory) for page in owned), "a page beyond the pool"
         used = {page for segment in plan.segments for page in self.slots[segment.slot].pages}
         assert not used & self._fetched_pages(), "a page is used while it is read into"
         written = [segment.record for segment in plan.segments if segment.record >= 0]
@@ -395,6 +429,7 @@ class FakeRank:
 
     def _write(self, page: int, rows: Rows) -> None:
         assert page not in self.lent_pages, f"page {page} is written while it is lent"
+        assert page < self.num_pages, f"thin page {page} is written"
         assert self.owners[page] <= 1, f"page {page} is written while two sequences have it"
         self.memory[page] = rows
 

@@ -33,6 +33,7 @@ from engine.worker.events import (
     Surrender,
     TokenEvent,
 )
+from engine.worker.hisparse import HiSparseConfig
 from engine.worker.host_tier import HostTierConfig
 from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
@@ -87,6 +88,7 @@ class Bench:
         policy: DraftPolicy | None = None,
         cache: CacheConfig | None = None,
         host_tier: HostTierConfig | None = None,
+        hisparse: HiSparseConfig | None = None,
         **options: int,
     ) -> None:
         tokens_max = options.pop("sequence_tokens_max", num_pages * 256)
@@ -103,6 +105,7 @@ class Bench:
                 num_page_components=NUM_PAGE_COMPONENTS if num_records else 0,
                 cache=cache,
                 host_tier=host_tier,
+                hisparse=hisparse,
                 **options,
             ),
             policy,
@@ -116,6 +119,9 @@ class Bench:
             num_host_pages=host_tier.num_pages if host_tier is not None else 0,
             num_host_records=host_tier.num_records if host_tier is not None else 0,
             first_host_id=FIRST_HOST_ID,
+            num_thin=hisparse.num_thin_pages if hisparse is not None else 0,
+            num_hot_buffers=hisparse.num_buffers if hisparse is not None else 0,
+            num_hot_pages=hisparse.num_hot_pages if hisparse is not None else 0,
         )
         self.pipe: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
@@ -189,6 +195,8 @@ class Bench:
                     self.rank.lend((), event.record)
         self.take_surrendered()
         self.scheduler.check_all()
+        if self.scheduler.config.hisparse is not None:
+            wipe(self)
         return events
 
     def cancel(self, key: int) -> bool:
@@ -416,6 +424,30 @@ class FeedMirror:
             has_tail_below = tier is not None and tier.index.state(key)[1]
             assert bool(flags & TAIL) == (has_tail_here or has_tail_below)
             assert bool(flags & HOST_TAIL) == (has_tail_below and not has_tail_here)
+
+
+def a_hisparse(
+    num_thin: int = 64, num_buffers: int = 4, num_hot: int = 1, **options: float
+) -> HiSparseConfig:
+    return HiSparseConfig(num_thin_pages=num_thin, num_buffers=num_buffers, num_hot_pages=num_hot, **options)
+
+
+def wipe(bench: Bench) -> None:
+    """What nobody has and no plan in flight may use, of the device's pages and the host's, holds nothing any more."""
+    scheduler = bench.scheduler
+    holdings, tier = scheduler._holdings, scheduler.host_tier
+    assert tier is not None
+    for pages in (holdings._pages, holdings._thin):
+        for page in pages._free:
+            if pages.last_plan((page,)) <= scheduler.last_applied:
+                bench.rank.memory[page] = None
+    for record in holdings._records._free:
+        if holdings._record_plans.get(record, 0) <= scheduler.last_applied:
+            bench.rank.records[record] = None
+    kept = {item.page for item in tier.index.pages()} | tier.index._reserved_pages
+    for page in bench.rank.host_memory.pages.keys() - kept:
+        if tier._plans.get(page, 0) <= scheduler.last_applied:
+            bench.rank.host_memory.pages[page] = None
 
 
 def check_host_memory(bench: Bench) -> None:
