@@ -103,7 +103,8 @@ class Storm:
         for worker in self.workers:
             await worker.rest()
         assert self.store.num_asking == 0
-        check_values(self.store, self.workers[0], self.asked)
+        for worker in self.workers:
+            check_values(self.store, worker, self.asked)
 
 
 def run(first: dict, second: dict, story: list[tuple]) -> Storm:
