@@ -7,7 +7,7 @@ worth reading is decided by the scheduler's pure parts (`engine.worker.host_tier
 A read never fails: it brings what it can before its deadline, then the prompt is computed from what there is, and what
 comes later still enters host memory. A write is given to the store when the copy to host memory has landed, and the
 place is held until then. A value is the bytes of a page or a tail and, behind them, what their readers must know:
-digests and, of a tail, why it was taken.
+digests and, of a tail, why it was taken, which is what its first writer took it for.
 """
 
 from __future__ import annotations

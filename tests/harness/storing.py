@@ -25,6 +25,7 @@ from engine.worker.metrics import WorkerMetrics
 from engine.worker.prefix_cache import PrefixCache
 from engine.worker.store_metrics import StoreMetrics
 from engine.worker.store_tier import StoreTier, StoreTierConfig
+from kvstore.keys import PageKey
 from kvstore.store.contract import Kind, StoreKey, WritePolicy, tenant_label
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
@@ -190,10 +191,12 @@ async def a_worker(store: FakeStore, **options: Any) -> AsyncIterator[StoringWor
 
 
 def check_values(store: FakeStore, worker: StoringWorker, asked: Iterable[Asked]) -> None:
-    """Every value is what its key stands for, under the tenant whose prompt it is of."""
+    """Every value is what its key stands for, under the tenant whose prompt it is of; and the worker's host memory
+    knows what follows on what."""
     cache = worker.host.scheduler.cache
     assert cache is not None
     made: dict[StoreKey, tuple[Slot, int]] = {}
+    parents: dict[PageKey, PageKey] = {}
     for item in asked:
         tokens = [*item.prompt, *item.answer]
         slot = Slot(
@@ -204,9 +207,13 @@ def check_values(store: FakeStore, worker: StoringWorker, asked: Iterable[Asked]
         )
         slot.compute(len(tokens))
         keys = cache.keys_of(np.array(tokens, dtype=np.int32), salt=item.salt)
+        parents |= dict(zip(keys[1:], keys, strict=False))
         for depth, key in enumerate(keys, start=1):
             for kind in Kind:
                 made[StoreKey(kind, tenant_label(item.salt), key)] = slot, depth
+    tier = worker.host.scheduler.host_tier
+    assert tier is not None
+    assert all(page.parent == parents[page.key] for page in tier.index.pages() if page.key in parents)
     for key, value in store.values.items():
         slot, depth = made[key]
         if key.kind is Kind.PAGE:
