@@ -6,6 +6,7 @@ besides. Called by `bench.hisparse.command`.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from bench.pairs import Ratio, ratio_of
 from engine.model.forward import Model
 from engine.rank_budget import HotBudget
 from kvstore.hisparse import HotShape
+from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import TokenArray
 
 
@@ -37,9 +39,9 @@ class Resident:
 
 
 def measure_resident(
-    model: Model, work: Work, shape: HotShape, *, num_pairs: int, num_steps: int
+    model: Model, work: Work, shape: HotShape, *, num_pairs: int, num_steps: int, compared: Work
 ) -> Resident:
-    """`num_pairs` pairs of `num_steps` decode steps each."""
+    """`num_pairs` pairs of `num_steps` decode steps each; of `compared` the operations are, from beginning to end."""
     off, on = sides(model, work, shape)
     seconds: list[float] = []
     ratios: list[float] = []
@@ -54,12 +56,12 @@ def measure_resident(
         worker.run()
     assert on.answers == off.answers, "answers differ"
     assert on.state.counts.num_spills == 0, "somebody was spilled"
-    num_compared, num_operations, difference = compare_operations(model, work, shape)
+    num_compared, num_operations, difference = compare_operations(model, compared, shape)
     return Resident(
         num_steps=num_compared,
         num_operations=num_operations,
         first_difference=difference,
-        seconds=sorted(seconds)[len(seconds) // 2],
+        seconds=statistics.median(seconds),
         ratio=ratio_of(ratios),
     )
 
@@ -70,7 +72,7 @@ def sides(
     """Without HiSparse, and with it. Whole pages are as many on both and there are no thin ones, so that plans and the
     shapes of pools are the same."""
     longest = max(len(prompt) for prompt in work.prompts) + work.num_generated
-    num_slots, per_slot = len(work.prompts), longest // 256 + 2
+    num_slots, per_slot = len(work.prompts), longest // PAGE_TOKENS + 2
     sizes = Sizes(
         num_pages=2 * num_slots * per_slot,
         num_slots=num_slots,
