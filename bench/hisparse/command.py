@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--pages", type=int, default=48, metavar="N", help="of a request, where they are counted (default 48)"
     )
-    add("--resident", type=int, default=5, metavar="N", help="requests the device holds without (default 5)")
+    add("--fit", type=int, default=14, metavar="N", help="requests for which the device is made (default 14)")
     add(
         "--prompt",
         type=int,
@@ -88,14 +88,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fits(args: argparse.Namespace) -> tuple[Fits, ...]:
-    """Of requests that are at the turn of a page when they are counted, and of such as are amid their last one."""
+    """Of requests that all turn a page after they were counted, and of such as are amid their last one."""
     model = random_model(num_pages=args.pages)
     print(f"requests of {args.pages} pages on one device, 4 layers, 3 of them C4; hot rows 8 x top-k")
     print(f"{'prompt':>8} {'MB':>7} {'':12} {'formula':>8} {'measured':>9} {'spilled':>8} {'MB taken':>9}")
     found: list[Fits] = []
     for tokens_before in (PAGE_TOKENS // 4, -PAGE_TOKENS // 2):
         load = Load(num_pages=args.pages, tokens_before=tokens_before)
-        item = measure_fits(model, load, num_resident=args.resident)
+        item = measure_fits(model, load, num_spilled=args.fit)
         found.append(item)
         for name, held, computed in (
             ("without", item.without, item.formula.num_resident),
@@ -126,7 +126,7 @@ def _resident(model: Model, args: argparse.Namespace) -> Resident:
     )
     found = measure_resident(
         model,
-        _work(args, _num_generated(args)),
+        _work(args, _num_generated(args), prompt=args.prompt // 4),
         shape,
         num_pairs=args.pairs,
         num_steps=args.steps,
@@ -136,7 +136,7 @@ def _resident(model: Model, args: argparse.Namespace) -> Resident:
     print(f"nobody spilled: {found.num_operations:,} operations of {found.num_steps} steps, {same}")
     print(
         f"CPU time of a decode step of {args.requests} requests: {found.seconds * 1e3:.2f} ms without; with / without"
-        f" {found.ratio} over {found.ratio.num_pairs} pairs",
+        f" {found.ratio}, without / without {found.control}, over {found.ratio.num_pairs} pairs",
         flush=True,
     )
     return found

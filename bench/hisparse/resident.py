@@ -1,11 +1,12 @@
 """What HiSparse costs while nobody is spilled: operations, and processor time of a step, beside a worker without it.
 
-Two workers in one process compute the same requests in turn; both have pages for all of them, and one has hot buffers
+Workers in one process compute the same requests in turn; all have pages for all of them, and one has hot buffers
 besides. Called by `bench.hisparse.command`.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ class Resident:
     first_difference: str  # "": there is none
     seconds: float  # CPU, of a decode step without HiSparse, all requests together
     ratio: Ratio  # of that with HiSparse
+    control: Ratio  # of that of a second worker without: what the machine alone does
 
 
 def measure_resident(
@@ -43,16 +45,16 @@ def measure_resident(
 ) -> Resident:
     """`num_pairs` pairs of `num_steps` decode steps each; of `compared` the operations are, from beginning to end."""
     off, on = sides(model, work, shape)
-    seconds: list[float] = []
-    ratios: list[float] = []
-    for worker in (off, on):
+    control, _ = sides(model, work, shape)
+    everybody = (off, on, control)
+    for worker in everybody:
         start(worker, work)
+    seconds: list[list[float]] = [[] for _ in everybody]
+    orders = list(itertools.permutations(range(len(everybody))))
     for pair in range(num_pairs):
-        order = (off, on) if pair % 2 else (on, off)
-        taken = {id(worker): decode_seconds(worker, num_steps) for worker in order}
-        seconds.append(taken[id(off)])
-        ratios.append(taken[id(on)] / taken[id(off)])
-    for worker in (off, on):
+        for index in orders[pair % len(orders)]:
+            seconds[index].append(decode_seconds(everybody[index], num_steps))
+    for worker in everybody:
         worker.run()
     assert on.answers == off.answers, "answers differ"
     assert on.state.counts.num_spills == 0, "somebody was spilled"
@@ -61,9 +63,14 @@ def measure_resident(
         num_steps=num_compared,
         num_operations=num_operations,
         first_difference=difference,
-        seconds=statistics.median(seconds),
-        ratio=ratio_of(ratios),
+        seconds=statistics.median(seconds[0]),
+        ratio=_ratio(seconds[1], seconds[0]),
+        control=_ratio(seconds[2], seconds[0]),
     )
+
+
+def _ratio(seconds: Sequence[float], base: Sequence[float]) -> Ratio:
+    return ratio_of([one / other for one, other in zip(seconds, base, strict=True)])
 
 
 def sides(
