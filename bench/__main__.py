@@ -17,6 +17,10 @@ RACES = {
         "bench.engine",
         "prefill, decode and makespan beside transformers, fast and exact (6 minutes)",
     ),
+    "hisparse": (
+        "bench.hisparse.command",
+        "requests that fit and what steps cost, with and without HiSparse, on the CPU engine (3 minutes)",
+    ),
     "hot_rows": (
         "bench.hot_rows",
         "bringing picked rows into hot buffers beside looking them up, by batch and hit rate (1 minute)",

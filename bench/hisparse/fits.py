@@ -16,7 +16,7 @@ import numpy as np
 from bench.hisparse.worker import Sizes, Worker, layout_of, sizes_for
 from engine.model.forward import Model
 from engine.plan import RankSettings
-from kvstore.hisparse import Capacity, HotShape, capacity, hot_shape
+from kvstore.hisparse import Capacity, HotShape, capacity, hot_shape, resident_bytes, spilled_bytes
 from rorqual.errors import RorqualError
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import TokenArray
@@ -84,8 +84,9 @@ class Fits:
         return max(ratios, key=lambda ratio: abs(ratio - 1))
 
 
-def measure_fits(model: Model, load: Load, *, num_resident: int, num_hot: int | None = None) -> Fits:
-    """On a device with the bytes of `num_resident` requests, and half of one to spare."""
+def measure_fits(model: Model, load: Load, *, num_spilled: int, num_hot: int | None = None) -> Fits:
+    """On a device with the bytes of `num_spilled` requests, one of them resident, and half a one to spare: so few
+    requests would else be decided by a page."""
     config, layout = model.config, layout_of(model.config)
     shape = hot_shape(
         layout,
@@ -95,8 +96,8 @@ def measure_fits(model: Model, load: Load, *, num_resident: int, num_hot: int | 
         num_hot=num_hot,
     )
     num_tokens = load.num_pages * PAGE_TOKENS
-    of_one = sum(layout.allocated_bytes(num_tokens).values())
-    device_bytes = num_resident * of_one + of_one // 2
+    of_one = spilled_bytes(layout, shape, num_tokens)
+    device_bytes = resident_bytes(layout, num_tokens) + (num_spilled - 1) * of_one + of_one // 2
     formula = capacity(layout, shape, num_tokens=num_tokens, device_bytes=device_bytes)
     return Fits(
         device_bytes=device_bytes,

@@ -1,11 +1,13 @@
 """What HiSparse costs while nobody is spilled: operations, and processor time of a step, beside a worker without it.
 
-Two workers in one process compute the same requests in turn; both have pages for all of them, and one has hot buffers
+Workers in one process compute the same requests in turn; all have pages for all of them, and one has hot buffers
 besides. Called by `bench.hisparse.command`.
 """
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +17,7 @@ from bench.pairs import Ratio, ratio_of
 from engine.model.forward import Model
 from engine.rank_budget import HotBudget
 from kvstore.hisparse import HotShape
+from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import TokenArray
 
 
@@ -34,34 +37,40 @@ class Resident:
     first_difference: str  # "": there is none
     seconds: float  # CPU, of a decode step without HiSparse, all requests together
     ratio: Ratio  # of that with HiSparse
+    control: Ratio  # of that of a second worker without: what the machine alone does
 
 
 def measure_resident(
-    model: Model, work: Work, shape: HotShape, *, num_pairs: int, num_steps: int
+    model: Model, work: Work, shape: HotShape, *, num_pairs: int, num_steps: int, compared: Work
 ) -> Resident:
-    """`num_pairs` pairs of `num_steps` decode steps each."""
+    """`num_pairs` pairs of `num_steps` decode steps each; of `compared` the operations are, from beginning to end."""
     off, on = sides(model, work, shape)
-    seconds: list[float] = []
-    ratios: list[float] = []
-    for worker in (off, on):
+    control, _ = sides(model, work, shape)
+    everybody = (off, on, control)
+    for worker in everybody:
         start(worker, work)
+    seconds: list[list[float]] = [[] for _ in everybody]
+    orders = list(itertools.permutations(range(len(everybody))))
     for pair in range(num_pairs):
-        order = (off, on) if pair % 2 else (on, off)
-        taken = {id(worker): decode_seconds(worker, num_steps) for worker in order}
-        seconds.append(taken[id(off)])
-        ratios.append(taken[id(on)] / taken[id(off)])
-    for worker in (off, on):
+        for index in orders[pair % len(orders)]:
+            seconds[index].append(decode_seconds(everybody[index], num_steps))
+    for worker in everybody:
         worker.run()
     assert on.answers == off.answers, "answers differ"
     assert on.state.counts.num_spills == 0, "somebody was spilled"
-    num_compared, num_operations, difference = compare_operations(model, work, shape)
+    num_compared, num_operations, difference = compare_operations(model, compared, shape)
     return Resident(
         num_steps=num_compared,
         num_operations=num_operations,
         first_difference=difference,
-        seconds=sorted(seconds)[len(seconds) // 2],
-        ratio=ratio_of(ratios),
+        seconds=statistics.median(seconds[0]),
+        ratio=_ratio(seconds[1], seconds[0]),
+        control=_ratio(seconds[2], seconds[0]),
     )
+
+
+def _ratio(seconds: Sequence[float], base: Sequence[float]) -> Ratio:
+    return ratio_of([one / other for one, other in zip(seconds, base, strict=True)])
 
 
 def sides(
@@ -70,7 +79,7 @@ def sides(
     """Without HiSparse, and with it. Whole pages are as many on both and there are no thin ones, so that plans and the
     shapes of pools are the same."""
     longest = max(len(prompt) for prompt in work.prompts) + work.num_generated
-    num_slots, per_slot = len(work.prompts), longest // 256 + 2
+    num_slots, per_slot = len(work.prompts), longest // PAGE_TOKENS + 2
     sizes = Sizes(
         num_pages=2 * num_slots * per_slot,
         num_slots=num_slots,

@@ -1,9 +1,9 @@
 """What a step costs when everybody is spilled, by the rows of a hot buffer: beside the same step with all rows there.
 
-Workers in one process compute the same requests in turn; with an exact model they answer alike, to the token. The trained demo model picks, since what
-a step picks again of the steps before is all that decides; with a larger top-k than it was trained with, so that hot
-buffers of one to sixteen times the picks can be told apart (a page holds 64 rows). Called by
-`bench.hisparse.command`.
+Workers in one process compute the same requests in turn; with an exact model they answer alike, to the token. The
+trained demo model picks, since all depends on what a step picks again of the steps before; with a larger top-k than it
+was trained with, so that hot buffers of one to sixteen times the picks can be told apart (a page holds 64 rows). Called
+by `bench.hisparse.command`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Spilled:
     ratio: Ratio  # of that when all are spilled
     rows_wanted: float  # that are in host memory, by a request in a layer and step
     rows_missed: float
-    useful: float  # of the rows of a last pick, which a spill brings in: the share that was wanted before it was evicted
+    useful: float  # of the last picks, which a spill brings in ahead: the share that was wanted in time
     wasted: float  # evicted before
 
     @property

@@ -6,7 +6,7 @@ with. Called by `bench.hisparse.resident` and by the test that holds resident st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -32,7 +32,7 @@ class Trace:
             self.operations.append(f"{name}({', '.join(_shown(arguments))})")
 
     @contextmanager
-    def recording(self) -> Iterator[list[str]]:
+    def recording(self) -> Generator[list[str]]:
         self.operations = []
         self.is_on = True
         try:

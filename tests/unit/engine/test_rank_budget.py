@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from engine.plan import RankSettings
-from engine.rank_budget import device_budget, host_budget
+from engine.rank_budget import device_budget, host_budget, hot_budget
 from kvstore.budget import Budget
 from kvstore.handover import record_bytes_max
 from kvstore.layout import Numerics, build_layout
@@ -70,3 +70,25 @@ def test_a_device_without_records_has_no_use_for_tails_below_it() -> None:
 def test_there_are_no_more_pages_than_a_router_can_be_told_of() -> None:
     found = below(num_host_pages=CONTENT_ENTRIES_MAX)
     assert found.num_pages == CONTENT_ENTRIES_MAX - 8
+
+
+def test_bytes_that_no_whole_page_fits_into_become_thin_pages() -> None:
+    """Of a rank whose bytes are 20 pages and a bit: divided as bytes, not as 20 pages."""
+    whole = hot_budget_of(20 * LAYOUT.page_bytes)
+    more = hot_budget_of(21 * LAYOUT.page_bytes - 1)
+    assert (more.num_pages, more.num_thin) > (whole.num_pages, whole.num_thin)
+
+
+def hot_budget_of(kv_bytes: int) -> Any:
+    asked = msgspec.structs.replace(
+        SETTINGS,
+        num_pages=None,
+        kv_bytes=kv_bytes,
+        tail_share=0.0,
+        num_slots=4,
+        num_hot_buffers=2,
+        num_hot_rows=64,
+    )
+    device = device_budget(CONFIG, Numerics.SERVED, asked, drafts=False)
+    assert device.num_pages == 20
+    return hot_budget(CONFIG, Numerics.SERVED, asked, device, drafts_max=0)
