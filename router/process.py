@@ -414,9 +414,9 @@ def _add_placement_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(STORE_VARIABLE, ""),
         metavar="URL",
         help="the Redis or Valkey that the workers share (their --store): where the fleet keeps little of a prompt, it"
-        " is asked what it has, for 5 ms at most, and a prompt that can be read goes to whoever is free. The router moves"
-        f" none of it. Rather give it in {STORE_VARIABLE}, which other users of the machine cannot see; none: no store"
-        " (default: none)",
+        " is asked what it has, for 5 ms at most, and a prompt that can be read goes to whoever is free. The router"
+        f" reads none of it. Rather give it in {STORE_VARIABLE}, which other users of the machine cannot see; none: no"
+        " store (default: none)",
     )
     group.add_argument(
         "--hardware",

@@ -54,7 +54,7 @@ def carry_out(search: Search, pages: set[int], tails: set[int], *, keys_max: int
     has_front=st.booleans(),
     rebuild_pages=st.integers(1, 400),
     tails=st.sets(st.integers(1, 3000), max_size=30),
-    keys_max=st.sampled_from([32, 256]),
+    keys_max=st.sampled_from([32, 64, 256]),
 )
 def test_a_search_finds_how_far_pages_go_and_the_deepest_tail_of_use(
     num_pages: int,
@@ -80,11 +80,11 @@ def test_a_search_finds_how_far_pages_go_and_the_deepest_tail_of_use(
         if of_use:
             assert found.tail == max(of_use)
         assert found.tail == 0 or found.tail in tails
-    assert num_rounds <= (2 if keys_max == 256 and rebuild_pages <= 100 and num_pages <= 600 else 8)
+    assert num_rounds <= (2 if keys_max == 64 and rebuild_pages <= 22 and num_pages <= 400 else 8)
 
 
 def test_a_short_prompt_is_searched_in_one_round() -> None:
-    search = Search(num_pages=100, num_best=20, rebuild_pages=22)
+    search = Search(num_pages=100, num_best=20, rebuild_pages=22, keys_max=256)
     found, num_rounds = carry_out(search, set(range(1, 91)), {60, 85}, keys_max=256)
     assert (found, num_rounds) == (Stored(first=0, pages=90, tail=85), 1)
 
