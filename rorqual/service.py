@@ -21,6 +21,9 @@ from rorqual.telemetry import fields
 
 log = logging.getLogger(__name__)
 
+STORE_VARIABLE = "RORQUAL_STORE"
+"""The environment's word for --store: a URL may have a password, and everyone can read command lines."""
+
 
 def run_service(service: Coroutine[Any, Any, None]) -> None:
     """Run to the end on uvloop where it is installed, else on asyncio's own loop."""

@@ -33,6 +33,7 @@ from rorqual.up_options import (
     parse_options,
     plan_workers,
     router_arguments,
+    shared_environment,
     worker_arguments,
     worker_environment,
 )
@@ -75,7 +76,7 @@ class Supervisor:
     ) -> None:
         self._options = options
         self._console = console
-        self._environment = dict(environment)
+        self._environment = shared_environment(options, environment)
         self._program = program
         self._plans = plan_workers(options, num_cores=num_cores or _num_cores())
         self._width = max(len(name) for name in ("router", *(plan.name for plan in self._plans)))

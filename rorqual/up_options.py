@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rorqual.api_keys import read_api_keys
 from rorqual.errors import ConfigError
-from rorqual.service import check_above_zero, format_address
+from rorqual.service import STORE_VARIABLE, check_above_zero, format_address
 from rorqual.telemetry import LOG_LEVELS
 
 WORKERS_MAX = 64
@@ -62,6 +62,7 @@ class UpOptions:
     hot_rows: int | None = None
     thin_pages: int | None = None
     transfer: str | None = None
+    store: str | None = field(default=None, repr=False)  # URL, perhaps with a password
     bind_early_tokens: int | None = None
     placement: str | None = None
     credit_seconds: float | None = None
@@ -130,6 +131,7 @@ def parse_options(argv: list[str]) -> UpOptions:
         hot_rows=args.hot_rows,
         thin_pages=args.thin_pages,
         transfer=args.transfer,
+        store=args.store,
         bind_early_tokens=args.bind_early_tokens,
         placement=args.placement,
         credit_seconds=args.credit_seconds,
@@ -177,6 +179,11 @@ def threads_per_worker(*, num_cores: int, num_heavy: int, num_decode: int, exact
     spare = num_cores - 1
     decode = max(1, spare // (2 * num_heavy + num_decode))
     return max(1, (spare - decode * num_decode) // max(1, num_heavy)), decode
+
+
+def shared_environment(options: UpOptions, environment: Mapping[str, str]) -> dict[str, str]:
+    """Of all children: the supervisor's own, and the store, which may have a password."""
+    return dict(environment) | ({} if options.store is None else {STORE_VARIABLE: options.store})
 
 
 def worker_environment(environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
@@ -284,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         " are on this machine. example: rorqual up --model models/demo --prefill 1 --decode 2 --http 8000",
     )
     _add_worker_options(parser)
+    _add_store_option(parser)
     _add_router_options(parser)
     add = parser.add_argument
     add("--log-level", choices=LOG_LEVELS, help="least severe log line (default info)")
@@ -368,6 +376,16 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--transfer",
         choices=("auto", "nixl", "shm"),
         help="how decode workers read state (default auto: nixl where it loads, else shared memory)",
+    )
+
+
+def _add_store_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="a Redis or Valkey that workers share what they keep through, and the router asks; children get it in"
+        f" {STORE_VARIABLE}, where it can be set instead: command lines can be read by others; none: no store"
+        " (default: as the environment says)",
     )
 
 

@@ -49,6 +49,7 @@ from router.placement import (
 from router.prompt_keys import PromptKeys
 from router.sequences import Mailbox, SequenceRequest
 from router.split import SplitSequence
+from router.stored import StoreKnowledge
 from router.text import TextDelta
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,10 @@ class Dispatcher:
         make_texts: MakeTexts,
         config: DispatchConfig,
         metrics: FleetMetrics,
+        store: StoreKnowledge | None = None,
     ) -> None:
+        """With `store`, somebody must `run` it, too."""
+        self.store = store
         self._fleet = fleet
         self._placement = placement
         self._make_texts = make_texts
@@ -149,6 +153,9 @@ class Dispatcher:
         assert len(choices) == generation.num_choices
         keys = PromptKeys(generation.prompt, salt=generation.cache_salt)
         try:
+            if self.store is not None and self._placement.uses_keys:
+                roots = self._fleet.members.roots
+                keys.stored = await self.store.ask(keys.of(roots), salt=generation.cache_salt)
             while live := [choice for choice in choices if not choice.is_finished]:
                 for choice in live:
                     if choice.sequence is None:
@@ -183,6 +190,7 @@ class Dispatcher:
             is_queueing=self._fleet.credit.num_waiting > 0,
             keys=keys.of(self._fleet.members.roots) if self._placement.uses_keys else {},
             session=f"{generation.cache_salt} {generation.session_key}" if generation.session_key else "",
+            stored=keys.stored,
         )
         self._keep_promise(choice)
         placed = self._placement.choose(workers, able_W, demand)

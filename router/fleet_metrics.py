@@ -77,10 +77,29 @@ class FeedMetrics:
         )
 
 
-class FleetMetrics(HandOverMetrics, FeedMetrics):
+class StoreMetrics:
+    """Of questions to the store that all workers share."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.store_questions = Counter(
+            "rorqual_router_store_questions",
+            "Prompts for which the store was asked what it has: found, absent, or unknown since it was late or lost.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.store_seconds = Histogram(
+            "rorqual_router_store_seconds",
+            "That a prompt waited for the store to say what it has.",
+            buckets=(0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02),
+            registry=registry,
+        )
+
+
+class FleetMetrics(HandOverMetrics, FeedMetrics, StoreMetrics):
     def __init__(self, registry: CollectorRegistry) -> None:
         HandOverMetrics.__init__(self, registry)
         FeedMetrics.__init__(self, registry)
+        StoreMetrics.__init__(self, registry)
         self.workers_connected = Gauge(
             "rorqual_router_workers_connected", "Workers with a session.", registry=registry
         )

@@ -16,17 +16,20 @@ import logging
 import os
 import random
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from kvstore.store.address import parse_address as parse_store_address
+from kvstore.store.finder import StoreFinder
 from rorqual.api_keys import read_api_keys
 from rorqual.clock import Clock, SystemClock
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.model_config import load_model_config
 from rorqual.performance import FLASH, HARDWARE, model_costs
 from rorqual.service import (
+    STORE_VARIABLE,
     StopSignals,
     check_above_zero,
     end_task,
@@ -49,6 +52,7 @@ from router.grpc_gateway import GrpcGateway, GrpcSettings
 from router.placement.policies import NAMES, WorkerModel, make_placement
 from router.prompt import PromptEncoder
 from router.session_client import GrpcTransport
+from router.stored import StoreKnowledge
 from router.text import ChoiceText, StopStrings
 
 log = logging.getLogger(__name__)
@@ -69,6 +73,7 @@ class RouterOptions:
     credit_queue_max: int = 1024
     bind_early_tokens: int = 8192
     placement: str = "rorqual"
+    store: str = field(default="", repr=False)  # URL, perhaps with a password; empty: none
     hardware: str = ""  # of workers, for predictions; empty: not known
     devices_per_worker: int = 1
     start_seconds_max: float = 30.0  # until enough workers are connected to answer a request
@@ -99,6 +104,8 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
     workers = tuple(format_address(*parse_address(text, option="--worker")) for text in args.worker)
     if len(set(workers)) != len(workers):
         raise ConfigError("--worker names the same address twice")
+    if args.store and args.store != "none":
+        parse_store_address(args.store)  # what is wrong with it is told at once, without the password
     options = RouterOptions(
         workers=workers,
         model=args.model,
@@ -113,6 +120,7 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
         credit_queue_max=args.credit_queue,
         bind_early_tokens=args.bind_early_tokens,
         placement=args.placement,
+        store="" if args.store == "none" else args.store,
         hardware=args.hardware,
         devices_per_worker=args.devices_per_worker,
         start_seconds_max=args.start_seconds,
@@ -138,7 +146,7 @@ async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
     registry = CollectorRegistry()
     fleet, dispatcher = build_dispatcher(options, prompts=prompts, registry=registry, clock=clock)
     http, grpc = _gateways(options, dispatcher, prompts=prompts, registry=registry, clock=clock)
-    keeping_sessions = asyncio.create_task(fleet.run())
+    keeping_sessions = asyncio.create_task(_keep(fleet, dispatcher.store))
     try:
         http_url = await _listen(http.start(), option="--http", address=options.http)
         grpc_address = await _listen(grpc.start(), option="--grpc", address=options.grpc)
@@ -206,9 +214,35 @@ def build_dispatcher(
     )
     placement = make_placement(options.placement, caches=fleet.picture, workers=_worker_model(options))
     dispatcher = Dispatcher(
-        fleet=fleet, placement=placement, make_texts=make_texts, config=config, metrics=metrics
+        fleet=fleet,
+        placement=placement,
+        make_texts=make_texts,
+        config=config,
+        metrics=metrics,
+        store=_store(options, fleet, metrics=metrics, clock=clock),
     )
     return fleet, dispatcher
+
+
+def _store(
+    options: RouterOptions, fleet: Fleet, *, metrics: FleetMetrics, clock: Clock
+) -> StoreKnowledge | None:
+    if not options.store:
+        return None
+    return StoreKnowledge(
+        StoreFinder(options.store, clock=clock),
+        caches=fleet.picture,
+        rebuild_pages=_worker_model(options).costs.rebuild_pages,
+        metrics=metrics,
+    )
+
+
+async def _keep(fleet: Fleet, store: StoreKnowledge | None) -> None:
+    """Sessions, and the connection to the store. Ends only by being cancelled, or by a bug."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(fleet.run())
+        if store is not None:
+            tasks.create_task(store.run())
 
 
 def _worker_model(options: RouterOptions) -> WorkerModel:
@@ -374,6 +408,15 @@ def _add_placement_options(parser: argparse.ArgumentParser) -> None:
         help="who computes a prompt. rorqual: whoever gives the first token soonest, by what workers keep and have to"
         " do (-nofetch: workers read nothing from each other); least_wait: by load alone; the others are rules of other"
         " routers, to compare with (default rorqual)",
+    )
+    group.add_argument(
+        "--store",
+        default=os.environ.get(STORE_VARIABLE, ""),
+        metavar="URL",
+        help="the Redis or Valkey that the workers share (their --store): where the fleet keeps little of a prompt, it"
+        " is asked what it has, for 5 ms at most, and a prompt that can be read goes to whoever is free. The router"
+        f" reads none of it. Rather give it in {STORE_VARIABLE}, which other users of the machine cannot see; none: no"
+        " store (default: none)",
     )
     group.add_argument(
         "--hardware",

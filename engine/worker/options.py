@@ -19,10 +19,9 @@ from kvstore.layout import DRAFTS_MAX
 from kvstore.store.contract import WritePolicy
 from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS
-from rorqual.service import check_above_zero, parse_address
+from rorqual.service import STORE_VARIABLE, check_above_zero, parse_address
 from rorqual.telemetry import add_log_options
 
-STORE_VARIABLE = "RORQUAL_STORE"
 STORE_HOST_BYTES = 256 * 1024 * 1024
 """Of host memory where there is a store and nothing is said: what is written and read passes through it."""
 

@@ -17,13 +17,12 @@ from typing import Self, TextIO
 from kvstore.store.admin import Admin, Listed, Stat, opened
 from kvstore.store.contract import TenantLabel
 from rorqual.errors import ConfigError, RorqualError
-
-URL_VARIABLE = "RORQUAL_STORE"
+from rorqual.service import STORE_VARIABLE
 
 _ABOUT = f"""
 Look into a store of kept state in Redis or Valkey, and flush a tenant from it. The store may be serving meanwhile.
 URL is redis://[user:password@]host[:port], rediss:// (TLS), redis+cluster:// or rediss+cluster:// (any node of a
-Cluster), or unix:///path. Without --url it is taken from {URL_VARIABLE}, which other users of the machine cannot see.
+Cluster), or unix:///path. Without --url it is taken from {STORE_VARIABLE}, which other users of the machine cannot see.
 """
 _ABOUT_STAT = """
 Count the values and the bytes of their payloads, by wire id, kind and tenant, and show each server's memory. Goes
@@ -46,9 +45,9 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit status. An expected failure is a message on stderr and status 1."""
     args = _parser().parse_args(argv)
     try:
-        url = args.url or os.environ.get(URL_VARIABLE, "")
+        url = args.url or os.environ.get(STORE_VARIABLE, "")
         if not url:
-            raise ConfigError(f"which store? give --url, or set {URL_VARIABLE}")
+            raise ConfigError(f"which store? give --url, or set {STORE_VARIABLE}")
         return asyncio.run(_run(args, url))
     except RorqualError as error:
         print(f"rorqual kv: {error}", file=sys.stderr)
@@ -65,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         ("flush", "delete all of one tenant", _ABOUT_FLUSH),
     ):
         command = commands.add_parser(name, help=summary, description=about)
-        command.add_argument("--url", help=f"the store (default: from {URL_VARIABLE})")
+        command.add_argument("--url", help=f"the store (default: from {STORE_VARIABLE})")
         if name in ("stat", "ls", "verify"):
             command.add_argument("--json", action="store_true", help="print JSON instead of text")
         if name == "ls":

@@ -17,6 +17,7 @@ from kvstore.store.counts import Observe, StoreCounts
 from kvstore.store.gate import ByteGate
 from kvstore.store.health import Health
 from kvstore.store.names import value_name
+from kvstore.store.presence import ask_presence
 from kvstore.store.servers import Servers
 from kvstore.store.value import HEADER_BYTES, Flaw, Form, decode_value
 from rorqual.clock import Clock
@@ -100,34 +101,17 @@ class Reading:
         return [self._counted(key, results[key]) for key in keys]
 
     async def contains(self, keys: Sequence[StoreKey], *, budget_seconds: float) -> list[bool]:
-        present: set[StoreKey] = set()
-        asked: dict[NodeName, float] = {}  # and have not answered
-        groups, _ = self._grouped(dict.fromkeys(keys))
-
-        async def ask(node: NodeName, group: list[StoreKey]) -> None:
-            def receive(number: int, reply: Reply) -> None:
-                self._health.worked(node)
-                if reply == 1:
-                    present.add(group[number])
-
-            async with self._servers.turns(node):
-                asked[node] = self._clock.monotonic()
-                try:
-                    commands: list[Command] = [("EXISTS", self._name(key)) for key in group]
-                    await self._servers.exchange(node, commands, receive)
-                except ServerLost as error:
-                    self._health.failed(node, asked[node], error)
-                del asked[node]
-
-        try:
-            async with asyncio.timeout(budget_seconds), asyncio.TaskGroup() as tasks:
-                for node, group in groups.items():
-                    tasks.create_task(ask(node, group))
-        except TimeoutError:
-            self._counts.reads_overdue += 1
-            for node, began in asked.items():
-                self._health.overdue(node, began)
-        return [key in present for key in keys]
+        if self._tasks is None:
+            return [False for _ in keys]
+        known = await ask_presence(
+            [self._name(key) for key in keys],
+            servers=self._servers,
+            health=self._health,
+            clock=self._clock,
+            counts=self._counts,
+            budget_seconds=budget_seconds,
+        )
+        return [known.get(self._name(key), False) for key in keys]
 
     def _start(
         self, keys: Sequence[StoreKey]

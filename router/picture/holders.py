@@ -343,8 +343,11 @@ def _set_bits(sets: Sets, numbers: npt.NDArray[Any], holders: npt.NDArray[np.int
     bits = np.uint64(1) << (slots & 63).astype(np.uint64)
     sets.pages[numbers, words] |= bits
     for array, flag in ((sets.tails, TAIL), (sets.host_pages, HOST_PAGE), (sets.host_tails, HOST_TAIL)):
-        if array is not None:
-            array[numbers, words] |= np.where(holders & flag >> 1, bits, np.uint64(0))
+        if array is None:
+            continue
+        flagged = np.flatnonzero(holders & flag >> 1)
+        if len(flagged):
+            array[numbers[flagged], words[flagged]] |= bits[flagged]
 
 
 def _slots_of(bits: Bits) -> npt.NDArray[np.int64]:

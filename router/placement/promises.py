@@ -67,8 +67,13 @@ class Promises:
         workers = np.flatnonzero(_unpacked([reduce(or_, bits_D, 0)], len(pages_W))[0])
         if len(workers):
             is_promised_DV = _unpacked(bits_D, len(pages_W))[:, workers]
-            for array_W in reached:
-                array_W[workers] = _reached(is_promised_DV, array_W[workers])
+            reached_V = _reached(is_promised_DV, reached[-1][workers])
+            reached[-1][workers] = reached_V
+            # Promises begin behind what is on the device, and mostly go further than host memory.
+            rest = np.flatnonzero(reached_V < pages_W[workers]) if found.has_host else ()
+            pages_W[workers] = np.maximum(pages_W[workers], reached_V)
+            if len(rest):
+                pages_W[workers[rest]] = _reached(is_promised_DV[:, rest], pages_W[workers[rest]])
             ends = self._ends.of(keys[: len(bits_D)], num_there=len(bits_D))
             depths = [depth for depth, bits in enumerate(ends, start=1) if bits]
             is_end = _unpacked([bits for bits in ends if bits], len(pages_W))

@@ -282,8 +282,8 @@ class SoonestFirstToken:
 
 def _own(promised: Found) -> _Own:
     device_pages_W, device_tail_W = promised.on_device
-    is_on_device = np.array_equal(device_pages_W, promised.pages_W) and np.array_equal(
-        device_tail_W, promised.tail_W
+    is_on_device = not promised.has_host or (
+        np.array_equal(device_pages_W, promised.pages_W) and np.array_equal(device_tail_W, promised.tail_W)
     )
     return _Own(promised.pages_W, promised.tail_W, device_pages_W, device_tail_W, is_on_device)
 

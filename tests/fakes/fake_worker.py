@@ -33,7 +33,12 @@ def main() -> int:
     parser.add_argument("worker", nargs="*")
     args = parser.parse_args()
     die_with_parent(args.parent)
-    command = [sys.executable, str(Path(__file__).with_name("fake_rank.py")), "--step-ms", args.step_ms]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("fake_rank_process.py")),
+        "--step-ms",
+        args.step_ms,
+    ]
     if args.no_mtp:
         command.append("--no-mtp")
     if args.fail:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
 
+from kvstore.store.contract import StoreKey
 from rorqual.errors import StageTimedOut
 from rorqual.model_config import PAGE_TOKENS
+from router.fleet_metrics import StoreMetrics
 from router.generation import Generation
+from router.stored import StoreKnowledge
 from tests.harness.cluster import Cluster, a_cluster, a_generation, collect, the_answer, until
 
 
@@ -93,3 +99,46 @@ async def test_a_prompt_that_ends_without_a_token_is_promised_no_longer() -> Non
         assert len(policy._promises) == 0
         cluster.links["a"].gate.set()
         await cluster.empty()
+
+
+class Slow:
+    """A store that has everything and says so when told to."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.num_asked = 0
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def find(
+        self, wire_id: str, keys: Sequence[StoreKey], *, budget_seconds: float
+    ) -> list[bool] | None:
+        self.num_asked += 1
+        await asyncio.sleep(min(self.seconds, budget_seconds))
+        return None if self.seconds >= budget_seconds else [True for _ in keys]
+
+
+@pytest.mark.parametrize(("seconds", "reused"), [(0.0, 7 * PAGE_TOKENS), (60.0, 0)])
+async def test_what_a_store_has_is_predicted_to_be_read_and_a_slow_one_is_not_waited_for(
+    seconds: float, reused: int
+) -> None:
+    async with a_cluster("a", start=False, placement="rorqual") as cluster:
+        await a_keeping_cluster(cluster, "a")
+        finder = Slow(seconds)
+        cluster.dispatcher.store = StoreKnowledge(
+            finder, caches=cluster.fleet.picture, rebuild_pages=2, metrics=StoreMetrics(CollectorRegistry())
+        )
+        policy = cluster.dispatcher._placement.placement._policy  # pyright: ignore
+        decided = []
+        choose = policy.choose
+        policy.choose = lambda *args: decided.append(choose(*args)) or decided[-1]
+        generation = a_turn([7] * 1700, 1, length=200)
+        began = asyncio.get_running_loop().time()
+        (got,) = await collect(cluster, generation)
+        assert asyncio.get_running_loop().time() - began < 10
+        assert got.tokens == the_answer(generation)
+        assert decided[0].resume * PAGE_TOKENS == reused
+        num_asked = finder.num_asked
+        await collect(cluster, generation)
+        assert finder.num_asked == num_asked, "the fleet has it now"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.errors import ConfigError
+from rorqual.service import STORE_VARIABLE
 from router.process import RouterOptions, parse_options
 
 BASE = ["--worker", "127.0.0.1:1", "--model", "m"]
@@ -48,3 +49,20 @@ def test_binding_early_may_be_for_every_prompt_and_no_deadline_may_be_nothing() 
     for value in ("0", "nan"):
         with pytest.raises(ConfigError, match="--credit-seconds must be above 0"):
             parse_options([*BASE, "--credit-seconds", value])
+
+
+def test_the_store_comes_from_the_environment_or_its_option_and_its_password_is_never_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(STORE_VARIABLE, "redis://user:secret@host:6379")
+    options, _ = parse_options(BASE)
+    assert options.store == "redis://user:secret@host:6379"
+    assert "secret" not in repr(options)
+    assert parse_options([*BASE, "--store", "redis://other"])[0].store == "redis://other"
+    assert parse_options([*BASE, "--store", "none"])[0].store == ""
+    with pytest.raises(ConfigError, match="begins with one of") as error:
+        parse_options([*BASE, "--store", "http://user:secret@host"])
+    assert "secret" not in str(error.value)
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    assert "secret" not in capsys.readouterr().out

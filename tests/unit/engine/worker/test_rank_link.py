@@ -19,7 +19,7 @@ from engine.plan import RankFailed, RankProgress, RankReady, RankSettings, Segme
 from engine.worker.rank_link import RankLost, RankProcess, start_rank
 from rorqual.sampling import SamplingParams
 
-FAKE_RANK = Path(__file__).parents[3] / "fakes" / "fake_rank.py"
+FAKE_RANK = Path(__file__).parents[3] / "fakes" / "fake_rank_process.py"
 SETTINGS = RankSettings(
     model="a-model",
     numerics="float32",

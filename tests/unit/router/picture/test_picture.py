@@ -89,6 +89,22 @@ def test_what_is_in_host_memory_counts_for_its_worker_and_ends_what_others_can_r
     assert look_up_tiers(picture, 1, 2, 3, 4, 5)[:2] == [(5, 5, 4, 3), (3, 2, 0, 0)]
 
 
+def test_a_row_that_was_anothers_has_nobody_in_host_memory() -> None:
+    picture, workers = picture_of(*[{1: BOTH_IN_HOST}] * 20)
+    for worker in workers[4:]:
+        assert worker.change(key_of(1), bytes((0,)))
+    for worker in workers[4:]:
+        assert worker.change(key_of(2), bytes((PAGE,)))
+    slot = workers[0].slot
+    workers[0].clear()
+    picture.settle()
+    show(workers[0], dict.fromkeys(range(2, 202), PAGE))
+    assert workers[0].slot == slot
+    assert look_up_tiers(picture, 2)[0] == (1, 0, 1, 0)
+    assert workers[0].change(key_of(2), bytes((BOTH,)))
+    assert look_up_tiers(picture, 2)[0] == (1, 1, 1, 1)
+
+
 def test_the_answer_names_who_has_each_leading_page() -> None:
     picture, workers = picture_of({1: PAGE, 2: PAGE}, {1: PAGE}, {}, {1: PAGE, 2: PAGE, 3: PAGE})
     found = picture.look_up([key_of(i) for i in (1, 2, 3, 4)])

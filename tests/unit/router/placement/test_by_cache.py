@@ -14,6 +14,7 @@ from rorqual.performance import FLASH, model_costs
 from rorqual.session import Credit, Load, Role
 from router.credit import CreditUse
 from router.placement import Demand, Placement, Split, Whole, WorkerView
+from router.placement.least_wait import Stored
 from router.placement.policies import NAMES, WorkerModel, make_placement
 from router.placement.predictions import RATIO_MAX_UNKNOWN, Predictions, unknown_hardware_model
 from tests.unit.router.placement.fleets import able_of, fleet_of
@@ -217,3 +218,34 @@ def factors(predictions: Predictions, views: Sequence[WorkerView]) -> NDArray[np
     fleet = fleet_of(views)
     predictions.learn(fleet, able_of(fleet))
     return predictions.factors_W(fleet, able_of(fleet))
+
+
+def test_a_worker_with_the_prompt_in_host_memory_copies_it_and_nobody_reads_it_from_there() -> None:
+    prompt = keys("abcdef", 40)
+    caches = Caches(3, {1: (prompt, (40,))}, on_device={1: (0, ())})
+    placement = make_placement("rorqual", caches=caches, workers=WorkerModel(costs=COSTS))
+    idle = [a_view(index, can_share=True) for index in range(3)]
+    placed = choose(placement, idle, a_demand(prompt))
+    assert isinstance(placed, Whole)
+    assert (placed.worker.address, placed.predicted.fetch) == ("w1", None)
+    assert placed.predicted.tokens_reused == 40 * 256
+    busy = [a_view(index, can_share=True, ahead=1_000_000 * (index == 1)) for index in range(3)]
+    placed = choose(placement, busy, a_demand(prompt))
+    assert isinstance(placed, Whole)
+    assert (placed.worker.address, placed.predicted.fetch) == ("w0", None)
+    assert placed.predicted.tokens_reused == 0
+
+
+def test_what_the_store_has_lets_a_free_worker_take_what_a_busy_one_keeps() -> None:
+    prompt = keys("abcdef", 40)
+    placement = placement_of(held={1: (prompt[:30], (30,))})
+    # 8 s of queue, beside 5 to compute, 11 that a copy of 30 pages is charged; half of it where they are stored.
+    views = [a_view(0), a_view(1, ahead=16_000)]
+    without = choose(placement, views, a_demand(prompt))
+    assert isinstance(without, Whole)
+    placement.finished(without.predicted)
+    placed = choose(placement, views, a_demand(prompt, stored=Stored(pages=40, tail=40)))
+    assert isinstance(placed, Whole)
+    assert (without.worker.address, placed.worker.address) == ("w1", "w0")
+    assert placed.predicted.tokens_reused == 40 * 256
+    assert placed.predicted.fetch is None, "the worker asks the store itself"
