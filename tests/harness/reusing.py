@@ -36,6 +36,7 @@ from kvstore.layout import IndexSpace
 from kvstore.pages import pages_for
 from kvstore.pools import Pools
 from kvstore.shadow_radix import Costs, TailPolicy
+from rorqual.ids import PageId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import SamplingParams
 from rorqual.session import Role
@@ -58,12 +59,14 @@ class PoisoningMemory(HostMemory):
         self._rows = draw.sample(range(num_pages), num_pages), draw.sample(range(num_records), num_records)
         self._pools, self._records = pools, records
         self.num_promoted = 0
+        self.wipes_records = True  # what is copied away is nobody's
         self._gone: set[int] = set()
 
     def demote(self, copies: Copies) -> None:
         super().demote(self._placed(copies))
         self._gone.update(copy.page for copy in copies.pages)
-        self._records[[copy.record for copy in copies.records]] = 0xFF
+        if self.wipes_records:
+            self._records[[copy.record for copy in copies.records]] = 0xFF
 
     def poison(self, is_free: Callable[[int], bool]) -> None:
         """Once a plan is done: what it has copied away of pages that are nobody's now."""
@@ -132,6 +135,7 @@ class Reusing:
         self.host_memory = PoisoningMemory(
             self.runner.pools, self.runner.records, num_pages=num_host_pages, num_records=num_host_records
         )
+        self.host_memory.wipes_records = not tier.get("takes_turns")
         self.spilled: SpilledSlots | None = None
         if num_buffers:
             config = model.config
@@ -227,7 +231,10 @@ class Reusing:
             return False
         result = self.rank.step(self._placed(self._pipe.popleft()))
         holdings = self.scheduler._holdings
-        self.host_memory.poison(lambda page: page not in holdings._pages._in_use)
+        free = set(holdings._pages._free)
+        self.host_memory.poison(
+            lambda page: page in free and holdings._pages.last_plan((PageId(page),)) <= result.number
+        )
         for event in self.scheduler.apply(result):
             if isinstance(event, TokenEvent):
                 self.answers[event.key].append((event.token_id, event.logprob))
