@@ -67,7 +67,8 @@ class Neighbour(Reusing):
                 bytes_ulb[page] = POISON
             self.num_pages_poisoned += 1
         self._poisoned = pages
-        records = set(holdings._records._free)
+        copied, last = holdings._record_plans, self.scheduler.last_applied
+        records = {record for record in holdings._records._free if copied.get(record, 0) <= last}
         for record in records - self._poisoned_records:
             self.runner.records[record] = POISON
         self._poisoned_records = records

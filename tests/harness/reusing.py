@@ -59,6 +59,7 @@ class PoisoningMemory(HostMemory):
         self._rows = draw.sample(range(num_pages), num_pages), draw.sample(range(num_records), num_records)
         self._pools, self._records = pools, records
         self.num_promoted = 0
+        self.wipes_records = True  # what is copied away is nobody's
         self._gone: tuple[set[int], set[int]] = set(), set()
 
     def demote(self, copies: Copies) -> None:
@@ -66,14 +67,17 @@ class PoisoningMemory(HostMemory):
         self._gone[0].update(copy.page for copy in copies.pages)
         self._gone[1].update(copy.record for copy in copies.records)
 
-    def poison(self, holdings: Holdings) -> None:
-        """Once a plan is done: what it has copied away that is nobody's now."""
-        pages = [page for page in self._gone[0] if page not in holdings._pages._in_use]
-        records = [record for record in self._gone[1] if record not in holdings._records._in_use]
+    def poison(self, holdings: Holdings, *, number: int) -> None:
+        """Once plan `number` is done: what it has copied away that is nobody's now, and that no later plan uses."""
+        gone_pages, gone_records = self._gone
+        free, plans = set(holdings._pages._free), holdings._record_plans
+        pages = [page for page in gone_pages if page in free and holdings._pages.last_plan((page,)) <= number]
         for item in self._pools.layout.descriptors:
             if item.space is IndexSpace.PAGE:
                 self._pools[item.component].bytes_ulb[pages] = 0xFF
-        self._records[records] = 0xFF
+        if self.wipes_records:
+            free = set(holdings._records._free)
+            self._records[[x for x in gone_records if x in free and plans.get(x, 0) <= number]] = 0xFF
         for gone in self._gone:
             gone.clear()
 
@@ -136,6 +140,7 @@ class Reusing:
         self.host_memory = PoisoningMemory(
             self.runner.pools, self.runner.records, num_pages=num_host_pages, num_records=num_host_records
         )
+        self.host_memory.wipes_records = not tier.get("takes_turns")
         self.spilled: SpilledSlots | None = None
         if num_buffers:
             config = model.config
@@ -230,7 +235,7 @@ class Reusing:
         if not self._pipe:
             return False
         result = self.rank.step(self._placed(self._pipe.popleft()))
-        self.host_memory.poison(self.scheduler._holdings)
+        self.host_memory.poison(self.scheduler._holdings, number=result.number)
         for event in self.scheduler.apply(result):
             if isinstance(event, TokenEvent):
                 self.answers[event.key].append((event.token_id, event.logprob))
