@@ -19,7 +19,7 @@ RACES = {
     ),
     "hisparse": (
         "bench.hisparse.command",
-        "requests that fit and what steps cost, with and without HiSparse, on the CPU engine (3 minutes)",
+        "requests that fit and what steps cost, with and without HiSparse, on the CPU engine (5 minutes)",
     ),
     "hot_rows": (
         "bench.hot_rows",

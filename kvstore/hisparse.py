@@ -93,8 +93,8 @@ def resident_bytes(layout: StateLayout, num_tokens: int) -> int:
 
 
 def spilled_bytes(layout: StateLayout, shape: HotShape, num_tokens: int) -> int:
-    """Device bytes that a spilled request of `num_tokens` tokens needs. One with no more pages than are whole anyway
-    saves none of them, and takes the state of a hot buffer on top."""
+    """Device bytes that a spilled request of `num_tokens` tokens needs. One that has no more pages than are whole
+    anyway saves none of them, and takes the state of a hot buffer on top."""
     num_pages = -(-num_tokens // PAGE_TOKENS)
     num_saved = max(num_pages - whole_pages(layout, shape), 0)
     saved = num_saved * _c4(layout).unit_bytes - (SPARE_THIN_PAGES * _thin_bytes(layout) if num_saved else 0)

@@ -1,4 +1,4 @@
-"""`python -m bench hisparse` (3 minutes): what HiSparse gains and costs, measured on the CPU engine.
+"""`python -m bench hisparse` (5 minutes): what HiSparse gains and costs, measured on the CPU engine.
 
 Requests that fit into a device's bytes, with and without, beside the formula (`kvstore.hisparse.capacity`); what a step
 costs while nobody is spilled, in operations and in CPU time; and what it costs when everybody is, by the rows of a hot
@@ -148,7 +148,7 @@ def _spilled(model: Model, args: argparse.Namespace) -> tuple[Spilled, ...]:
     topk = model.config.index_topk
     print(f"all of {args.requests} requests spilled, {args.prompt:,} tokens, top-k {topk}; demo model")
     print(
-        f"{'hot rows':>9} {'x top-k':>8} {'step, spilled / resident':>26} {'found':>7} {'missed a step':>14}"
+        f"{'hot rows':>9} {'x top-k':>8} {'step, spilled / resident':>26} {'found':>7} {'missed':>14}"
         f" {'ahead: useful':>14} {'wasted':>7}"
     )
     for item in found:
@@ -187,7 +187,7 @@ def plot(figures: Figures, file: Path) -> None:
         item = figures.fits[0]
         formula = (item.formula.num_resident, item.formula.num_spilled)
         left.bar((0, 1), (item.without.num_running, item.spilling.num_running), width=0.6, label="measured")
-        left.plot((0, 1), formula, "k_", markersize=40, label="formula")
+        left.hlines(formula, (-0.4, 0.6), (0.4, 1.4), "black", "dashed", label="formula")
         left.set_xticks((0, 1), ("without", "with HiSparse"))
         left.set_ylabel(f"requests of {item.formula.num_tokens:,} tokens, {item.device_bytes / 1e6:.1f} MB")
         left.legend()
