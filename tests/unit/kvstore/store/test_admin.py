@@ -6,11 +6,12 @@ import json
 import pytest
 
 from kvstore.store.admin import opened
-from kvstore.store.cli import URL_VARIABLE, main
+from kvstore.store.cli import main
 from kvstore.store.connections import ServerLost
 from kvstore.store.contract import Kind, Miss, tenant_label
 from kvstore.store.names import account_name
 from rorqual.cli import main as rorqual
+from rorqual.service import STORE_VARIABLE
 from tests.harness.stores import (
     BUDGET,
     FORM,
@@ -165,10 +166,10 @@ def test_flush_wants_a_label_and_tells_how_many(filled, capsys):
 
 
 def test_the_url_may_come_from_the_environment(filled, capsys, monkeypatch):
-    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    monkeypatch.delenv(STORE_VARIABLE, raising=False)
     assert main(["stat"]) == 1
-    assert URL_VARIABLE in capsys.readouterr().err
-    monkeypatch.setenv(URL_VARIABLE, filled.url)
+    assert STORE_VARIABLE in capsys.readouterr().err
+    monkeypatch.setenv(STORE_VARIABLE, filled.url)
     assert main(["stat"]) == 0
 
 
