@@ -50,6 +50,8 @@ class LocalCluster:
             "0",
             "--grpc",
             "0",
+            "--redis",
+            "none",  # what is measured is measured without, unless options say otherwise
             "--ready-file",
             str(ready_file),
         ]

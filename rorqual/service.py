@@ -22,7 +22,7 @@ from rorqual.telemetry import fields
 log = logging.getLogger(__name__)
 
 STORE_VARIABLE = "RORQUAL_STORE"
-"""The environment's word for --store: a URL may have a password, and everyone can read command lines."""
+"""The environment's URL of the store, with its password: other users of the machine see arguments, and not this."""
 
 
 def run_service(service: Coroutine[Any, Any, None]) -> None:
@@ -110,6 +110,17 @@ def parse_address(text: str, *, option: str) -> tuple[str, int]:
     if found is None or int(found[2]) > 65535:
         raise ConfigError(f"{option} must be HOST:PORT, not {text!r}")
     return found[1].strip("[]"), int(found[2])
+
+
+def parse_bytes(text: str, *, option: str) -> int:
+    """A size: 1500000000, 1.5GB or 1.4GiB. Raises ConfigError naming the option."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if found is None or (found[3] and not found[2]):
+        raise ConfigError(f"{option} must be a size such as 2GB or 512MiB, not {text!r}")
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+    if size <= 0:
+        raise ConfigError(f"{option} must be above 0, not {text!r}")
+    return size
 
 
 def format_address(host: str, port: int) -> str:

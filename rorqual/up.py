@@ -2,8 +2,9 @@
 
 Owns the children's lives and nothing else: it starts them, forwards their log lines, waits until a request
 would be answered, and stops them. It never speaks to the model and never restarts anything: a child's death
-ends the cluster with one clear line, because a supervisor that hides a crash hides the bug. Called by
-`rorqual.cli` and `rorqual.demo`; which workers there are, and what each is told, is `rorqual.up_options`'.
+ends the cluster with one clear line, because a supervisor that hides a crash hides the bug. Only the embedded
+store may die: workers go on without one, and that is told. Called by `rorqual.cli` and `rorqual.demo`; which
+workers there are, and what each is told, is `rorqual.up_options`'; which store, `rorqual.up_store`'s.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ from rorqual.service import remove_ready_file, write_ready_file
 from rorqual.up_options import (
     UpOptions,
     WorkerPlan,
+    child_environment,
     parse_options,
     plan_workers,
     router_arguments,
-    shared_environment,
     worker_arguments,
-    worker_environment,
 )
+from rorqual.up_store import StorePlan, embedded_url, has_embedded_server, plan_store, store_arguments
 
 READY_POLL_SECONDS = 0.05
 STILL_STARTING_SECONDS = 15.0
+STORE_STOP_SECONDS_MAX = 1.0
+"""It has nothing to finish."""
 
 Program = Callable[[str], Sequence[str]]
 """The command line that starts a child of a role ("prefill", "router"), before its options."""
@@ -76,10 +79,13 @@ class Supervisor:
     ) -> None:
         self._options = options
         self._console = console
-        self._environment = shared_environment(options, environment)
+        self._environment = dict(environment)
         self._program = program
         self._plans = plan_workers(options, num_cores=num_cores or _num_cores())
+        self._store_plan = plan_store(options, environment, has_embedded=has_embedded_server())
         self._width = max(len(name) for name in ("router", *(plan.name for plan in self._plans)))
+        self._stores: list[Child] = []  # one, or none
+        self._is_store_missed = False
         self._workers: list[Child] = []
         self._routers: list[Child] = []
         self._runs: dict[Child, asyncio.Task[None]] = {}
@@ -103,41 +109,68 @@ class Supervisor:
         return 0
 
     async def _serve(self, folder: Path) -> None:
-        workers = await self._start_workers(folder)
-        router = await self._start_router(folder, addresses=[_text(ready, "address") for ready in workers])
+        url = self._store_plan.url
+        if self._store_plan.is_embedded:
+            url = embedded_url(folder)
+            self._start_store(folder, url)
+        workers = await self._start_workers(folder, store_url=url)
+        stores = await self._store_ready(folder)
+        addresses = [_text(ready, "address") for ready in workers]
+        router = await self._start_router(folder, addresses=addresses, store_url=url)
         processes = [_pid(router.get("pid"))]
-        for ready in workers:
+        for ready in (*workers, *stores):
             processes += [_pid(pid) for pid in cast("list[Any]", ready.get("processes") or [])]
         http, grpc = _text(router, "http"), _text(router, "grpc")
         content = {"http": http, "grpc": grpc, "processes": processes}
         write_ready_file(self._options.ready_file, content)
-        for line in _banner(self._options, http=http, grpc=grpc):
+        for line in _banner(self._options, store=self._store_plan, http=http, grpc=grpc):
             self._console.line(line)
         await self._watch(lambda: False, stage="serving", seconds_max=None)
 
-    async def _start_workers(self, folder: Path) -> list[dict[str, Any]]:
+    def _start_store(self, folder: Path, url: str) -> None:
+        """Beside the workers, which take longer and look for it when they are ready."""
+        arguments = store_arguments(self._options, ready_file=folder / "store.json")
+        self._stores.append(self._start("kv", "store", arguments, threads=1, store_url=url))
+
+    async def _store_ready(self, folder: Path) -> list[dict[str, Any]]:
+        """What the embedded store wrote, if there is one and it lives."""
+        file = folder / "store.json"
+        await self._watch(
+            lambda: file.exists() or not self._stores or self._is_store_missed,
+            stage="starting store",
+            seconds_max=self._options.start_seconds_max,
+        )
+        return [_read_ready_file(file)] if file.exists() else []
+
+    async def _start_workers(self, folder: Path, *, store_url: str) -> list[dict[str, Any]]:
         self._console.line(f"rorqual up: starting {_told(self._plans)} on {self._options.model}")
         files = [folder / f"{plan.name}.json" for plan in self._plans]
         for plan, file in zip(self._plans, files, strict=True):
             arguments = worker_arguments(self._options, plan, ready_file=file)
-            self._workers.append(self._start(plan.command, plan.name, arguments, threads=plan.threads))
+            self._workers.append(
+                self._start(plan.command, plan.name, arguments, threads=plan.threads, store_url=store_url)
+            )
         return await self._ready(files)
 
-    async def _start_router(self, folder: Path, *, addresses: Sequence[str]) -> dict[str, Any]:
+    async def _start_router(
+        self, folder: Path, *, addresses: Sequence[str], store_url: str
+    ) -> dict[str, Any]:
         file = folder / "router.json"
         keys = folder / "api-keys" if self._options.api_keys else None
         if keys is not None:
             write_api_key_file(keys, self._options.api_keys)
         arguments = router_arguments(self._options, addresses=addresses, ready_file=file, api_key_file=keys)
-        self._routers.append(self._start("router", file.stem, arguments, threads=1))
+        self._routers.append(self._start("router", file.stem, arguments, threads=1, store_url=store_url))
         return (await self._ready([file]))[0]
 
-    def _start(self, role: str, name: str, arguments: Sequence[str], *, threads: int) -> Child:
-        number = len(self._workers) + len(self._routers)
+    def _start(
+        self, role: str, name: str, arguments: Sequence[str], *, threads: int, store_url: str = ""
+    ) -> Child:
+        number = len(self._stores) + len(self._workers) + len(self._routers)
         child = start_child(
             [*self._program(role), *arguments],
             name=name,
-            environment=worker_environment(self._environment, threads=threads),
+            environment=child_environment(self._environment, threads=threads, store_url=store_url),
             on_line=lambda text: self._console.prefixed(name, text, width=self._width, number=number),
         )
         # Owned by `_stop`, which gathers it; its end is news for `_watch`.
@@ -166,6 +199,9 @@ class Supervisor:
             for child in (*self._workers, *self._routers):
                 if child.exit_status is not None:
                     raise await self._death(child)
+            for child in self._stores:
+                if child.exit_status is not None and not self._is_store_missed:
+                    await self._miss_store(child, is_starting=seconds_max is not None)
             waited = loop.time() - start
             if seconds_max is not None and waited > seconds_max:
                 raise RorqualError(f"{stage}: not done after {seconds_max:g} s (--start-seconds)")
@@ -178,6 +214,15 @@ class Supervisor:
                     self._signals.news.wait(), None if seconds_max is None else READY_POLL_SECONDS
                 )
 
+    async def _miss_store(self, child: Child, *, is_starting: bool) -> None:
+        """The store is dead. Raises RorqualError where it was asked for and never was there; else workers compute what
+        it would have given."""
+        self._is_store_missed = True
+        death = await self._death(child)
+        if is_starting and self._store_plan.is_required:
+            raise death
+        self._console.line(f"rorqual up: serving goes on without a store: {death}")
+
     async def _death(self, child: Child) -> RorqualError:
         """The one line about a dead child, with the last lines it wrote."""
         # Its run task is still forwarding what the pipe holds.
@@ -187,19 +232,24 @@ class Supervisor:
         return RorqualError(f"{child.name} (process {child.pid}) died: {status}; the last it said:{said}")
 
     async def _stop(self) -> None:
-        """The router first, so that it can let its streams finish while there are workers to finish them."""
+        """The router first, so that it can let its streams finish while there are workers to finish them; the store
+        last, to which these write what they leave behind."""
         half = self._options.stop_seconds_max / 2
         requests = self._signals.num_requests
         try:
-            for children in (self._routers, self._workers):
+            for children, seconds in (
+                (self._routers, half),
+                (self._workers, half),
+                (self._stores, STORE_STOP_SECONDS_MAX),
+            ):
                 # Another Ctrl-C while stopping ends everything at once.
                 late = await stop_children(
-                    children, grace_seconds=half, is_hurried=lambda: self._signals.num_requests > requests
+                    children, grace_seconds=seconds, is_hurried=lambda: self._signals.num_requests > requests
                 )
                 for child in late:
                     self._console.line(f"rorqual up: {child.name} did not stop in time and was killed")
         finally:
-            for child in (*self._routers, *self._workers):
+            for child in (*self._routers, *self._workers, *self._stores):
                 child.kill()
             await asyncio.gather(*self._runs.values())
 
@@ -296,7 +346,7 @@ def _told(plans: Sequence[WorkerPlan]) -> str:
     )
 
 
-def _banner(options: UpOptions, *, http: str, grpc: str) -> list[str]:
+def _banner(options: UpOptions, *, store: StorePlan, http: str, grpc: str) -> list[str]:
     name = options.served_name or options.model.resolve().name
     has_tokenizer = (options.model / "tokenizer.json").exists()
     body: dict[str, object] = {"model": name, "max_tokens": 32, "stream": True}
@@ -310,6 +360,7 @@ def _banner(options: UpOptions, *, http: str, grpc: str) -> list[str]:
         f"rorqual up: {name} is ready",
         f"  HTTP  {http}/v1",
         f"  gRPC  {grpc}",
+        *([f"  store {store.told}"] if store.told else []),
         f"  try   curl -N {http}{route}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
         "  stop  Ctrl-C",
         "",

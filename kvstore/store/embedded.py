@@ -33,6 +33,9 @@ from rorqual.processes import PARENT_POLL_SECONDS, describe_exit, die_with_paren
 
 READY_SECONDS_MAX = 10.0
 STOP_SECONDS_MAX = 5.0
+SOCKET_FILE_BYTES_MAX = 103
+"""Of its path: macOS gives 104 with a zero behind them, Linux 108."""
+
 STARTS_MAX = 3
 """Tries, if somebody takes the port between choosing it and listening on it."""
 
@@ -68,6 +71,10 @@ class EmbeddedServer:
         self._socket_file = socket_file
         self._memory_bytes = memory_bytes
         self._settings = dict(settings or {})
+        if socket_file is not None and len(os.fsencode(socket_file)) > SOCKET_FILE_BYTES_MAX:
+            raise EmbeddedFailed(
+                f"{socket_file} is too long for a socket: {SOCKET_FILE_BYTES_MAX} bytes at most"
+            )
         self._binary = binary or find_binary()
         self._password = password or secrets.token_hex(16)
         self._folder: Path | None = None
@@ -77,6 +84,12 @@ class EmbeddedServer:
     def pid(self) -> int:
         assert self._process is not None, "the embedded server is not running"
         return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """Of a server that was started: None while it runs; negative: the signal that ended it."""
+        assert self._process is not None, "the embedded server is not running"
+        return self._process.poll()
 
     def __enter__(self) -> Self:
         self.start()

@@ -127,6 +127,7 @@ class System(Served):
         self._output = folder / "output.txt"
         ready_file = folder / "ready.json"
         arguments = ("--model", str(model), "--http", "0", "--grpc", "0", "--ready-file", str(ready_file))
+        arguments += ("--redis", "none")  # unless options say otherwise
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 rorqual_command("up", *arguments, *options),

@@ -105,12 +105,14 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "counts", [(), ("--both", "2")], ids=["a prefill and a decode worker", "two of both"]
+    ("options", "num_processes"),
+    [((), 7), (("--both", "2", "--redis", "none"), 5)],
+    ids=["a prefill and a decode worker, and a store", "two of both, and none"],
 )
-def test_two_workers_answer_and_sigterm_leaves_nothing(up, counts):
-    process, ready, output = up(*counts)
+def test_two_workers_answer_and_sigterm_leaves_nothing(up, options, num_processes):
+    process, ready, output = up(*options)
     assert ready is not None, output.read_text()
-    assert len(ready["processes"]) == 5  # a router, two hosts, two ranks
+    assert len(ready["processes"]) == num_processes  # a router, two hosts, two ranks; a store and its server
     sampled = [complete(ready, seed=seed) for seed in (1, 1, 2)]
     assert len(sampled[0]) == 8
     assert sampled[0] == sampled[1] != sampled[2]

@@ -46,7 +46,17 @@ class Cluster:
         self.ready_file = folder / "ready.json"
         self.errors = folder / "errors.txt"
         command = [sys.executable, str(SCRIPT), json.dumps(behaviour), "up", "--model", str(model)]
-        command += ["--http", "0", "--grpc", "0", "--ready-file", str(self.ready_file), *options]
+        command += [
+            "--http",
+            "0",
+            "--grpc",
+            "0",
+            "--ready-file",
+            str(self.ready_file),
+            "--redis",
+            "none",
+            *options,
+        ]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(command, stdout=stdout, stderr=errors, env=environment)
 
@@ -80,8 +90,12 @@ def start_cluster(tmp_path):
         behaviour: dict | None = None, *options: str, stdout=None, environment: dict[str, str] | None = None
     ) -> Cluster:
         output = (tmp_path / "output.txt").open("w") if stdout is None else None
-        # What the machine that runs the tests says to UCX is none of their business.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+        # What the machine that runs the tests says to UCX, and of stores, is none of their business.
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("UCX_") and name != "RORQUAL_STORE"
+        }
         cluster = Cluster(
             tmp_path,
             behaviour=behaviour or {},

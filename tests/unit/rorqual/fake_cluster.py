@@ -3,6 +3,7 @@
     fake_cluster.py BEHAVIOUR up OPTIONS        the supervisor; its children are this script
     fake_cluster.py BEHAVIOUR prefill OPTIONS   started by the supervisor, starts a rank; so do "decode" and "worker"
     fake_cluster.py BEHAVIOUR router OPTIONS
+    fake_cluster.py BEHAVIOUR kv OPTIONS        a store
     fake_cluster.py BEHAVIOUR rank
 
 BEHAVIOUR is JSON: what the children of a role do, as in '{"decode": {"exits": 3}}'.
@@ -72,8 +73,11 @@ def child(role: str, options: list[str], behaviour: dict) -> int:
     ucx = {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
     about = json.dumps(
         {"role": role, "options": options, "threads": os.environ["OMP_NUM_THREADS"], "ucx": ucx}
+        | {"store": os.environ["RORQUAL_STORE"]}
     )
-    if role != "router":
+    if role == "kv":
+        ready = {"processes": [os.getpid()], "about": about}
+    elif role != "router":
         rank = subprocess.Popen([sys.executable, __file__, "{}", "rank", str(os.getpid())])
         ready = {"address": about, "metrics": "", "processes": [os.getpid(), rank.pid]}
     else:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rorqual.errors import ConfigError
-from rorqual.service import STORE_VARIABLE
 from rorqual.up_options import (
     parse_options,
     plan_workers,
     router_arguments,
-    shared_environment,
     threads_per_worker,
     worker_arguments,
 )
@@ -151,16 +147,3 @@ def test_every_worker_has_the_host_memory_that_was_asked_for(size, tmp_path):
         assert arguments[arguments.index(size[0]) + 1] == size[1]
     with pytest.raises(ConfigError, match="--host-pages"):
         parse_options(["--model", "m", "--host-pages", "-1"])
-
-
-def test_the_store_goes_to_all_children_by_their_environment_and_is_never_shown() -> None:
-    url = "redis://user:secret@host:6379"
-    options = parse_options(["--model", "m", "--store", url])
-    assert shared_environment(options, {"A": "b", STORE_VARIABLE: "redis://other"}) == {
-        "A": "b",
-        STORE_VARIABLE: url,
-    }
-    assert "secret" not in repr(options)
-    arguments = router_arguments(options, addresses=["a:1"], ready_file=Path("r"), api_key_file=None)
-    assert "secret" not in " ".join(arguments)
-    assert shared_environment(parse_options(["--model", "m"]), {STORE_VARIABLE: url}) == {STORE_VARIABLE: url}
