@@ -50,6 +50,11 @@ class StoreMetrics:
             registry=registry,
         )
 
+        self.held = Gauge(
+            "rorqual_worker_store_values_held",
+            "Pages and tails in host memory that wait to be offered to the store; until then their places are taken.",
+            registry=registry,
+        )
         self.not_held = Gauge(
             "rorqual_worker_store_values_not_held",
             "Pages and tails so far that were not offered to the store, since too many waited in host memory already,"

@@ -123,6 +123,7 @@ class StoreTier:
         tier = host.scheduler.host_tier
         if tier is not None:
             self._metrics.not_held.set_function(lambda: float(tier.num_not_held))
+            self._metrics.held.set_function(lambda: float(tier.num_held))
 
     async def run(self) -> None:
         """Owns all reads. Ends only by being cancelled, or with an unexpected failure of one of them."""

@@ -158,7 +158,9 @@ class Health:
     async def _probe_until_well(self, node: NodeName) -> None:
         breaker = self._breaker(node)
         while node in self._servers.nodes:
-            await asyncio.sleep(max(0.0, breaker.probe_at - self._clock.monotonic()))
+            # Again and again: an event loop may wake early, uvloop by up to a millisecond.
+            while (seconds_left := breaker.probe_at - self._clock.monotonic()) > 0:  # noqa: ASYNC110 (no event)
+                await asyncio.sleep(seconds_left)
             breaker.begin_probe(self._clock.monotonic())
             is_well = await self._is_well(node)
             breaker.probe_ended(self._clock.monotonic(), is_well=is_well)

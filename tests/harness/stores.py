@@ -18,7 +18,7 @@ from kvstore.store.health import HealthConfig
 from kvstore.store.names import value_name
 from kvstore.store.redis_store import RedisStore, StoreConfig
 from kvstore.store.value import Form
-from rorqual.clock import SystemClock
+from rorqual.clock import Clock, SystemClock
 
 FORM = Form("00112233445566aa", "a-model")
 PAGE_BYTES = 20_000
@@ -40,9 +40,9 @@ def name(key: StoreKey) -> bytes:
     return value_name(FORM.wire_id, key)
 
 
-def make_store(url: str, **changes: Any) -> RedisStore:
+def make_store(url: str, *, clock: Clock | None = None, **changes: Any) -> RedisStore:
     config = StoreConfig(url=url, form=FORM, page_bytes=PAGE_BYTES, tail_bytes_max=PAGE_BYTES, health=HEALTH)
-    return RedisStore(replace(config, **changes), clock=SystemClock())
+    return RedisStore(replace(config, **changes), clock=clock or SystemClock())
 
 
 @contextlib.asynccontextmanager

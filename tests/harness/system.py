@@ -202,7 +202,7 @@ def held_by_workers(metrics: Mapping[str, float]) -> dict[str, float]:
     )
     for what in ("sequences_running", "sequences_waiting", "tokens_waiting"):
         counts[what] = metrics[f"rorqual_worker_{what}"]
-    for what in ("pages_leased", "leases", "lease_pages", "fetches_open"):
+    for what in ("pages_leased", "leases", "lease_pages", "fetches_open", "store_values_held"):
         counts[what] = metrics.get(f"rorqual_worker_{what}", 0.0)
     return {f"worker: {what}": count for what, count in counts.items() if count}
 

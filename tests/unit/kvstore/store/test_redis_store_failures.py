@@ -13,6 +13,7 @@ from kvstore.store.breaker import BreakerState
 from kvstore.store.contract import Drop, Kind, Miss
 from kvstore.store.embedded import EmbeddedServer
 from kvstore.store.health import HealthConfig
+from rorqual.clock import SystemClock
 from tests.harness.stores import (
     BUDGET,
     HEALTH,
@@ -76,6 +77,26 @@ def start_again(server: EmbeddedServer) -> None:
     server._wants_port = server.port
     server.stop()
     server.start()
+
+
+class EarlyClock(SystemClock):
+    """Beside it the event loop wakes too early: it passes half as fast."""
+
+    def monotonic(self):
+        return 0.5 * super().monotonic()
+
+
+async def test_an_event_loop_that_wakes_too_early_harms_nobody(start_server):
+    """uvloop does, by up to a millisecond."""
+    server = start_server()
+    async with running(server.url, clock=EarlyClock()) as store:
+        await write_all(store, KEYS)
+        os.kill(server.pid, signal.SIGKILL)
+        while breaker(store) is BreakerState.CLOSED:
+            await store.read(KEYS[:1], budget_seconds=BUDGET)
+        await asyncio.sleep(0.2)  # for some probes that fail
+        start_again(server)
+        await eventually_true(lambda: _write_and_read(store))
 
 
 async def test_no_server_at_the_start_costs_nothing_and_it_is_found_later(start_server):
