@@ -16,12 +16,12 @@ from prometheus_client import CollectorRegistry
 
 from engine.plan import ToTransfer
 from engine.worker.events import LentEvent, SequenceKey
-from engine.worker.exposure import Exposure
-from engine.worker.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
-from engine.worker.lending_client import GrpcLenders
-from engine.worker.lending_server import LendingServer
 from engine.worker.scheduler import Scheduler
 from engine.worker.session_server import SessionServer
+from engine.worker.sharing.exposure import Exposure
+from engine.worker.sharing.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
+from engine.worker.sharing.lending_client import GrpcLenders
+from engine.worker.sharing.lending_server import LendingServer
 from kvstore.transfer.contract import Endpoint
 from prefill_worker.lending import Lender, LenderConfig
 from prefill_worker.metrics import LendingMetrics

@@ -20,9 +20,9 @@ from decode_worker.loan import Loan
 from decode_worker.metrics import BorrowingMetrics
 from engine.plan import Fetch, Fetched, FetchOverdue, FromTransfer, PeerOpened
 from engine.worker.events import Adoption, LentEvent, PagesEvent, SequenceKey
-from engine.worker.lenders import LeaseEnded, Lenders, LendingFailed, LendingRefused
-from engine.worker.peers import Peers
 from engine.worker.role import HandlerHost
+from engine.worker.sharing.lenders import LeaseEnded, Lenders, LendingFailed, LendingRefused
+from engine.worker.sharing.peers import Peers
 from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest
 from rorqual.session import RENEWALS_PER_LEASE, Credit, ErrorCode, Offer, Open, Role, Take

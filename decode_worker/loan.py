@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from engine.plan import Fetch, RecordFetch
 from engine.worker.events import Adoption, SequenceKey
-from engine.worker.peers import Peer
+from engine.worker.sharing.peers import Peer
 from rorqual.errors import InvalidRequest
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Offer, Source, Take

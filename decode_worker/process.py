@@ -10,16 +10,16 @@ import grpc
 from decode_worker.borrowing import Borrower, BorrowerConfig
 from decode_worker.metrics import BorrowingMetrics
 from engine.plan import RankReady
-from engine.worker.exposure import Exposure
 from engine.worker.host import HostConfig
-from engine.worker.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
-from engine.worker.lending_client import GrpcLenders
-from engine.worker.lending_server import LendingServer
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.options import add_transfer_options, worker_options, worker_parser
 from engine.worker.process import serve
 from engine.worker.role import RoleHandler
-from engine.worker.sharing import SharingHandler
+from engine.worker.sharing.exposure import Exposure
+from engine.worker.sharing.handler import SharingHandler
+from engine.worker.sharing.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
+from engine.worker.sharing.lending_client import GrpcLenders
+from engine.worker.sharing.lending_server import LendingServer
 from rorqual.clock import SystemClock
 from rorqual.service import check_above_zero, run_service
 from rorqual.session import Role

@@ -1,10 +1,10 @@
 """Host memory of a rank: pages and tails that its pools have no room for, and the copies between the two.
 
 Owned by the rank (`engine.rank`), which makes the copies of a plan before anything else of it; the worker's host
-decides what lies where (`engine.worker.host_tier`), and with a store reads and writes it too, where no plan does. A
-page is kept in wire form, its paged components one behind the other in layout order, so that its bytes are those that
-any other tier or worker knows it by; a record as it is. Memory is shared with the host if that asks for it, and is
-pinned where the pools are on a GPU.
+decides what lies where (`engine.worker.tiers.host_tier`), and with a store reads and writes it too, where no plan
+does. A page is kept in wire form, its paged components one behind the other in layout order, so that its bytes are
+those that any other tier or worker knows it by; a record as it is. Memory is shared with the host if that asks for it,
+and is pinned where the pools are on a GPU.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ pages, those behind it on the device, in whole pages, as ever. The first `num_ho
 pages of its own too, whose C4 units are its hot rows; all other spilled pages are thin. A sequence that is not spilled
 costs nothing here: neither memory nor an operation.
 
-Which sequences are spilled, and when, is the host's decision (`engine.worker.hisparse`).
+Which sequences are spilled, and when, is the host's decision (`engine.worker.tiers.hisparse`).
 """
 
 from __future__ import annotations

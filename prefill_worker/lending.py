@@ -1,9 +1,9 @@
 """What a prefill worker adds to its host: state is offered under a lease until somebody has read it.
 
 Made by `prefill_worker.process`, called by the host (`engine.worker.role`) and, for readers, by
-`engine.worker.lending_server`. It owns the lease ledger, and through it everything that is out; the scheduler keeps it
-until `take_back`, which names the lease's record: pages may be out under several leases. It computes nothing and reads
-nobody's memory.
+`engine.worker.sharing.lending_server`. It owns the lease ledger, and through it everything that is out; the scheduler
+keeps it until `take_back`, which names the lease's record: pages may be out under several leases. It computes nothing
+and reads nobody's memory.
 
 A lease begins with the first pages of a prompt that can be read, grows with the prompt, and is renewed by the router
 until a decode worker is bound, then by that worker. When it ends badly (cancelled, expired, the router gone) its pages
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from engine.plan import Expose, FromTransfer
 from engine.worker.events import LentEvent, PagesEvent, SequenceKey
-from engine.worker.exposure import Exposure
-from engine.worker.lease_deadlines import keep_deadlines
 from engine.worker.role import HandlerHost
+from engine.worker.sharing.exposure import Exposure
+from engine.worker.sharing.lease_deadlines import keep_deadlines
 from kvstore.leases import LeaseLedger, Returned
 from prefill_worker.metrics import LendingMetrics
 from rorqual.clock import Clock

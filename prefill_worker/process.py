@@ -8,17 +8,17 @@ from typing import Any
 import grpc
 
 from engine.plan import RankReady
-from engine.worker.exposure import Exposure
 from engine.worker.host import HostConfig
-from engine.worker.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
-from engine.worker.lending_client import GrpcLenders
-from engine.worker.lending_server import LendingServer
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.options import add_transfer_options, worker_options, worker_parser
-from engine.worker.peer_reading import PeerReader, PeerReaderConfig, PeerReadMetrics
 from engine.worker.process import serve
 from engine.worker.role import RoleHandler
-from engine.worker.sharing import SharingHandler
+from engine.worker.sharing.exposure import Exposure
+from engine.worker.sharing.handler import SharingHandler
+from engine.worker.sharing.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
+from engine.worker.sharing.lending_client import GrpcLenders
+from engine.worker.sharing.lending_server import LendingServer
+from engine.worker.sharing.peer_reading import PeerReader, PeerReaderConfig, PeerReadMetrics
 from prefill_worker.lending import Lender, LenderConfig
 from prefill_worker.metrics import LendingMetrics
 from rorqual.clock import SystemClock

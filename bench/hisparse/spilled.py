@@ -23,7 +23,7 @@ from engine.kernels.suite import choose_kernels
 from engine.model.forward import Model
 from engine.model.weights import allocate_weights
 from engine.rank_budget import HotBudget
-from engine.worker.hisparse import HiSparseCounts
+from engine.worker.tiers.hisparse import HiSparseCounts
 from kvstore.hisparse import NEWEST_PAGES, hot_shape
 from kvstore.layout import Component, Descriptor, Numerics
 from rorqual.demo import TRAINED

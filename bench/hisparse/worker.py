@@ -27,12 +27,12 @@ from engine.rank_budget import HotBudget, device_budget, host_budget, hot_budget
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.spilled import SpilledSlots
+from engine.worker.cache.prefix_cache import CacheConfig
 from engine.worker.events import SequenceKey, TokenEvent
-from engine.worker.hisparse import HiSparseConfig, HiSparseState
-from engine.worker.host_tier import HostTierConfig
-from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
+from engine.worker.tiers.hisparse import HiSparseConfig, HiSparseState
+from engine.worker.tiers.host_tier import HostTierConfig
 from kvstore.handover import rebuild_tokens, record_bytes_max
 from kvstore.layout import Numerics, StateLayout, build_layout
 from kvstore.pages import pages_for

@@ -35,7 +35,7 @@ from engine.plan import (
     TailPoint,
 )
 from engine.worker.rank_link import RankProcess, start_rank
-from engine.worker.speeds import Speeds, SpeedsConfig
+from engine.worker.tiers.speeds import Speeds, SpeedsConfig
 from kvstore.transfer.contract import ByteArray, Endpoint
 from kvstore.transfer.memory import map_segments
 from rorqual.errors import RorqualError

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.worker.speeds import SpeedsConfig
+from engine.worker.tiers.speeds import SpeedsConfig
 from kvstore.handover import record_bytes
 from kvstore.layout import Numerics, build_layout
 from rorqual.model_config import PAGE_TOKENS

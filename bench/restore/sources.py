@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bench.restore.ranks import Prefixes, Rank, copies
-from engine.worker.speeds import Speeds
+from engine.worker.tiers.speeds import Speeds
 from kvstore.keys import PageKey
 from kvstore.store.contract import NO_TENANT, Kind, StoreKey
 from kvstore.store.embedded import EmbeddedServer

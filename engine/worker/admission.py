@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
+from engine.worker.cache.prefix_cache import Found, PrefixCache
 from engine.worker.holdings import Holdings
-from engine.worker.prefix_cache import Found, PrefixCache
-from engine.worker.restoring import Restoring
 from engine.worker.sequences import Phase, Sequence
+from engine.worker.tiers.restoring import Restoring
 from kvstore.shadow_radix import Match, Start
 from rorqual.errors import Overloaded
 

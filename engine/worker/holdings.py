@@ -1,12 +1,12 @@
 """Who holds the worker's pages, slots and records: sequences, the prefix cache, readers elsewhere, or reads that may
 still be running.
 
-`engine.worker.scheduler` owns it; it, `engine.worker.admission` and `engine.worker.speculation`, which takes pages for
-drafts by `grow`, are the only ones to call it. What the host has been told of may have been lent: it comes back by
-`take_back` alone. What state is read into comes back when the read is settled. What the cache keeps and nobody has
-pinned is as good as free: it is evicted when it is needed, and offered to the tier below (`engine.worker.host_tier`),
-if there is one, to which the next plan copies it before anything else. Everything of every kind is free or has one
-holder; `check` adds them up.
+`engine.worker.scheduler` owns it; it, `engine.worker.admission` and `engine.worker.drafts.speculation`, which takes
+pages for drafts by `grow`, are the only ones to call it. What the host has been told of may have been lent: it comes
+back by `take_back` alone. What state is read into comes back when the read is settled. What the cache keeps and nobody
+has pinned is as good as free: it is evicted when it is needed, and offered to the tier below
+(`engine.worker.tiers.host_tier`), if there is one, to which the next plan copies it before anything else. Everything
+of every kind is free or has one holder; `check` adds them up.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from engine.worker.cache.prefix_cache import Departed, Found, Packed, PrefixCache
 from engine.worker.events import SequenceKey, Surrender
-from engine.worker.host_tier import HostTier
-from engine.worker.prefix_cache import Departed, Found, Packed, PrefixCache
 from engine.worker.sequences import Sequence
+from engine.worker.tiers.host_tier import HostTier
 from kvstore.keys import PageKey
 from kvstore.pages import IdAllocator, PageAllocator
 from kvstore.shadow_radix import Pin, Start, TailKind

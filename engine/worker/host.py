@@ -27,20 +27,20 @@ from engine.plan import (
     ToRank,
     ToTransfer,
 )
-from engine.worker.cache_feed import CacheFeed
-from engine.worker.drafting import DraftsOption, make_policy
+from engine.worker.cache.feed import CacheFeed
+from engine.worker.cache.prefix_cache import CacheConfig
+from engine.worker.drafts.policy import DraftsOption, make_policy
 from engine.worker.events import Event, LentEvent, PagesEvent, ScoresEvent, SequenceKey, TokenEvent
-from engine.worker.hisparse import HiSparseConfig
-from engine.worker.host_tier import HostTierConfig
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.prefix_cache import CacheConfig
 from engine.worker.rank_link import RankLost
 from engine.worker.reports import error_report, offer_report, scores_report, token_report, with_tokens
 from engine.worker.role import BothRole, RoleHandler
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
-from engine.worker.store_tier import StoreTier
+from engine.worker.tiers.hisparse import HiSparseConfig
+from engine.worker.tiers.host_tier import HostTierConfig
+from engine.worker.tiers.store_tier import StoreTier
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
 from kvstore.store.contract import WritePolicy

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from engine.worker.hisparse import HiSparseState
-from engine.worker.host_tier import HostTierState
-from engine.worker.prefix_cache import CacheState
-from engine.worker.speeds import Speeds
+from engine.worker.cache.prefix_cache import CacheState
+from engine.worker.tiers.hisparse import HiSparseState
+from engine.worker.tiers.host_tier import HostTierState
+from engine.worker.tiers.speeds import Speeds
 from kvstore.shadow_radix import StartKind
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.performance.sources import MeasuredSpeed

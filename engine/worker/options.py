@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.worker.drafting import DraftsOption
+from engine.worker.drafts.policy import DraftsOption
 from engine.worker.rank_link import RANK_COMMAND
 from kvstore.budget import TAIL_SHARE
 from kvstore.layout import DRAFTS_MAX

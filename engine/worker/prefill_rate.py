@@ -1,6 +1,6 @@
 """How fast a rank computes prompts, as it has measured lately: what routers are told of a worker's speed.
 
-Owned by `engine.worker.speeds`, which is told every plan and every result.
+Owned by `engine.worker.tiers.speeds`, which is told every plan and every result.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from engine.worker.options import WorkerOptions, parse_options
 from engine.worker.rank_link import RankLost, RankProcess, start_rank
 from engine.worker.role import BothRole, RoleHandler
 from engine.worker.session_server import SessionServer
-from engine.worker.store_metrics import StoreMetrics
-from engine.worker.store_tier import StoreTier
-from engine.worker.storing import make_store_tier
+from engine.worker.tiers.store_metrics import StoreMetrics
+from engine.worker.tiers.store_tier import StoreTier
+from engine.worker.tiers.storing import make_store_tier
 from kvstore.budget import TAIL_SHARE
 from kvstore.layout import DRAFTS_MAX
 from kvstore.store.address import parse_address as parse_store_address

@@ -11,22 +11,22 @@ next decode segment can be planned before the token it reads is known here. The 
 therefore known ahead; the end by an end-of-sequence token is seen one step late, and the extra token is
 dropped.
 
-With drafts (how many, `engine.worker.speculation` says) a decode gives one token or more, how many is known when its
-result is back. What is known of a sequence meanwhile has a lower bound, which says where it ends at the latest, and an
-upper bound, which it holds pages for. Nobody is preempted for the sake of drafts: without a free page there are
-fewer, and a sequence whose upper bound alone wants a page waits for its results first.
+With drafts (how many, `engine.worker.drafts.speculation` says) a decode gives one token or more, how many is known
+when its result is back. What is known of a sequence meanwhile has a lower bound, which says where it ends at the
+latest, and an upper bound, which it holds pages for. Nobody is preempted for the sake of drafts: without a free page
+there are fewer, and a sequence whose upper bound alone wants a page waits for its results first.
 
 Who starts next is told in `engine.worker.admission`; how prompts share a step, in `engine.worker.chunks`. A preempted
 sequence, the youngest running one (that started to run last), returns to the head of the queue. The oldest one can
 thus always get the pages it needs.
 
-With a cache (`engine.worker.prefix_cache`), full pages stay when their sequence has ended, and so do the tails it has
-left (`engine.worker.tails`). A page enters the cache when the result that completes it is in: only then are its tokens
-certain. So a landing sequence keeps its full pages until its last token is here. Sequences that begin alike share
-pages, which nobody writes; what starts between a tail and the end of what is shared replays it. With host memory below
-the cache, what is evicted goes there and comes back while a sequence waits, and the longest running sequences leave
-some of their state there rather than that anybody is preempted (`engine.worker.lower_tiers`); copies alone are worth a
-step.
+With a cache (`engine.worker.cache.prefix_cache`), full pages stay when their sequence has ended, and so do the tails
+it has left (`engine.worker.cache.tails`). A page enters the cache when the result that completes it is in: only then
+are its tokens certain. So a landing sequence keeps its full pages until its last token is here. Sequences that begin
+alike share pages, which nobody writes; what starts between a tail and the end of what is shared replays it. With host
+memory below the cache, what is evicted goes there and comes back while a sequence waits, and the longest running
+sequences leave some of their state there rather than that anybody is preempted (`engine.worker.tiers.lower_tiers`);
+copies alone are worth a step.
 
 On a prefill worker a sequence **lends**: its first token is its last one here. The host is told of every full page
 as it is computed and, with the token, of the record that holds the rest of the state. What the host has been told of
@@ -54,22 +54,22 @@ import msgspec
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.worker.admission import Admission
 from engine.worker.adopting import Adopting
+from engine.worker.cache.imports import Imports
+from engine.worker.cache.prefix_cache import CacheState, PrefixCache
+from engine.worker.cache.tails import Tails, digests_by_slot
 from engine.worker.chunks import chunk_counts
-from engine.worker.drafting import DraftPolicy, FixedDrafts
+from engine.worker.drafts.policy import DraftPolicy, FixedDrafts
+from engine.worker.drafts.speculation import Speculation
 from engine.worker.events import Adoption, Event, SequenceKey, Surrender, TokenEvent
-from engine.worker.filling import Filling
-from engine.worker.hisparse import HiSparseState
 from engine.worker.holdings import Holdings
-from engine.worker.host_tier import HostTier
-from engine.worker.imports import Imports
-from engine.worker.lower_tiers import LowerTiers
-from engine.worker.prefix_cache import CacheState, PrefixCache
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence, Step
-from engine.worker.speculation import Speculation
-from engine.worker.speeds import Speeds
-from engine.worker.tails import Tails, digests_by_slot
 from engine.worker.telling import lent_event, pages_events, score_events
+from engine.worker.tiers.filling import Filling
+from engine.worker.tiers.hisparse import HiSparseState
+from engine.worker.tiers.host_tier import HostTier
+from engine.worker.tiers.lower_tiers import LowerTiers
+from engine.worker.tiers.speeds import Speeds
 from rorqual.errors import InvalidRequest
 from rorqual.ids import RecordId, SlotId
 from rorqual.sampling import SamplingParams

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.worker.hisparse import HiSparseConfig
-from engine.worker.host_tier import HostTierConfig
-from engine.worker.prefix_cache import CacheConfig
-from engine.worker.speeds import SpeedsConfig
+from engine.worker.cache.prefix_cache import CacheConfig
+from engine.worker.tiers.hisparse import HiSparseConfig
+from engine.worker.tiers.host_tier import HostTierConfig
+from engine.worker.tiers.speeds import SpeedsConfig
 from rorqual.errors import InvalidRequest
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.session import Role

@@ -1,7 +1,7 @@
 """One sequence on a worker, and one step while it is in flight: what the scheduler remembers of them.
 
-Only `engine.worker.scheduler`, `engine.worker.holdings` and `engine.worker.speculation` touch these. A sequence knows
-its tokens and what it holds; it never takes or gives back anything itself.
+Only `engine.worker.scheduler`, `engine.worker.holdings` and `engine.worker.drafts.speculation` touch these. A sequence
+knows its tokens and what it holds; it never takes or gives back anything itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Phase(enum.Enum):
 @dataclass(slots=True, kw_only=True, eq=False)
 class Spilled:
     """What of a sequence is held in host memory for its C4 rows to be read there, or for when they will be. Only
-    `engine.worker.hisparse` changes it."""
+    `engine.worker.tiers.hisparse` changes it."""
 
     host_pages: list[HostPage] = field(default_factory=list[HostPage])  # of its first pages
     buffer: int | None = None  # its hot buffer; None: it is resident still

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.worker.cache_feed import FeedCursor
+from engine.worker.cache.feed import FeedCursor
 from engine.worker.events import SequenceKey
 from engine.worker.metrics import WorkerMetrics
 from rorqual.errors import RorqualError

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.plan import Lent, PromptScores
+from engine.worker.cache.prefix_cache import PrefixCache
 from engine.worker.events import LentEvent, PagesEvent, ScoresEvent
-from engine.worker.prefix_cache import PrefixCache
 from engine.worker.sequences import Phase, Sequence, Step
 from rorqual.ids import SlotId
 from rorqual.model_config import PAGE_TOKENS

@@ -1,8 +1,8 @@
 """Which pages and tails a worker keeps in host memory, and what goes first. Pure, no torch; one caller, no threads.
 
-`engine.worker.host_tier` owns one, on behalf of a worker's scheduler. It is told of everything that the device's index
-(`kvstore.shadow_radix`) gives up, hands out the id of a page or a record in host memory for what is worth keeping, and
-names it again by key. It never sees a byte: the copies are made by the rank, in the order of its plans.
+`engine.worker.tiers.host_tier` owns one, on behalf of a worker's scheduler. It is told of everything that the device's
+index (`kvstore.shadow_radix`) gives up, hands out the id of a page or a record in host memory for what is worth
+keeping, and names it again by key. It never sees a byte: the copies are made by the rank, in the order of its plans.
 
 Keys stand in flat maps, since what is here of a path may begin anywhere on it: the pages before are on the device, or
 gone. The device gives up the deepest page of a path first, so pages come here before those they stand on; they leave

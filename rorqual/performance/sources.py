@@ -2,7 +2,7 @@
 
 A source is host memory, another worker, a store. Reading takes a latency and its bytes over a bandwidth; computing
 takes tokens times seconds per token. Whoever chooses between the two asks here: a worker for its host memory and its
-store (`engine.worker.speeds`), the router's placement for reads between workers. Speeds are assumed at first, and
+store (`engine.worker.tiers.speeds`), the router's placement for reads between workers. Speeds are assumed at first, and
 measured as soon as a few reads are done (`MeasuredSpeed`). Reads no clock: times are passed in.
 """
 

@@ -22,7 +22,8 @@ from fake_state import (
 )
 
 from engine.plan import Fetch, RecordFetch, StepPlan
-from engine.worker.drafting import DraftPolicy
+from engine.worker.cache.prefix_cache import CacheConfig
+from engine.worker.drafts.policy import DraftPolicy
 from engine.worker.events import (
     Adoption,
     Event,
@@ -33,11 +34,10 @@ from engine.worker.events import (
     Surrender,
     TokenEvent,
 )
-from engine.worker.hisparse import HiSparseConfig
-from engine.worker.host_tier import HostTierConfig
-from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
+from engine.worker.tiers.hisparse import HiSparseConfig
+from engine.worker.tiers.host_tier import HostTierConfig
 from kvstore.shadow_radix import Costs, TailPolicy
 from rorqual.feed import ABSENT, HOST_PAGE, HOST_TAIL, TAIL
 from rorqual.sampling import SamplingParams

@@ -24,10 +24,10 @@ from decode_worker.borrowing import Borrower, BorrowerConfig
 from decode_worker.metrics import BorrowingMetrics
 from engine.worker.events import LentEvent, PagesEvent
 from engine.worker.host import Host, HostConfig
-from engine.worker.lenders import LendingFailed, LendingRefused
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.role import HandlerHost, RoleHandler
 from engine.worker.session import Session
+from engine.worker.sharing.lenders import LendingFailed, LendingRefused
 from kvstore.transfer.contract import Endpoint
 from prefill_worker.lending import Lender, LenderConfig
 from prefill_worker.metrics import LendingMetrics

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from engine.model.forward import Model
+from engine.worker.cache.prefix_cache import KeyLoan, PageFacts, PrefixCache
 from engine.worker.events import SequenceKey
-from engine.worker.prefix_cache import KeyLoan, PageFacts, PrefixCache
 from kvstore.keys import PageKey
 from kvstore.layout import IndexSpace
 from kvstore.store.contract import tenant_label
@@ -85,9 +85,9 @@ class Stage(Enum):
 
 
 class PeerRead:
-    """One sequence's read, stage by stage, as `engine.worker.peer_reading` goes about it: room, a lease, the bytes, and
-    into the cache. In between anything may happen at either worker. With `spoils` the bytes that come are not the
-    owner's, which their digests show."""
+    """One sequence's read, stage by stage, as `engine.worker.sharing.peer_reading` goes about it: room, a lease, the
+    bytes, and into the cache. In between anything may happen at either worker. With `spoils` the bytes that come are
+    not the owner's, which their digests show."""
 
     def __init__(
         self,

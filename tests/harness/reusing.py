@@ -23,14 +23,14 @@ from engine.rank import Rank
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.spilled import SpilledSlots
-from engine.worker.drafting import FixedDrafts
+from engine.worker.cache.prefix_cache import CacheConfig
+from engine.worker.drafts.policy import FixedDrafts
 from engine.worker.events import SequenceKey, TokenEvent
-from engine.worker.hisparse import HiSparseConfig
 from engine.worker.holdings import Holdings
-from engine.worker.host_tier import HostTierConfig
-from engine.worker.prefix_cache import CacheConfig
 from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
+from engine.worker.tiers.hisparse import HiSparseConfig
+from engine.worker.tiers.host_tier import HostTierConfig
 from kvstore.handover import rebuild_tokens
 from kvstore.hisparse import hot_shape
 from kvstore.layout import IndexSpace

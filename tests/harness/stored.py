@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from fake_state import Rows, Slot, page_digests
 
-from engine.worker.host_tier import HostTier, Room
+from engine.worker.tiers.host_tier import HostTier, Room
 from kvstore.keys import PageKey
 from kvstore.store.contract import tenant_label
 from kvstore.tiers import HostPage

@@ -20,11 +20,11 @@ from fake_store import FakeStore
 from prometheus_client import CollectorRegistry
 
 from engine.plan import FromRank, StepPlan, StepResult, ToRank
+from engine.worker.cache.prefix_cache import PrefixCache
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.prefix_cache import PrefixCache
-from engine.worker.store_metrics import StoreMetrics
-from engine.worker.store_tier import StoreTier, StoreTierConfig
+from engine.worker.tiers.store_metrics import StoreMetrics
+from engine.worker.tiers.store_tier import StoreTier, StoreTierConfig
 from kvstore.keys import PageKey
 from kvstore.store.contract import Kind, StoreKey, WritePolicy, tenant_label
 from rorqual.ids import Incarnation, SequenceId, WorkerId

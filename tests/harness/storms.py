@@ -12,9 +12,9 @@ from fake_rank import FakeRank
 from fake_state import PAGE_TOKENS, Slot, answer, digest, logprob_of, page_digests
 
 from engine.plan import Fetch, RecordFetch
+from engine.worker.cache.imports import Import
+from engine.worker.cache.prefix_cache import Packed, PageFacts
 from engine.worker.events import SequenceKey, TokenEvent
-from engine.worker.imports import Import
-from engine.worker.prefix_cache import Packed, PageFacts
 from kvstore.store.contract import tenant_label
 from rorqual.sampling import SamplingParams
 from tests.harness.benches import Bench, FeedMirror, Pair, a_prompt, a_related_prompt

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from engine.worker.lenders import LendingFailed
+from engine.worker.sharing.lenders import LendingFailed
 from rorqual.session import Cancel, ErrorCode, FinishReason, Renew
 from tests.harness.lending import (
     CALL_SECONDS,

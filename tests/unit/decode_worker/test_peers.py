@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from decode_worker.metrics import BorrowingMetrics
 from engine.plan import PeerClose, PeerOpen, PeerOpened, ToTransfer
-from engine.worker.lenders import LendingFailed
-from engine.worker.peers import PEERS_MAX, Peers
+from engine.worker.sharing.lenders import LendingFailed
+from engine.worker.sharing.peers import PEERS_MAX, Peers
 from kvstore.transfer.contract import Endpoint
 from rorqual.ids import Incarnation, LeaseName, WorkerId
 from rorqual.session import Source

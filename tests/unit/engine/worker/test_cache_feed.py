@@ -13,7 +13,8 @@ from fake_content import FakeContent
 from fake_link import FakeLink
 from fake_rank import FakeRank
 
-from engine.worker import cache_feed, prefix_cache
+from engine.worker.cache import feed as cache_feed
+from engine.worker.cache import prefix_cache
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.session import Session

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.worker.draft_costs import StepCosts
-from engine.worker.drafting import (
+from engine.worker.drafts.costs import StepCosts
+from engine.worker.drafts.policy import (
     GAIN_MIN,
     AdaptiveDrafts,
     DraftPolicy,

@@ -8,8 +8,8 @@ import numpy as np
 from fake_state import PAGE_BYTES, PAGE_TOKENS, answer
 
 from engine.plan import StepPlan
+from engine.worker.cache.prefix_cache import Packed
 from engine.worker.events import SequenceKey
-from engine.worker.prefix_cache import Packed
 from tests.harness.benches import Bench, Pair, a_cache, a_hisparse, a_host_tier, a_prompt, adopting, lending
 
 

@@ -16,14 +16,14 @@ from fake_reads import ReadingLink
 from fake_state import RECORD_BYTES, answer
 from prometheus_client import CollectorRegistry
 
-from engine.worker.exposure import Exposure
 from engine.worker.host import Host, HostConfig
-from engine.worker.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
-from engine.worker.lenders import LendingFailed
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.peer_reading import PeerReader, PeerReaderConfig, PeerReadMetrics
 from engine.worker.session import Session
-from engine.worker.sharing import SharingHandler
+from engine.worker.sharing.exposure import Exposure
+from engine.worker.sharing.handler import SharingHandler
+from engine.worker.sharing.key_lending import KeyLender, KeyLenderConfig, KeyLendingMetrics
+from engine.worker.sharing.lenders import LendingFailed
+from engine.worker.sharing.peer_reading import PeerReader, PeerReaderConfig, PeerReadMetrics
 from engine.worker.wire import LeaseKeysRequest
 from kvstore.transfer.contract import Endpoint
 from prefill_worker.lending import Lender, LenderConfig

@@ -10,7 +10,7 @@ from fake_state import is_drafted_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.worker.drafting import FixedDrafts
+from engine.worker.drafts.policy import FixedDrafts
 from tests.harness.benches import Bench, Pair, a_cache, a_related_prompt, adopting, lending
 from tests.harness.storms import Alone, Storm, weather
 

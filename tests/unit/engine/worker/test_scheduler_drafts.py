@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan import Sampled, StepPlan, Verified
-from engine.worker.drafting import DraftRoom, FixedDrafts, Outcome
+from engine.worker.drafts.policy import DraftRoom, FixedDrafts, Outcome
 from engine.worker.events import SequenceKey
 from rorqual.sampling import SamplingParams
 from rorqual.session import FinishReason

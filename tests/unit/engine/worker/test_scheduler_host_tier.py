@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from fake_state import PAGE_TOKENS, REBUILD_TOKENS, answer, digest, page_digests
 
-from engine.worker.host_tier import HostTierConfig
-from engine.worker.speeds import SpeedsConfig
+from engine.worker.tiers.host_tier import HostTierConfig
+from engine.worker.tiers.speeds import SpeedsConfig
 from kvstore.shadow_radix import StartKind
 from rorqual.feed import HOST_PAGE, HOST_TAIL, PAGE, TAIL
 from rorqual.performance import SourceSpeed

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.worker.drafting import FixedDrafts
+from engine.worker.drafts.policy import FixedDrafts
 from tests.harness.benches import Bench, Pair, a_cache, a_host_tier, a_related_prompt, adopting, lending
 from tests.harness.storms import Alone, Storm, weather
 

@@ -8,7 +8,7 @@ from fake_state import PAGE_TOKENS, answer
 from engine.plan import Copies, PageCopy, RecordCopy, Segment, StepPlan, StepResult
 from engine.worker.events import SequenceKey
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.speeds import Speeds, SpeedsConfig
+from engine.worker.tiers.speeds import Speeds, SpeedsConfig
 from kvstore.keys import PageKey
 from rorqual.performance.sources import PROBE_SECONDS, SAMPLES_MIN
 from tests.harness.benches import Bench, a_cache, a_host_tier, a_prompt

@@ -17,8 +17,8 @@ from fake_state import PAGE_BYTES, RECORD_BYTES, answer
 from engine.plan import StepPlan, StepResult
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.store_metrics import StoreMetrics
-from engine.worker.store_tier import StoreTier, StoreTierConfig
+from engine.worker.tiers.store_metrics import StoreMetrics
+from engine.worker.tiers.store_tier import StoreTier, StoreTierConfig
 from kvstore.store.contract import Kind, Payload, StoreKey, WritePolicy
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS

@@ -10,7 +10,7 @@ import pytest
 from fake_state import PAGE_TOKENS
 from fake_store import FakeStore
 
-from engine.worker.speeds import STORE_ASSUMED
+from engine.worker.tiers.speeds import STORE_ASSUMED
 from kvstore.keys import PageKey
 from kvstore.store.contract import Kind, WritePolicy
 from tests.harness.benches import a_prompt

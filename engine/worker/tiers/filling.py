@@ -1,10 +1,10 @@
 """What a store could add to what this worker has of a prompt, and where it goes in host memory. Pure; owned by the
-scheduler, called by `engine.worker.store_tier` in the host's own task.
+scheduler, called by `engine.worker.tiers.store_tier` in the host's own task.
 
 A sequence that has just been opened lacks the pages behind those that are here, on the device or in host memory, and
 perhaps a tail. Once it is known which of them a store has, the cheapest start from all of them together says what is
-worth reading. That goes to host memory, from where `engine.worker.restoring` brings it to the device as it does with
-everything that is there.
+worth reading. That goes to host memory, from where `engine.worker.tiers.restoring` brings it to the device as it does
+with everything that is there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from engine.worker.cache.prefix_cache import PrefixCache
 from engine.worker.events import SequenceKey
-from engine.worker.host_tier import HostTier
-from engine.worker.prefix_cache import PrefixCache
 from engine.worker.sequences import Phase, Sequence
-from engine.worker.speeds import Speeds
+from engine.worker.tiers.host_tier import HostTier
+from engine.worker.tiers.speeds import Speeds
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Match, Start
 from kvstore.store.contract import TenantLabel

@@ -6,8 +6,8 @@ import logging
 
 from engine.plan import RankReady
 from engine.worker.options import StoreOptions
-from engine.worker.store_metrics import StoreMetrics
-from engine.worker.store_tier import DIGEST_BYTES, TAIL_FACTS_BYTES, StoreTier, StoreTierConfig
+from engine.worker.tiers.store_metrics import StoreMetrics
+from engine.worker.tiers.store_tier import DIGEST_BYTES, TAIL_FACTS_BYTES, StoreTier, StoreTierConfig
 from kvstore.store.redis_store import RedisStore, StoreConfig
 from kvstore.store.value import Form
 from kvstore.transfer.contract import ByteArray, TransferError

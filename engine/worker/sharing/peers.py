@@ -1,9 +1,9 @@
 """Which owners of state this worker's rank knows, and how one becomes known: their endpoint is asked for, checked, and
 given to the rank, once for each incarnation.
 
-Used by `decode_worker.borrowing` and `engine.worker.peer_reading`. An owner from which a read has failed is made known
-anew for the next sequence that wants it; one that nobody uses goes when there are many, or when its successor at the
-same address comes.
+Used by `decode_worker.borrowing` and `engine.worker.sharing.peer_reading`. An owner from which a read has failed is
+made known anew for the next sequence that wants it; one that nobody uses goes when there are many, or when its
+successor at the same address comes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 from prometheus_client import Counter, Histogram
 
 from engine.plan import PeerClose, PeerOpen, PeerOpened, ToTransfer
-from engine.worker.lenders import Lenders, LendingFailed
+from engine.worker.sharing.lenders import Lenders, LendingFailed
 from rorqual.session import Source
 
 PEERS_MAX = 256

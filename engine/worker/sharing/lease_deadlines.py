@@ -1,7 +1,7 @@
 """When time moves a ledger of leases: a task that sleeps until the next deadline, whenever that changes.
 
-Used by whoever owns a ledger and a host: `prefill_worker.lending` for what is handed over, `engine.worker.key_lending`
-for what is read by its keys.
+Used by whoever owns a ledger and a host: `prefill_worker.lending` for what is handed over,
+`engine.worker.sharing.key_lending` for what is read by its keys.
 """
 
 from __future__ import annotations

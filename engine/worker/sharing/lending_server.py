@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 from prometheus_client import Counter
 
-from engine.worker.key_lending import KeyLender
+from engine.worker.sharing.key_lending import KeyLender
 from engine.worker.wire import (
     ATTACH_METHOD,
     LEASE_KEYS_METHOD,

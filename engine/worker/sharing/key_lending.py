@@ -1,10 +1,11 @@
 """What a worker keeps of prefixes, lent by key to whoever asks: the owner's side of reads between peers.
 
-Made by the commands of workers with a transfer engine and called by `engine.worker.lending_server`; the role handler
-that goes with it is `engine.worker.sharing`. A lease covers pages of the cache from one page on, and perhaps a tail;
-they stay pinned until the reader releases it, or until it has ended and no read begun in good order can be under way.
-What is lent is never written: pages in the cache are full, tails complete. It holds nothing back from the worker's own
-sequences but those pins, which are bounded, and promises nothing: an answer may always be "not now".
+Made by the commands of workers with a transfer engine and called by `engine.worker.sharing.lending_server`; the role
+handler that goes with it is `engine.worker.sharing.handler`. A lease covers pages of the cache from one page on, and
+perhaps a tail; they stay pinned until the reader releases it, or until it has ended and no read begun in good order
+can be under way. What is lent is never written: pages in the cache are full, tails complete. It holds nothing back
+from the worker's own sequences but those pins, which are bounded, and promises nothing: an answer may always be "not
+now".
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from engine.worker.exposure import Exposure
-from engine.worker.lease_deadlines import keep_deadlines
-from engine.worker.prefix_cache import KeyLoan
+from engine.worker.cache.prefix_cache import KeyLoan
 from engine.worker.role import HandlerHost
+from engine.worker.sharing.exposure import Exposure
+from engine.worker.sharing.lease_deadlines import keep_deadlines
 from engine.worker.wire import LeaseKeysRequest
 from kvstore.leases import LeaseLedger, Returned
 from rorqual.clock import Clock

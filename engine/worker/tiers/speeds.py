@@ -1,8 +1,9 @@
 """How fast this worker reads kept state from each source, and how fast it computes. Pure; owned by the scheduler.
 
-`engine.worker.restoring` and `engine.worker.filling` ask it whether something is worth reading; the host tells it every
-plan and result, `engine.worker.store_tier` and `engine.worker.peer_reading` tell it what they have read. The rule is
-that of `rorqual.performance.sources`. Routers are told the speeds of all sources, since they place prompts by them.
+`engine.worker.tiers.restoring` and `engine.worker.tiers.filling` ask it whether something is worth reading; the host
+tells it every plan and result, `engine.worker.tiers.store_tier` and `engine.worker.sharing.peer_reading` tell it what
+they have read. The rule is that of `rorqual.performance.sources`. Routers are told the speeds of all sources, since
+they place prompts by them.
 """
 
 from __future__ import annotations

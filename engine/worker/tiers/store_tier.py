@@ -2,7 +2,7 @@
 
 Made by `engine.worker.process`, owned by the host (`engine.worker.host`), which calls it in its own task. It moves
 bytes between the rank's host memory, which it has mapped, and the store (`kvstore.store`); what is where and what is
-worth reading is decided by the scheduler's pure parts (`engine.worker.host_tier`, `engine.worker.filling`).
+worth reading is decided by the scheduler's pure parts (`engine.worker.tiers.host_tier`, `engine.worker.tiers.filling`).
 
 A read never fails: it brings what it can before its deadline, then the prompt is computed from what there is, and what
 comes later still enters host memory. A write is given to the store when the copy to host memory has landed, and the
@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.worker.events import SequenceKey
-from engine.worker.filling import Lack, Wish
-from engine.worker.host_tier import Room
 from engine.worker.scheduler import Scheduler
-from engine.worker.store_metrics import StoreMetrics
+from engine.worker.tiers.filling import Lack, Wish
+from engine.worker.tiers.host_tier import Room
+from engine.worker.tiers.store_metrics import StoreMetrics
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import TailKind
 from kvstore.store.contract import Kind, Store, StoreKey, TenantLabel

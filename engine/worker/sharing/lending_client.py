@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from engine.worker.lenders import LendingFailed, LendingRefused
+from engine.worker.sharing.lenders import LendingFailed, LendingRefused
 from engine.worker.wire import (
     ATTACH_PATH,
     LEASE_KEYS_PATH,

@@ -21,11 +21,11 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 from engine.plan import Copies, PageCopy, RecordCopy, Spill, StepResult, Unspill
+from engine.worker.cache.prefix_cache import Departed, PageFacts, PrefixCache
 from engine.worker.events import SequenceKey
 from engine.worker.holdings import Holdings
-from engine.worker.host_tier import HostTier
-from engine.worker.prefix_cache import Departed, PageFacts, PrefixCache
 from engine.worker.sequences import Phase, Sequence, Spilled
+from engine.worker.tiers.host_tier import HostTier
 from kvstore.shadow_radix import EvictedPage, Match, Start
 from kvstore.tiers import HostPage, HostTail
 from rorqual.model_config import PAGE_TOKENS

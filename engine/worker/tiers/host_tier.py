@@ -3,7 +3,7 @@
 `engine.worker.holdings` tells it of everything that is evicted; what the host index (`kvstore.tiers`) finds worth
 keeping is copied at the start of the next plan, before anything may write to what was freed. Copies are made in the
 order of plans, so nothing has to be held for them: a host page given to another page meanwhile is copied to by a later
-plan, or by the same one instead. What comes back, and for whom, is `engine.worker.restoring`'s.
+plan, or by the same one instead. What comes back, and for whom, is `engine.worker.tiers.restoring`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from engine.plan import NO_COPIES, Copies, PageCopy, RecordCopy
-from engine.worker.prefix_cache import Departed, Packed, PrefixCache
+from engine.worker.cache.prefix_cache import Departed, Packed, PrefixCache
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import EvictedTail, TailKind
 from kvstore.store.contract import TenantLabel

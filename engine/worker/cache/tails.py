@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Several
 
 from engine.plan import StepResult
+from engine.worker.cache.prefix_cache import Packed, PrefixCache
 from engine.worker.holdings import Holdings
-from engine.worker.prefix_cache import Packed, PrefixCache
 from engine.worker.sequences import Sequence, Step, TailTaken
 from kvstore.shadow_radix import TailKind
 from rorqual.ids import RecordId, SlotId

@@ -1,8 +1,8 @@
 """What workers with a transfer engine do for each other beside their roles: lend kept prefixes, and read them.
 
 A `RoleHandler` around that of a single role, made by its command. It adds the owner's side
-(`engine.worker.key_lending`) and, on a worker that computes prompts, the reader's (`engine.worker.peer_reading`); the
-rest it passes on.
+(`engine.worker.sharing.key_lending`) and, on a worker that computes prompts, the reader's
+(`engine.worker.sharing.peer_reading`); the rest it passes on.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Collection
 
 from engine.plan import FromTransfer
 from engine.worker.events import LentEvent, PagesEvent, SequenceKey
-from engine.worker.key_lending import KeyLender
-from engine.worker.peer_reading import PeerReader
 from engine.worker.role import HandlerHost, RoleHandler
+from engine.worker.sharing.key_lending import KeyLender
+from engine.worker.sharing.peer_reading import PeerReader
 from rorqual.session import Credit, Offer, Open, Role, Take
 
 

@@ -1,7 +1,7 @@
 """How many tokens to draft for each sequence of a step: fixed, or as much as pays.
 
-`engine.worker.speculation` asks a `DraftPolicy` before each step with decodes and tells it what became of the drafts
-and what the step took. Pure: no clock, no randomness. What is chosen decides how fast tokens come, not which.
+`engine.worker.drafts.speculation` asks a `DraftPolicy` before each step with decodes and tells it what became of the
+drafts and what the step took. Pure: no clock, no randomness. What is chosen decides how fast tokens come, not which.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from engine.worker.draft_costs import BatchCosts, StepCosts
+from engine.worker.drafts.costs import BatchCosts, StepCosts
 from engine.worker.events import SequenceKey
 
 DraftsOption = int | Literal["auto"]
@@ -100,9 +100,9 @@ class AdaptiveDrafts:
     """As many drafts for each sequence as give the most tokens per time.
 
     A draft is accepted if all before it were: with a rate a of acceptance, draft number d gives a^d tokens. What it
-    costs is learned (`engine.worker.draft_costs`), and so are the rates: of all sequences, and of each one, which a new
-    sequence takes over from all. The drafts of a step are chosen all at once, so that the cost of a round is shared by
-    those who pay for it together.
+    costs is learned (`engine.worker.drafts.costs`), and so are the rates: of all sequences, and of each one, which a
+    new sequence takes over from all. The drafts of a step are chosen all at once, so that the cost of a round is
+    shared by those who pay for it together.
 
     What is not tried is not known. So the first steps try everything, in vain where none is timed, and later a step now
     and then does something else than what is best, as seldom as that may cost: `PROBE_SHARE` of the time.

@@ -1,11 +1,11 @@
 """Prefixes that other workers keep are read before a prompt is computed: the reader's side of reads between peers.
 
-Made by the command of a prefill worker, called by the role handler `engine.worker.sharing`. The router says who has
-what (`rorqual.session.PeerFetch`); a task for each such sequence takes room for it (`engine.worker.imports`), leases
-the pages at their owner, has the rank read them and check their digests, renews the lease as the proof that what was
-read was still promised, and puts them into the cache. Then the sequence starts as any other. Whatever goes wrong (the
-owner is gone, has evicted them, lies, or takes too long) is counted, and the prompt is computed. Bytes whose digests
-are not the owner's never reach the cache.
+Made by the command of a prefill worker, called by the role handler `engine.worker.sharing.handler`. The router says
+who has what (`rorqual.session.PeerFetch`); a task for each such sequence takes room for it
+(`engine.worker.cache.imports`), leases the pages at their owner, has the rank read them and check their digests,
+renews the lease as the proof that what was read was still promised, and puts them into the cache. Then the sequence
+starts as any other. Whatever goes wrong (the owner is gone, has evicted them, lies, or takes too long) is counted, and
+the prompt is computed. Bytes whose digests are not the owner's never reach the cache.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from engine.plan import Fetch, Fetched, FetchOverdue, FromTransfer, PeerOpened, RecordFetch
+from engine.worker.cache.imports import Import
+from engine.worker.cache.prefix_cache import Packed, PageFacts
 from engine.worker.events import SequenceKey
-from engine.worker.imports import Import
-from engine.worker.lenders import KeyLenders, LeaseEnded, LendingFailed
-from engine.worker.peers import Peer, Peers
-from engine.worker.prefix_cache import Packed, PageFacts
 from engine.worker.role import HandlerHost
+from engine.worker.sharing.lenders import KeyLenders, LeaseEnded, LendingFailed
+from engine.worker.sharing.peers import Peer, Peers
 from engine.worker.wire import KEYS_MAX, LeaseKeysRequest
 from kvstore.store.contract import TenantLabel, tenant_label
 from rorqual.clock import Clock
@@ -46,7 +46,7 @@ class PeerReaderConfig:
 
 
 class PeerReadMetrics:
-    """Also what `engine.worker.peers` counts into."""
+    """Also what `engine.worker.sharing.peers` counts into."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.reads = Counter(

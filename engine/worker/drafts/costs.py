@@ -1,6 +1,6 @@
 """What a decode step takes with so many drafts, learned from the steps that were done.
 
-Used by `engine.worker.drafting` alone. Pure: it is told times and measures none.
+Used by `engine.worker.drafts.policy` alone. Pure: it is told times and measures none.
 
 A step's time is modelled as c0 + c1 x sequences + c2 x rounds + c3 x drafts: a round drafts one token of every
 sequence that wants that many, and each draft is one more row of the main forward. The four are fitted by least

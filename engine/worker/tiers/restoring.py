@@ -2,10 +2,10 @@
 
 Whoever is about to start is looked at, and the first few of those that cannot start yet. Where host memory goes on
 from what the device has of a sequence, and starting from both computes less, room is taken as for an import
-(`engine.worker.imports`), copies are put into the next plans, as much into each as its bound allows, and when the last
-one's result is in, all of it enters the cache, as if it had been computed here. The sequence waits meanwhile and lets
-others pass; whoever wants the same waits for the same copies. A restore is of no sequence: it ends as it was begun when
-those who wait are cancelled.
+(`engine.worker.cache.imports`), copies are put into the next plans, as much into each as its bound allows, and when
+the last one's result is in, all of it enters the cache, as if it had been computed here. The sequence waits meanwhile
+and lets others pass; whoever wants the same waits for the same copies. A restore is of no sequence: it ends as it was
+begun when those who wait are cancelled.
 
 It takes half of the pages that are to be had at most, so that whoever runs can go on. What was brought back may be
 evicted again before its sequence finds a slot: a sequence is restored a few times, and then begins from what there is,
@@ -20,12 +20,12 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 from engine.plan import NO_COPIES, Copies, PageCopy, RecordCopy
+from engine.worker.cache.imports import PAGES_SHARE_MAX, Import, Imports
+from engine.worker.cache.prefix_cache import Found, Packed, PageFacts, PrefixCache
 from engine.worker.holdings import Holdings
-from engine.worker.host_tier import HostTier
-from engine.worker.imports import PAGES_SHARE_MAX, Import, Imports
-from engine.worker.prefix_cache import Found, Packed, PageFacts, PrefixCache
 from engine.worker.sequences import Sequence
-from engine.worker.speeds import Speeds
+from engine.worker.tiers.host_tier import HostTier
+from engine.worker.tiers.speeds import Speeds
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Match, StartKind
 from kvstore.tiers import HostPage, HostTail

@@ -1,6 +1,6 @@
 """What a worker that reads asks of those that lend: the `Lenders` protocol, and how asking can fail.
 
-`engine.worker.lending_client` speaks gRPC; tests answer in the same process.
+`engine.worker.sharing.lending_client` speaks gRPC; tests answer in the same process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """All that a scheduler does with host memory: one door for it to what is evicted, copied at the end of a turn, brought
 back, read from a store, and spilled. Pure; owned by the scheduler, and empty where a worker has no host memory.
 
-What is where in host memory `engine.worker.host_tier` knows; the others decide what goes there, and what comes back:
-`restoring` for those that wait, `filling` from a store, `spilling` what a sequence leaves, `hisparse` the C4 rows of
-those that run. Their copies are made by the plan that is being made when they ask.
+What is where in host memory `engine.worker.tiers.host_tier` knows; the others decide what goes there, and what comes
+back: `restoring` for those that wait, `filling` from a store, `turn_ends` what a sequence leaves, `hisparse` the C4
+rows of those that run. Their copies are made by the plan that is being made when they ask.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 from engine.plan import NO_COPIES, Copies, Spill, StepResult, Unspill
+from engine.worker.cache.imports import Imports
+from engine.worker.cache.prefix_cache import PrefixCache
 from engine.worker.events import SequenceKey
-from engine.worker.filling import Filling
-from engine.worker.hisparse import HiSparse, HiSparseState
 from engine.worker.holdings import Holdings
-from engine.worker.host_tier import HostTier
-from engine.worker.imports import Imports
-from engine.worker.prefix_cache import PrefixCache
-from engine.worker.restoring import Restoring
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.sequences import Phase, Sequence
-from engine.worker.speeds import Speeds
-from engine.worker.spilling import Spilling
+from engine.worker.tiers.filling import Filling
+from engine.worker.tiers.hisparse import HiSparse, HiSparseState
+from engine.worker.tiers.host_tier import HostTier
+from engine.worker.tiers.restoring import Restoring
+from engine.worker.tiers.speeds import Speeds
+from engine.worker.tiers.turn_ends import TurnEnds
 from kvstore.shadow_radix import Start
 
 
@@ -56,14 +56,14 @@ class LowerTiers:
         self.tier = tier
         self.restoring: Restoring | None = None
         self.filling: Filling | None = None
-        self._spilling: Spilling | None = None
+        self._turn_ends: TurnEnds | None = None
         self._hisparse: HiSparse | None = None
         if tier is None or cache is None:
             return
         self.restoring = Restoring(tier, holdings, cache, imports, speeds)
         self.filling = Filling(tier, cache, sequences, speeds)
         if tier.config.takes_turns:
-            self._spilling = Spilling(tier, cache)
+            self._turn_ends = TurnEnds(tier, cache)
         if config.hisparse is not None:
             self._hisparse = HiSparse(config.hisparse, tier, holdings, cache)
 
@@ -71,7 +71,7 @@ class LowerTiers:
     def is_idle(self) -> bool:
         """No copy waits for a plan."""
         is_copying = self.tier is not None and not self.tier.is_idle
-        return not is_copying and (self._spilling is None or self._spilling.is_idle)
+        return not is_copying and (self._turn_ends is None or self._turn_ends.is_idle)
 
     @property
     def hisparse_state(self) -> HiSparseState:
@@ -99,8 +99,8 @@ class LowerTiers:
         if self.tier is None or self.restoring is None:
             return PlanCopies()
         self.restoring.look(first_waiting(self.tier.config.sequences_max))
-        if self._spilling is not None:
-            self._spilling.feed()
+        if self._turn_ends is not None:
+            self._turn_ends.feed()
         demote, promote = self.tier.take_copies(number), self.restoring.take_copies(number)
         if self._hisparse is None:
             return PlanCopies(demote=demote, promote=promote)
@@ -124,8 +124,8 @@ class LowerTiers:
 
     def ended(self, sequence: Sequence) -> None:
         """Its turn is over: it still holds what it has."""
-        if self._spilling is not None and sequence.phase in (Phase.RUNNING, Phase.LANDING):
-            self._spilling.ended(sequence)
+        if self._turn_ends is not None and sequence.phase in (Phase.RUNNING, Phase.LANDING):
+            self._turn_ends.ended(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """It is about to give back all that it holds."""

@@ -1,6 +1,6 @@
 """What a worker with a store tells Prometheus of it: its reads and writes, and what the store counts about itself.
 
-Made by `engine.worker.process`; counted into by `engine.worker.store_tier`.
+Made by `engine.worker.process`; counted into by `engine.worker.tiers.store_tier`.
 """
 
 from __future__ import annotations

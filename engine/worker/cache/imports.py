@@ -1,10 +1,11 @@
 """Pages and tails on their way into the prefix cache: from another worker's memory, or from this one's host memory.
 Pure; owned by the scheduler.
 
-Called by `engine.worker.peer_reading`, in the host's own task, and by `engine.worker.restoring`. An import holds what
-is here already of its path, and pages and perhaps a record of its own, into which somebody reads or a plan copies. It
-ends once nothing is written there any more: what was read and proved enters the cache as if it had been computed here,
-the rest is free again. No sequence holds an import: what comes too late for one is there for the next.
+Called by `engine.worker.sharing.peer_reading`, in the host's own task, and by `engine.worker.tiers.restoring`. An
+import holds what is here already of its path, and pages and perhaps a record of its own, into which somebody reads or
+a plan copies. It ends once nothing is written there any more: what was read and proved enters the cache as if it had
+been computed here, the rest is free again. No sequence holds an import: what comes too late for one is there for the
+next.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
+from engine.worker.cache.prefix_cache import Packed, PageFacts, PrefixCache
 from engine.worker.holdings import Holdings
-from engine.worker.prefix_cache import Packed, PageFacts, PrefixCache
 from kvstore.keys import PageKey
 from kvstore.shadow_radix import Pin, TailKind
 from rorqual.ids import PageId, RecordId

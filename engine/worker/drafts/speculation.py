@@ -1,6 +1,6 @@
 """The drafts of a worker's steps: how many each decode gets, and what is learned when its result is back.
 
-Owned by `engine.worker.scheduler`. It asks the policy (`engine.worker.drafting`), keeps what that says within the
+Owned by `engine.worker.scheduler`. It asks the policy (`engine.worker.drafts.policy`), keeps what that says within the
 pages that are free, and tells it what steps have come to. It never preempts anybody.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 
 from engine.plan import StepResult
-from engine.worker.drafting import DraftPolicy, DraftRoom, Outcome
+from engine.worker.drafts.policy import DraftPolicy, DraftRoom, Outcome
 from engine.worker.events import SequenceKey
 from engine.worker.holdings import Holdings
 from engine.worker.sequences import Sequence, Step

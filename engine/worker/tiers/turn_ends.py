@@ -1,5 +1,5 @@
-"""What a sequence leaves behind goes to host memory as it ends, so that it can be written to a store. Pure; owned by
-the scheduler.
+"""What a sequence leaves behind goes to host memory as its turn ends, so that it can be written to a store. Pure;
+owned by the scheduler.
 
 The pages and tails stay on the device, too: these are copies, made by the next plans, a bounded number of bytes by
 each. What host memory has already is passed over: it was written when it came there. Pages go deepest first, as if
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from engine.worker.host_tier import HostTier
-from engine.worker.prefix_cache import Departed, PrefixCache
+from engine.worker.cache.prefix_cache import Departed, PrefixCache
 from engine.worker.sequences import Sequence
+from engine.worker.tiers.host_tier import HostTier
 from kvstore.keys import PageKey
 from rorqual.model_config import PAGE_TOKENS
 
@@ -28,7 +28,7 @@ class _Path:
     keys: list[PageKey]  # still to be copied, of which the last comes next
 
 
-class Spilling:
+class TurnEnds:
     def __init__(self, tier: HostTier, cache: PrefixCache) -> None:
         self._tier = tier
         self._cache = cache

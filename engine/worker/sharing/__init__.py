@@ -1,0 +1,1 @@
+"""State lent to other workers, and read from them, by its keys."""

@@ -1,0 +1,1 @@
+"""Memory below the device, and the store below that: what goes there, and what comes back."""
