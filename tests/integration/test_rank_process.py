@@ -81,7 +81,8 @@ def test_scores_of_a_chunk_come_with_its_step(rank: RankUnderTest) -> None:
     ready = rank.ready()
     assert ready.has_mtp
     assert ready.notices == ()
-    assert (ready.wire_id, ready.endpoint, ready.num_records) == ("", None, 0)
+    assert len(ready.wire_id) == 16, "a store keeps the pages of every worker"
+    assert (ready.endpoint, ready.num_records) == (None, 0)
     rank.send(a_plan(prompt_logprobs=1))
     result = rank.expect(StepResult)
     scored = [item.first + index for item in result.prompt_scores for index in range(len(item.logprobs))]
