@@ -17,11 +17,10 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import msgspec
 from fake_host_memory import FakeHostMemory
-from fake_memory import RemoteOwner, serve_memory
+from fake_memory import Owners
 from fake_spilled import FakeSpills
 from fake_state import (
     EOS,
@@ -530,29 +529,6 @@ class FakeRank:
             num_accepted += 1
         if segment.drafts:
             verified.append(Verified(slot=segment.slot, num_drafts=num_rows - 1, num_accepted=num_accepted))
-
-
-class Owners:
-    """The other ranks, as a program reaches them."""
-
-    def __init__(self, rank: FakeRank) -> None:
-        self._rank = rank
-        self._owners: dict[str, Any] = {}  # by agent; what `FakeRank` reads of another rank
-        if rank.num_records:
-            rank.metadata = serve_memory(rank.memory, rank.records)
-
-    def carry_out(self, message: ToTransfer) -> FromTransfer | None:
-        try:
-            if isinstance(message, PeerOpen):
-                self._owners[message.endpoint.agent] = RemoteOwner(message.endpoint.metadata)
-            answered = self._rank.transfer(message, self._owners)
-        except ConnectionError:
-            if isinstance(message, PeerOpen):
-                return self._rank.transfer(message, {})
-            assert isinstance(message, Fetch)
-            gone = "the peer is gone"
-            return Fetched(fetch=message.fetch, error=gone, num_bytes=0, transfer_ms=1.0, verify_ms=0.0)
-        return answered
 
 
 def main() -> None:
