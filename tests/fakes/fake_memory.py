@@ -12,9 +12,14 @@ import socket
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from engine.plan import Fetch, Fetched, FromTransfer, PeerOpen, ToTransfer
+
+if TYPE_CHECKING:
+    from fake_rank import FakeRank
 
 REQUEST, LENGTH = struct.Struct("<B3xi"), struct.Struct("<I")
 SECONDS_MAX = 5.0
@@ -76,3 +81,26 @@ def _read(connection: socket.socket, size: int) -> bytes:
             raise ConnectionResetError("the other side is gone")
         data += part
     return bytes(data)
+
+
+class Owners:
+    """The other ranks, as a program reaches them."""
+
+    def __init__(self, rank: FakeRank) -> None:
+        self._rank = rank
+        self._owners: dict[str, Any] = {}  # by agent; what `FakeRank` reads of another rank
+        if rank.num_records:
+            rank.metadata = serve_memory(rank.memory, rank.records)
+
+    def carry_out(self, message: ToTransfer) -> FromTransfer | None:
+        try:
+            if isinstance(message, PeerOpen):
+                self._owners[message.endpoint.agent] = RemoteOwner(message.endpoint.metadata)
+            answered = self._rank.transfer(message, self._owners)
+        except ConnectionError:
+            if isinstance(message, PeerOpen):
+                return self._rank.transfer(message, {})
+            assert isinstance(message, Fetch)
+            gone = "the peer is gone"
+            return Fetched(fetch=message.fetch, error=gone, num_bytes=0, transfer_ms=1.0, verify_ms=0.0)
+        return answered

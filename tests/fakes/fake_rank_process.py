@@ -6,10 +6,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from typing import Any
 
 import msgspec
-from fake_memory import RemoteOwner, serve_memory
+from fake_memory import Owners
 from fake_rank import FakeRank
 from fake_state import (
     POSITIONS_MAX,
@@ -17,10 +16,6 @@ from fake_state import (
 
 from engine.frames import join_host, read_frame, write_frame
 from engine.plan import (
-    Fetch,
-    Fetched,
-    FromTransfer,
-    PeerOpen,
     RankFailed,
     RankProgress,
     RankSettings,
@@ -28,29 +23,6 @@ from engine.plan import (
     StepPlan,
     ToTransfer,
 )
-
-
-class Owners:
-    """The other ranks, as a program reaches them."""
-
-    def __init__(self, rank: FakeRank) -> None:
-        self._rank = rank
-        self._owners: dict[str, Any] = {}  # by agent; what `FakeRank` reads of another rank
-        if rank.num_records:
-            rank.metadata = serve_memory(rank.memory, rank.records)
-
-    def carry_out(self, message: ToTransfer) -> FromTransfer | None:
-        try:
-            if isinstance(message, PeerOpen):
-                self._owners[message.endpoint.agent] = RemoteOwner(message.endpoint.metadata)
-            answered = self._rank.transfer(message, self._owners)
-        except ConnectionError:
-            if isinstance(message, PeerOpen):
-                return self._rank.transfer(message, {})
-            assert isinstance(message, Fetch)
-            gone = "the peer is gone"
-            return Fetched(fetch=message.fetch, error=gone, num_bytes=0, transfer_ms=1.0, verify_ms=0.0)
-        return answered
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import pytest
 from fake_state import PAGE_BYTES, PAGE_TOKENS, answer
 
 from engine.plan import StepPlan
@@ -266,3 +267,30 @@ def test_cancelled_at_any_moment_of_its_life_it_leaves_nothing() -> None:
         state = bench.scheduler.hisparse_state
         assert (state.num_spilled, state.num_host_pages, state.num_thin_pages_free) == (0, 0, 64)
         assert bench.scheduler.cancel(SequenceKey(1)) is False
+
+
+@pytest.mark.parametrize("copy_bytes_max", [1, 4 * PAGE_BYTES, 1 << 24])
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_pages_that_run_short_in_whichever_plan_of_a_return_make_others_or_the_same_spill(
+    copy_bytes_max: int, is_alone: bool
+) -> None:
+    """In the very plan that makes copies for it, stops it, or ends it: this one spills before it unspills."""
+    num_spilled = set()
+    for at in range(16):
+        bench = spilling(num_pages=20, many=0.0, copy_bytes_max=copy_bytes_max)
+        asked = {1: (a_prompt(1, 9 * PAGE_TOKENS + 5), 300), 2: (a_prompt(2, 5 * PAGE_TOKENS + 5), 250)}
+        open_all(bench, asked)
+        until(bench, lambda bench=bench: bench.tokens(2))
+        bench.open(3, a_prompt(3, 8 * PAGE_TOKENS), 60, ignore_eos=True)
+        until(bench, lambda bench=bench: spills(bench.plans))
+        bench.cancel(3)
+        if is_alone:
+            bench.cancel(2)
+        for _ in range(at):
+            bench.step()
+        more = {4: (a_prompt(4, (11 if is_alone else 9) * PAGE_TOKENS + 5), 20)}
+        open_all(bench, more)
+        bench.run()
+        check_answers(bench, {1: asked[1]} | ({} if is_alone else {2: asked[2]}) | more)
+        num_spilled.add(len(spills(bench.plans)))
+    assert max(num_spilled) > 1

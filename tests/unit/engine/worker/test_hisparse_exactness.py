@@ -14,6 +14,7 @@ from rorqual.sampling import SamplingParams
 from tests.harness.models import CSA, HCA, SWA, raw_config
 from tests.harness.reusing import Answer, Reusing
 from tests.harness.speculating import exact_model
+from tests.harness.spilling import Spiller
 
 pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
@@ -102,3 +103,54 @@ def test_the_next_turn_goes_on_from_the_tail_that_a_spilled_sequence_has_left(
         assert on.answers[key] == off.answer(turn, count, sampling=SAMPLED)
         assert sequence.num_tokens_cached is not None
         assert sequence.num_tokens_cached >= len(prompts[number][0]) // PAGE * PAGE, f"turn {number}"
+
+
+def test_a_prompt_that_spills_half_computed_and_a_sequence_that_returns_and_spills_again_do_too(
+    model: Model, drafts: int
+) -> None:
+    """Its last tokens are picked, and its pages completed, while it is spilled, resident and spilled again."""
+    worker = Spiller(
+        model,
+        num_pages=14,
+        num_slots=3,
+        num_records=5,
+        num_host_pages=40,
+        num_host_records=4,
+        num_buffers=2,
+        num_thin=30,
+        drafts=drafts,
+        prefill_tokens_max=PAGE,
+        hisparse={"few_pages": 0.0, "many_pages": 0.1, "copy_bytes_max": 1},
+    )
+    counts = worker.scheduler.hisparse_state.counts
+    asked = [(a_prompt(1, 9 * PAGE - 3), 330), (a_prompt(2, 1409), 12), (a_prompt(3, 1531), 12)]
+
+    def ask(number: int) -> int:
+        return worker.open(asked[number][0], asked[number][1], sampling=SAMPLED)
+
+    first = ask(0)
+    for _ in range(6):
+        worker.step()
+    assert not worker.answers[first]
+    second = ask(1)
+    while not worker.num_reads:
+        assert worker.step(), "no chunk was computed behind spilled pages"
+    while not counts.num_returns:
+        assert worker.step(), "it does not return"
+    third = ask(2)
+    while counts.num_spills < 2:
+        assert worker.step(), "it does not spill again"
+    worker.run()
+    assert len(worker.answers[first]) == 330
+    off = Reusing(model, drafts=drafts, num_pages=48, num_slots=4, keeps=False)
+    assert [worker.answers[key] for key in (first, second, third)] == answers_of(off, asked)
+
+
+def test_where_host_memory_is_full_nobody_spills_and_nothing_changes(model: Model, drafts: int) -> None:
+    prompts = [(a_prompt(1, 1531), 40), (a_prompt(2, 1409), 40)]
+    off = Reusing(model, drafts=drafts, num_pages=48, num_slots=4, keeps=False)
+    on = spilling(model, drafts, num_pages=11, num_host_pages=1)
+    without = spilling(model, drafts, num_pages=11, num_host_pages=1, num_buffers=0, num_thin=0)
+    assert answers_of(on, prompts) == answers_of(without, prompts) == answers_of(off, prompts)
+    assert on.scheduler.hisparse_state.counts.num_spills == 0
+    assert on.scheduler.num_preemptions == without.scheduler.num_preemptions
