@@ -155,6 +155,8 @@ class Holdings:
         sequence.num_pages_cached = 0
         if start.tail_depth:
             sequence.record = self.take_record()
+            assert sequence.record is not None
+            self._record_plans[sequence.record] = self.newest_plan + 1
         return True
 
     def thin(self, sequence: Sequence, number: int) -> None:

@@ -139,7 +139,9 @@ def test_after_all_workers_were_killed_a_prompt_comes_from_a_cluster_of_three_wh
         assert ask(pools, other)[0] == expected(other)
         wait_until(lambda: has_whole_prompt(names_of(cluster) - before), seconds_max=30)
         for role in roles:
-            pools.kill(f"{role}-0")  # else a prefill worker reads pages from the decode worker, and has no tail
+            pools.kill(
+                f"{role}-0"
+            )  # else a prefill worker reads pages from the decode worker, and has no tail
         pools.heal()
         assert ask(pools, a_prompt(3, 40))[1] == 0  # they have found the servers
         for source, client in enumerate(cluster.clients):

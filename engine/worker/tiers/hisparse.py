@@ -90,6 +90,7 @@ class HiSparse:
         self._unspills: list[tuple[Sequence, Unspill]] = []
         self._copies: list[PageCopy] = []
         self._records: list[RecordCopy] = []
+        self._tails: list[HostTail] = []  # held until they are taken
 
     @property
     def state(self) -> HiSparseState:
@@ -144,7 +145,7 @@ class HiSparse:
             for page in reversed(pages):
                 index.unpin_page(page)
         if tail is not None:
-            index.unpin_tail(tail)
+            self._tails.append(tail)  # copied by the plan that is being made, or not at all
         return start if is_started else None
 
     def _begin_spilled(self, sequence: Sequence, pages: list[HostPage], tail: HostTail | None) -> None:
@@ -211,6 +212,9 @@ class HiSparse:
         copies = Copies(pages=tuple(self._copies), records=tuple(self._records))
         taken = spills, tuple(item for _, item in self._unspills), copies
         self._spills, self._unspills, self._copies, self._records = [], [], [], []
+        for tail in self._tails:
+            self._tier.index.unpin_tail(tail)
+        self._tails.clear()
         self._free_buffers += self._left_buffers
         self._left_buffers.clear()
         return taken

@@ -14,7 +14,7 @@ from bench.hisparse.spilled import measure_spilled, texts, trained_model
 from bench.hisparse.worker import random_model
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("tokens_before", [64, -128], ids=["turning a page", "amid a page"])
 def test_as_many_requests_run_as_the_formula_says(tokens_before: int) -> None:
     found = measure_fits(
@@ -27,7 +27,7 @@ def test_as_many_requests_run_as_the_formula_says(tokens_before: int) -> None:
     assert max(found.without.device_bytes, found.spilling.device_bytes) <= found.device_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_spilled_requests_answer_as_resident_ones_and_miss_less_with_more_hot_rows(tmp_path: Path) -> None:
     work = Work(prompts=texts(2, 1300), num_generated=160)
     found = measure_spilled(trained_model(exact=True), work, (64, 128), num_pairs=6, num_steps=4)
