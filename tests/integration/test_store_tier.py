@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.crc import key_slot
 
 from kvstore.store.embedded import EmbeddedServer
 from rorqual.model_config import PAGE_TOKENS
 from tests.harness.pools import Pools
+from tests.harness.store_cluster import started_cluster
 from tests.harness.system import IDS_CONFIG, Served, make_checkpoint, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -51,9 +53,11 @@ def ask(
     return (choice["token_ids"], choice["logprobs"]["token_logprobs"]), cached
 
 
-def written(worker: str, pools: Pools, *, least: int) -> None:
+WRITTEN = ("rorqual_worker_store_values_written", "rorqual_worker_store_values_present")
+
+
+def written(worker: str, pools: Pools, *, least: int, names: tuple[str, ...] = WRITTEN) -> None:
     """Wait until so many values of this worker are in the store."""
-    names = ("rorqual_worker_store_values_written", "rorqual_worker_store_values_present")
     wait_until(lambda: sum(pools[worker].metrics()[name] for name in names) >= least, seconds_max=30)
 
 
@@ -103,14 +107,52 @@ def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pools]]:
         pools.close()
 
 
-@pytest.mark.parametrize("roles", [("both",), ("prefill", "decode")])
+ROLES = pytest.mark.parametrize("roles", [("both",), ("prefill", "decode")])
+
+
+@ROLES
 def test_after_all_workers_were_killed_a_prompt_comes_from_the_store(
     roles: tuple[str, ...],
     redis: EmbeddedServer,
     start: Callable[..., Pools],
     expected: Callable[[list[int]], Answer],
 ) -> None:
-    prompt, pools = a_prompt(1), start(redis.url, *roles)
+    prompt = a_prompt(1)
+    check_after_kill(start(redis.url, *roles), roles, prompt, expected(prompt))
+
+
+@pytest.mark.minutes
+@ROLES
+def test_after_all_workers_were_killed_a_prompt_comes_from_a_cluster_of_three_whose_slots_move(
+    roles: tuple[str, ...], start: Callable[..., Pools], expected: Callable[[list[int]], Answer]
+) -> None:
+    prompt, other = a_prompt(1), a_prompt(2)
+    with started_cluster() as cluster:
+        pools = start(cluster.url, *roles)
+        check_after_kill(pools, roles, prompt, expected(prompt))
+        assert sum(client.dbsize() > 0 for client in cluster.clients) >= 2, "the pages spread"
+        # The workers know the servers by now; what they write last lies somewhere else when others look for it.
+        before = {name for client in cluster.clients for name in client.scan_iter()}
+        assert ask(pools, other)[0] == expected(other)
+        written(f"{roles[0]}-0", pools, least=PROMPT_PAGES + 1, names=WRITTEN[:1])
+        pools.kill(f"{roles[0]}-0")
+        pools.heal()
+        assert ask(pools, a_prompt(3, 40))[1] == 0  # it has found the servers
+        for source, client in enumerate(cluster.clients):
+            for name in [name for name in client.scan_iter() if name not in before]:
+                target = (source + 1) % len(cluster.clients)
+                cluster.begin_move(name, source=source, target=target)
+                for same in client.execute_command("CLUSTER", "GETKEYSINSLOT", key_slot(name), 100):
+                    cluster.move_value(same, source=source, target=target)
+                cluster.end_move(name, target=target)
+                before.add(name)
+        again, cached = ask(pools, other)
+        assert again == expected(other)
+        assert cached == PROMPT_PAGES * PAGE_TOKENS
+        pools.wait_until_idle()
+
+
+def check_after_kill(pools: Pools, roles: tuple[str, ...], prompt: list[int], right: Answer) -> None:
     first, cached = ask(pools, prompt)
     assert cached == 0
     computer = f"{roles[0]}-0"
@@ -119,7 +161,7 @@ def test_after_all_workers_were_killed_a_prompt_comes_from_the_store(
         pools.kill(f"{role}-0")
     pools.heal()
     again, cached = ask(pools, prompt)
-    assert first == again == expected(prompt)
+    assert first == again == right
     assert cached == PROMPT_PAGES * PAGE_TOKENS
     metrics = pools[computer].metrics()
     assert metrics["rorqual_worker_tokens_computed_total"] < PAGE_TOKENS
