@@ -41,6 +41,7 @@ from engine.worker.scheduler import Scheduler
 from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
 from engine.worker.store_tier import StoreTier
+from engine.worker.tier_metrics import watch_tiers
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
 from kvstore.store.contract import WritePolicy
@@ -140,6 +141,12 @@ class Host:
             metrics.watch_host_tier(lambda: tier.state)
         if self._scheduler.config.hisparse is not None:
             metrics.watch_hisparse(lambda: self._scheduler.hisparse_state)
+        watch_tiers(
+            metrics.registry,
+            device=self._scheduler.cache_state,
+            host=None if tier is None else lambda: tier.state,
+            store=store,
+        )
         metrics.watch_speeds(
             self._scheduler.speeds, page_bytes=ready.page_bytes, tail_bytes=ready.record_bytes
         )
