@@ -135,7 +135,8 @@ def test_after_all_workers_were_killed_a_prompt_comes_from_a_cluster_of_three_wh
         before = {name for client in cluster.clients for name in client.scan_iter()}
         assert ask(pools, other)[0] == expected(other)
         written(f"{roles[0]}-0", pools, least=PROMPT_PAGES + 1, names=WRITTEN[:1])
-        pools.kill(f"{roles[0]}-0")
+        for role in roles:
+            pools.kill(f"{role}-0")
         pools.heal()
         assert ask(pools, a_prompt(3, 40))[1] == 0  # it has found the servers
         for source, client in enumerate(cluster.clients):
