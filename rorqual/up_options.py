@@ -397,7 +397,8 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--host-pages",
         type=int,
         metavar="N",
-        help="pages of host memory per worker for what the prefix cache gives up, tails beside them (default 0)",
+        help="pages of host memory per worker for what the prefix cache gives up, tails beside them"
+        " (default 0, with a store 256 MiB)",
     )
     host_size.add_argument("--host-bytes", metavar="SIZE", help="or memory for them per worker, such as 8GB")
     add(

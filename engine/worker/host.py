@@ -140,6 +140,12 @@ class Host:
             metrics.watch_host_tier(lambda: tier.state)
         if self._scheduler.config.hisparse is not None:
             metrics.watch_hisparse(lambda: self._scheduler.hisparse_state)
+        watch_tiers(
+            metrics.registry,
+            device=self._scheduler.cache_state,
+            host=None if tier is None else lambda: tier.state,
+            store=store,
+        )
         metrics.watch_speeds(
             self._scheduler.speeds, page_bytes=ready.page_bytes, tail_bytes=ready.record_bytes
         )

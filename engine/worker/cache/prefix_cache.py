@@ -79,6 +79,7 @@ class CacheState:
 
     num_pages: int = 0
     num_tails: int = 0
+    num_bytes: int = 0  # of pages and tails
     counts: CacheCounts = field(default_factory=CacheCounts)
 
 
@@ -144,7 +145,13 @@ class PrefixCache:
 
     @property
     def state(self) -> CacheState:
-        return CacheState(num_pages=self.num_pages, num_tails=self.num_tails, counts=self.counts)
+        costs = self.config.costs
+        return CacheState(
+            num_pages=self.num_pages,
+            num_tails=self.num_tails,
+            num_bytes=self.num_pages * costs.page_bytes + self.num_tails * costs.tail_bytes,
+            counts=self.counts,
+        )
 
     @property
     def num_pages(self) -> int:

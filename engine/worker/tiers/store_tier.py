@@ -107,6 +107,8 @@ class StoreTier:
         self._tasks: asyncio.TaskGroup | None = None
         self._reads: set[_Read] = set()
         self._stepped = asyncio.Event()
+        self.num_pages_read = 0  # so far, for prompts
+        self.num_pages_missed = 0  # asked for and not there, or not in time
 
     @property
     def host(self) -> StoreHost:
@@ -228,6 +230,7 @@ class StoreTier:
         began = self._clock.monotonic()
         present = await self._store.contains([*pages, *tails], budget_seconds=seconds)
         read.seconds += self._clock.monotonic() - began
+        self.num_pages_missed += sum(not is_there for is_there in present[: len(pages)])
         has = [key for key, is_there in zip([*pages, *tails], present, strict=True) if is_there]
         if not has:
             return None
@@ -297,6 +300,7 @@ class StoreTier:
         began = self._clock.monotonic()
         seconds = self._seconds_left(read) + self.config.late_seconds
         if seconds <= 0:
+            self.num_pages_missed += len(pages)
             return 0
         values = await self._store.read(keys, budget_seconds=seconds)
         taken = self._clock.monotonic() - began
@@ -307,6 +311,8 @@ class StoreTier:
             read.num_bytes += sum(value is None for value in values) * self._pages.shape[1]
         found = [self._page(value) for value in values[: len(pages)]]
         num_pages = next((at for at, value in enumerate(found) if value is None), len(pages))
+        self.num_pages_read += num_pages
+        self.num_pages_missed += len(pages) - num_pages
         its_tail = self._tail(values[-1]) if tail is not None and num_pages == len(pages) else None
         if not num_pages and its_tail is None:
             return 0
