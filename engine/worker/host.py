@@ -40,6 +40,7 @@ from engine.worker.scheduler_config import SchedulerConfig
 from engine.worker.session import Session, SessionBounds, SessionRefused
 from engine.worker.tiers.hisparse import HiSparseConfig
 from engine.worker.tiers.host_tier import HostTierConfig
+from engine.worker.tiers.metrics import watch_tiers
 from engine.worker.tiers.store_tier import StoreTier
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs

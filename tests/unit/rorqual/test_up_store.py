@@ -117,7 +117,10 @@ def told_to_workers(cluster) -> list[str]:
 def test_a_given_store_reaches_workers_by_the_environment_alone(start_cluster):
     cluster = start_cluster({}, "--redis", URL)
     assert told_to_workers(cluster) == [URL, URL]
-    assert "\n  store cache:6379\n" in cluster.output.read_text()
+    deadline = time.monotonic() + 10  # people are told after programs
+    while "\n  store cache:6379\n" not in cluster.output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_without_one_the_environments_does_not_slip_through(start_cluster):

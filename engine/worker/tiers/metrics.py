@@ -13,8 +13,8 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from engine.worker.host_tier import HostTierState
-from engine.worker.prefix_cache import CacheState
+from engine.worker.cache.prefix_cache import CacheState
+from engine.worker.tiers.host_tier import HostTierState
 
 Value = Callable[[], float]
 
