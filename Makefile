@@ -29,7 +29,7 @@ serve: $(STAMP) ## set up, then serve the demo model: a prefill and a decode wor
 test: $(STAMP) ## set up, then run the CPU suite
 	$(PYTEST) -m "not minutes and not gpu" $(ARGS)
 
-quick: $(STAMP) ## the tests for every commit, under 90 seconds
+quick: $(STAMP) ## the tests for every commit, two to three minutes on two cores
 	$(PYTEST) -m "not slow and not minutes and not gpu" $(ARGS)
 
 minutes: $(STAMP) ## the tests that take minutes

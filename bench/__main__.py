@@ -41,6 +41,10 @@ RACES = {
         "bench.route.command",
         "placement policies over a trace of prompts, on simulated workers (1 minute)",
     ),
+    "scale": (
+        "bench.scale.command",
+        "rules that set replicas over loads on a simulated fleet, beside each other (5 minutes)",
+    ),
     "shadow_radix": (
         "bench.shadow_radix",
         "the index of cached prefixes: keys, match, insertion, eviction a page, beside a dictionary (2 seconds)",

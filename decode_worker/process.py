@@ -12,7 +12,7 @@ from decode_worker.metrics import BorrowingMetrics
 from engine.plan import RankReady
 from engine.worker.host import HostConfig
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.options import add_transfer_options, worker_options, worker_parser
+from engine.worker.options import WorkerOptions, add_transfer_options, worker_options, worker_parser
 from engine.worker.process import serve
 from engine.worker.role import RoleHandler
 from engine.worker.sharing.exposure import Exposure
@@ -24,10 +24,19 @@ from rorqual.clock import SystemClock
 from rorqual.service import check_above_zero, run_service
 from rorqual.session import Role
 from rorqual.telemetry import configure_logging
+from rorqual.tls import TlsFiles
 
 
 def main(argv: list[str]) -> int:
     """Entry of `rorqual decode`; the exit status. Raises RorqualError for what a person can put right."""
+    options, setup, log_level = parse_options(argv)
+    configure_logging(level=log_level)
+    run_service(serve(options, setup))
+    return 0
+
+
+def parse_options(argv: list[str]) -> tuple[WorkerOptions, DecodeSetup, str]:
+    """The options of a command line, and the log level. Raises ConfigError naming the option."""
     parser = worker_parser(
         prog="rorqual decode",
         description="Run one decode worker: it reads the state of computed prompts out of prefill workers' memory and"
@@ -52,22 +61,27 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     options = worker_options(args)
     check_above_zero(args, "records", "transfer_seconds", "call_seconds", "offer_seconds")
-    configure_logging(level=args.log_level)
     setup = DecodeSetup(
         transfer_seconds_max=args.transfer_seconds,
         call_seconds_max=args.call_seconds,
         offer_seconds_max=args.offer_seconds,
+        tls=options.tls,
     )
-    run_service(serve(options, setup))
-    return 0
+    return options, setup, args.log_level
 
 
 class DecodeSetup:
     role = Role.DECODE
 
     def __init__(
-        self, *, transfer_seconds_max: float, call_seconds_max: float, offer_seconds_max: float
+        self,
+        *,
+        transfer_seconds_max: float,
+        call_seconds_max: float,
+        offer_seconds_max: float,
+        tls: TlsFiles | None = None,
     ) -> None:
+        self._tls = tls
         self._transfer_seconds_max = transfer_seconds_max
         self._call_seconds_max = call_seconds_max
         self._offer_seconds_max = offer_seconds_max
@@ -79,7 +93,7 @@ class DecodeSetup:
 
     def make(self, ready: RankReady, config: HostConfig, metrics: WorkerMetrics) -> RoleHandler:
         assert ready.endpoint is not None, "the rank has no engine of transfers"
-        self._lenders = GrpcLenders()
+        self._lenders = GrpcLenders(tls=self._tls)
         borrowing_metrics, clock = BorrowingMetrics(metrics.registry), SystemClock()
         borrower = Borrower(
             BorrowerConfig(

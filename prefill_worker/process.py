@@ -10,7 +10,7 @@ import grpc
 from engine.plan import RankReady
 from engine.worker.host import HostConfig
 from engine.worker.metrics import WorkerMetrics
-from engine.worker.options import add_transfer_options, worker_options, worker_parser
+from engine.worker.options import WorkerOptions, add_transfer_options, worker_options, worker_parser
 from engine.worker.process import serve
 from engine.worker.role import RoleHandler
 from engine.worker.sharing.exposure import Exposure
@@ -26,10 +26,19 @@ from rorqual.errors import ConfigError
 from rorqual.service import check_above_zero, run_service
 from rorqual.session import Role
 from rorqual.telemetry import configure_logging
+from rorqual.tls import TlsFiles
 
 
 def main(argv: list[str]) -> int:
     """Entry of `rorqual prefill`; the exit status. Raises RorqualError for what a person can put right."""
+    options, setup, log_level = parse_options(argv)
+    configure_logging(level=log_level)
+    run_service(serve(options, setup))
+    return 0
+
+
+def parse_options(argv: list[str]) -> tuple[WorkerOptions, PrefillSetup, str]:
+    """The options of a command line, and the log level. Raises ConfigError naming the option."""
     parser = worker_parser(
         prog="rorqual prefill",
         description="Run one prefill worker: it computes prompts, samples the first token, and lends the state to a"
@@ -59,16 +68,19 @@ def main(argv: list[str]) -> int:
             f"--lease-seconds ({args.lease_seconds:g}) must be above --transfer-seconds ({args.transfer_seconds:g}):"
             " no read begins with less of its lease left than it may take"
         )
-    configure_logging(level=args.log_level)
-    setup = PrefillSetup(lease_seconds=args.lease_seconds, transfer_seconds_max=args.transfer_seconds)
-    run_service(serve(options, setup))
-    return 0
+    setup = PrefillSetup(
+        lease_seconds=args.lease_seconds, transfer_seconds_max=args.transfer_seconds, tls=options.tls
+    )
+    return options, setup, args.log_level
 
 
 class PrefillSetup:
     role = Role.PREFILL
 
-    def __init__(self, *, lease_seconds: float, transfer_seconds_max: float) -> None:
+    def __init__(
+        self, *, lease_seconds: float, transfer_seconds_max: float, tls: TlsFiles | None = None
+    ) -> None:
+        self._tls = tls
         self._lease_seconds = lease_seconds
         self._transfer_seconds_max = transfer_seconds_max
         self._server = LendingServer()
@@ -111,7 +123,7 @@ class PrefillSetup:
             endpoint=ready.endpoint,
             endpoints_sent=lending_metrics.endpoints_sent,
         )
-        self._lenders = GrpcLenders()
+        self._lenders = GrpcLenders(tls=self._tls)
         reader = PeerReader(
             PeerReaderConfig(
                 wire_id=ready.wire_id,

@@ -73,6 +73,12 @@ COMMANDS = (
         example="rorqual router --model DIR --worker 127.0.0.1:9000 --worker 127.0.0.1:9001",
     ),
     Command(
+        name="autoscaler",
+        target="autoscaler.process:main",
+        summary="set how many workers each pool has, by what users feel, as a policy says",
+        example="rorqual autoscaler --policy policy.yaml --once --dry-run",
+    ),
+    Command(
         name="checkpoint",
         target="engine.checkpoint.cli:main",
         summary="make, inspect and verify checkpoints",
@@ -85,9 +91,15 @@ COMMANDS = (
         example="rorqual kv stat --url redis://cache:6379",
     ),
     Command(
+        name="doctor",
+        target="rorqual.doctor.process:main",
+        summary="look at machine, model, workers, routers and store, and say what is wrong",
+        example="rorqual doctor --model DIR --worker 127.0.0.1:9000",
+    ),
+    Command(
         name="bench",
         target="bench.__main__:main",
-        summary="races and simulations; `route` compares placement policies on a trace",
+        summary="races and simulations: `route` of placement policies, `scale` of rules that set replicas",
         example="rorqual bench route --trace FILE --workers 8",
     ),
 )

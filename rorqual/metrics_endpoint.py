@@ -1,6 +1,7 @@
-"""A tiny HTTP server for a process whose only HTTP is its metrics: GET /metrics and nothing else.
+"""A tiny HTTP server for a process whose only HTTP is its metrics and probes: GET /metrics, /health and /ready.
 
-Run by `engine.worker.process`. It holds a few connections for a few seconds at most, so a scraper that hangs costs
+Run by `engine.worker.process`. /health answers as long as the process lives, /ready says 503 and why while it takes no
+work. It holds a few connections for a few seconds at most, so a scraper that hangs costs
 nothing. It knows no metric: whoever makes one gives it their registry.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -20,9 +22,11 @@ CONNECTIONS_MAX = 16
 
 
 class MetricsEndpoint:
-    """GET /metrics on a port of its own."""
+    """GET /metrics, /health and /ready on a port of its own. `missing`: why the process takes no work; empty: it does.
+    Its owner may put another one in place."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, missing: Callable[[], str] = lambda: "") -> None:
+        self.missing = missing
         self._registry = registry
         self._server: asyncio.Server | None = None
         self._num_connections = 0
@@ -59,10 +63,19 @@ class MetricsEndpoint:
 
     def _response(self, request: bytes) -> bytes:
         line = request.split(b"\r\n", 1)[0].split(b" ")
-        if len(line) == 3 and line[0] == b"GET" and line[1].split(b"?")[0] == b"/metrics":
-            status, body, kind = "200 OK", generate_latest(self._registry), "text/plain; version=0.0.4"
-        else:
-            status, body, kind = "404 Not Found", b"only GET /metrics is here\n", "text/plain"
+        is_get = len(line) == 3 and line[0] == b"GET"
+        kind = "text/plain"
+        match line[1].split(b"?")[0] if is_get else b"":
+            case b"/metrics":
+                status, body, kind = "200 OK", generate_latest(self._registry), "text/plain; version=0.0.4"
+            case b"/health":
+                status, body = "200 OK", b"ok\n"
+            case b"/ready":
+                missing = self.missing()
+                status = "503 Service Unavailable" if missing else "200 OK"
+                body = f"{missing or 'ready'}\n".encode()
+            case _:
+                status, body = "404 Not Found", b"only GET /metrics, /health and /ready are here\n"
         head = (
             f"HTTP/1.1 {status}",
             f"Content-Type: {kind}",

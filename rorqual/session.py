@@ -17,6 +17,7 @@ from rorqual.feed import FeedItem, Subscribe
 from rorqual.ids import Incarnation, LeaseName, SequenceId, WorkerId
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.sampling import PROMPT_SCORES_MAX, SamplingParams
+from rorqual.usage import Usage
 
 PROTOCOL = 1
 
@@ -55,6 +56,8 @@ class Hello:
 
     protocol: int
     router_id: str
+    observes: bool = False  # an autoscaler: opens nothing, has no share of credit, is told of usage
+    version: str = ""  # of Rorqual, to be told to people: nothing goes by it; empty: not said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +246,7 @@ class Welcome:
     role: Role = Role.BOTH
     wire_id: str = ""  # of the state it lends or reads; empty with Role.BOTH
     credit: Credit | None = None  # with Role.DECODE
+    version: str = ""  # of Rorqual, to be told to people: nothing goes by it; empty: not said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +257,7 @@ class StepReport:
     draining: bool
     credit: Credit | None = None  # with Role.DECODE
     feed: tuple[FeedItem, ...] = ()  # to a router that has subscribed: in order, ITEMS_MAX at most
+    usage: Usage | None = None  # to a session that observes
 
 
 def alternatives_of(pairs: tuple[tuple[int, float], ...]) -> Alternatives:

@@ -3,7 +3,8 @@
 Owns the children's lives and nothing else: it starts them, forwards their log lines, waits until a request
 would be answered, and stops them. It never speaks to the model and never restarts anything: a child's death
 ends the cluster with one clear line, because a supervisor that hides a crash hides the bug. Only the embedded
-store may die: workers go on without one, and that is told. Called by `rorqual.cli` and `rorqual.demo`; which
+store may die: workers go on without one, and that is told. With --autoscale workers come and go instead, as
+`rorqual.up_scaling` says. Called by `rorqual.cli` and `rorqual.demo`; which
 workers there are, and what each is told, is `rorqual.up_options`'; which store, `rorqual.up_store`'s.
 """
 
@@ -27,16 +28,18 @@ from rorqual.console import Console
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.model_config import load_model_config
 from rorqual.processes import Child, describe_exit, start_child, stop_children
-from rorqual.service import remove_ready_file, write_ready_file
+from rorqual.service import end_task, remove_ready_file, write_ready_file
 from rorqual.up_options import (
     UpOptions,
     WorkerPlan,
+    autoscaler_arguments,
     child_environment,
     parse_options,
     plan_workers,
     router_arguments,
     worker_arguments,
 )
+from rorqual.up_scaling import ROLES, WORKERS, LocalPools
 from rorqual.up_store import StorePlan, embedded_url, has_embedded_server, plan_store, store_arguments
 
 READY_POLL_SECONDS = 0.05
@@ -87,7 +90,9 @@ class Supervisor:
         self._stores: list[Child] = []  # one, or none
         self._is_store_missed = False
         self._workers: list[Child] = []
-        self._routers: list[Child] = []
+        self._routers: list[Child] = []  # and the autoscaler, if there is one
+        self._pools: LocalPools | None = None  # with --autoscale; then workers are its
+        self._scaling: asyncio.Task[None] | None = None
         self._runs: dict[Child, asyncio.Task[None]] = {}
         self._signals = _Signals()
 
@@ -109,6 +114,7 @@ class Supervisor:
         return 0
 
     async def _serve(self, folder: Path) -> None:
+        options = self._options
         url = self._store_plan.url
         if self._store_plan.is_embedded:
             url = embedded_url(folder)
@@ -116,11 +122,16 @@ class Supervisor:
         workers = await self._start_workers(folder, store_url=url)
         stores = await self._store_ready(folder)
         addresses = [_text(ready, "address") for ready in workers]
+        if options.autoscale is not None:
+            self._pools = self._hand_over_workers(folder, store_url=url)
+            addresses = []
         router = await self._start_router(folder, addresses=addresses, store_url=url)
         processes = [_pid(router.get("pid"))]
         for ready in (*workers, *stores):
             processes += [_pid(pid) for pid in cast("list[Any]", ready.get("processes") or [])]
         http, grpc = _text(router, "http"), _text(router, "grpc")
+        if self._pools is not None:
+            processes += await self._start_scaling(folder, self._pools, http=http)
         content = {"http": http, "grpc": grpc, "processes": processes}
         write_ready_file(self._options.ready_file, content)
         for line in _banner(self._options, store=self._store_plan, http=http, grpc=grpc):
@@ -159,14 +170,55 @@ class Supervisor:
         keys = folder / "api-keys" if self._options.api_keys else None
         if keys is not None:
             write_api_key_file(keys, self._options.api_keys)
-        arguments = router_arguments(self._options, addresses=addresses, ready_file=file, api_key_file=keys)
+        arguments = router_arguments(
+            self._options,
+            addresses=addresses,
+            ready_file=file,
+            api_key_file=keys,
+            discover=f"file:{folder / WORKERS}" if self._pools is not None else "",
+        )
         self._routers.append(self._start("router", file.stem, arguments, threads=1, store_url=store_url))
         return (await self._ready([file]))[0]
+
+    def _hand_over_workers(self, folder: Path, *, store_url: str) -> LocalPools:
+        """From now on workers come and go, and a death of one ends nothing."""
+        threads = {plan.name.rpartition("-")[0]: plan.threads for plan in self._plans}
+
+        def start(role: str, name: str, ready_file: Path) -> Child:
+            for child in [child for child, task in self._runs.items() if task.done()]:
+                del self._runs[child]  # one of many that have come and gone
+            command = "worker" if role == "both" else role
+            plan = WorkerPlan(name=name, command=command, threads=threads.get(role, 1))
+            arguments = worker_arguments(self._options, plan, ready_file=ready_file)
+            return self._start(command, name, arguments, threads=plan.threads, store_url=store_url)
+
+        pools = LocalPools(folder, start=start, tell=lambda text: self._console.line(f"rorqual up: {text}"))
+        now = asyncio.get_running_loop().time()
+        for plan, child in zip(self._plans, self._workers, strict=True):
+            role = plan.name.rpartition("-")[0]
+            assert role in ROLES
+            pools.adopt(role, child, ready_file=folder / f"{plan.name}.json", now=now)
+        pools.write(now)
+        self._workers = []
+        return pools
+
+    async def _start_scaling(self, folder: Path, pools: LocalPools, *, http: str) -> list[int]:
+        """Start the autoscaler and follow what it wants; its process."""
+        assert self._options.autoscale is not None
+        pools.set_router(http.partition("://")[2])
+        file = folder / "autoscaler.json"
+        arguments = autoscaler_arguments(
+            self._options.autoscale, folder=folder, ready_file=file, log_level=self._options.log_level
+        )
+        self._scaling = asyncio.get_running_loop().create_task(pools.run())
+        self._scaling.add_done_callback(lambda _: self._signals.news.set())
+        self._routers.append(self._start("autoscaler", file.stem, arguments, threads=1))
+        return [_pid((await self._ready([file]))[0].get("pid"))]
 
     def _start(
         self, role: str, name: str, arguments: Sequence[str], *, threads: int, store_url: str = ""
     ) -> Child:
-        number = len(self._stores) + len(self._workers) + len(self._routers)
+        number = len(self._runs)
         child = start_child(
             [*self._program(role), *arguments],
             name=name,
@@ -199,6 +251,8 @@ class Supervisor:
             for child in (*self._workers, *self._routers):
                 if child.exit_status is not None:
                     raise await self._death(child)
+            if self._scaling is not None and self._scaling.done():
+                self._scaling.result()  # it runs until cancelled: what ended it is told
             for child in self._stores:
                 if child.exit_status is not None and not self._is_store_missed:
                     await self._miss_store(child, is_starting=seconds_max is not None)
@@ -236,10 +290,14 @@ class Supervisor:
         last, to which these write what they leave behind."""
         half = self._options.stop_seconds_max / 2
         requests = self._signals.num_requests
+        if self._scaling is not None:
+            # Whatever it would start now would outlive this.
+            await end_task(self._scaling)
+        workers = [child for child in self._runs if child not in (*self._routers, *self._stores)]
         try:
             for children, seconds in (
                 (self._routers, half),
-                (self._workers, half),
+                (workers, half),
                 (self._stores, STORE_STOP_SECONDS_MAX),
             ):
                 # Another Ctrl-C while stopping ends everything at once.
@@ -249,7 +307,7 @@ class Supervisor:
                 for child in late:
                     self._console.line(f"rorqual up: {child.name} did not stop in time and was killed")
         finally:
-            for child in (*self._routers, *self._workers, *self._stores):
+            for child in self._runs:
                 child.kill()
             await asyncio.gather(*self._runs.values())
 
@@ -287,6 +345,8 @@ def _check(options: UpOptions) -> None:
     if not options.model.is_dir():
         raise ConfigError(f"--model {options.model}: no such directory")
     load_model_config(options.model)
+    if options.autoscale is not None and not options.autoscale.is_file():
+        raise ConfigError(f"--autoscale: {options.autoscale}: no such file")
     if options.http_port and options.http_port == options.grpc_port:
         raise ConfigError(f"--http and --grpc are both port {options.http_port}")
     for option, port in (("--http", options.http_port), ("--grpc", options.grpc_port)):

@@ -15,6 +15,7 @@ from rorqual.api_keys import read_api_keys
 from rorqual.errors import ConfigError
 from rorqual.service import STORE_VARIABLE, check_above_zero, format_address, parse_bytes
 from rorqual.telemetry import LOG_LEVELS
+from rorqual.up_scaling import DRAIN_SECONDS_MAX
 
 WORKERS_MAX = 64
 
@@ -77,6 +78,7 @@ class UpOptions:
     placement: str | None = None
     credit_seconds: float | None = None
     hand_over_seconds: float | None = None
+    autoscale: Path | None = None  # a policy: then workers come and go
     api_keys: tuple[str, ...] = ()
     shared_cache_salt: str | None = None
     log_level: str | None = None
@@ -152,6 +154,7 @@ def parse_options(argv: list[str]) -> UpOptions:
         placement=args.placement,
         credit_seconds=args.credit_seconds,
         hand_over_seconds=args.hand_over_seconds,
+        autoscale=args.autoscale,
         api_keys=read_api_keys(args.api_key, args.api_key_file),
         shared_cache_salt=args.shared_cache_salt,
         log_level=args.log_level,
@@ -210,6 +213,7 @@ def child_environment(environment: Mapping[str, str], *, threads: int, store_url
 
 def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path) -> list[str]:
     """The options of one worker; it listens on loopback only."""
+    drain_seconds = options.drain_seconds if options.autoscale is None else DRAIN_SECONDS_MAX
     arguments = ["--model", str(options.model), "--listen", "127.0.0.1:0", "--ready-file", str(ready_file)]
     arguments += ["--worker-id", worker.name, "--threads", str(worker.threads)]
     arguments += _given(
@@ -228,7 +232,7 @@ def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path
         ("--store-ttl-seconds", options.store_ttl_seconds),
         ("--store-tenant-bytes", options.store_tenant_bytes),
         ("--log-level", options.log_level),
-        ("--drain-seconds", options.drain_seconds),
+        ("--drain-seconds", drain_seconds),
         # A worker that does both hands nothing over.
         ("--transfer", None if worker.command == "worker" else options.transfer),
     )
@@ -244,14 +248,22 @@ def worker_arguments(options: UpOptions, worker: WorkerPlan, *, ready_file: Path
 
 
 def router_arguments(
-    options: UpOptions, *, addresses: Sequence[str], ready_file: Path, api_key_file: Path | None
+    options: UpOptions,
+    *,
+    addresses: Sequence[str],
+    ready_file: Path,
+    api_key_file: Path | None,
+    discover: str = "",
 ) -> list[str]:
-    """The options of the router. Keys come in a file: everyone on the machine can read a command line."""
+    """The options of the router, `discover` a source of workers besides `addresses`. Keys come in a file: everyone on
+    the machine can read a command line."""
     arguments = ["--model", str(options.model), "--ready-file", str(ready_file)]
     arguments += ["--http", format_address(options.host, options.http_port)]
     arguments += ["--grpc", format_address(options.host, options.grpc_port)]
     for address in addresses:
         arguments += ["--worker", address]
+    if discover:
+        arguments += ["--discover", discover]
     return arguments + _given(
         ("--served-name", options.served_name),
         ("--log-level", options.log_level),
@@ -263,6 +275,11 @@ def router_arguments(
         ("--api-key-file", api_key_file),
         ("--shared-cache-salt", options.shared_cache_salt),
     )
+
+
+def autoscaler_arguments(policy: Path, *, folder: Path, ready_file: Path, log_level: str | None) -> list[str]:
+    arguments = ["--policy", str(policy), "--target", "local", "--local-folder", str(folder)]
+    return [*arguments, "--ready-file", str(ready_file), *_given(("--log-level", log_level))]
 
 
 def _given(*options: tuple[str, object]) -> list[str]:
@@ -333,6 +350,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_store_options(parser)
     _add_router_options(parser)
     add = parser.add_argument
+    add(
+        "--autoscale",
+        type=Path,
+        metavar="POLICY",
+        help="start an autoscaler that goes by this policy file, and start and stop workers as it says. A pool is"
+        " named as its role (prefill, decode, both); --prefill, --decode and --both are what it begins with",
+    )
     add("--log-level", choices=LOG_LEVELS, help="least severe log line (default info)")
     add(
         "--ready-file",

@@ -46,6 +46,7 @@ from rorqual.session import (
     TokenArray,
     Welcome,
 )
+from rorqual.usage_wire import usage_from_pb, usage_to_pb
 from rorqual.v1 import worker_pb2 as pb
 
 SERVICE = "rorqual.v1.Worker"
@@ -76,7 +77,14 @@ def encode_command(command: Hello | Command) -> bytes:
         case Subscribe():
             message = pb.Command(subscribe=subscribe_to_pb(command))
         case Hello():
-            message = pb.Command(hello=pb.Hello(protocol=command.protocol, router_id=command.router_id))
+            message = pb.Command(
+                hello=pb.Hello(
+                    protocol=command.protocol,
+                    router_id=command.router_id,
+                    observes=command.observes,
+                    version=command.version,
+                )
+            )
     return message.SerializeToString()
 
 
@@ -96,7 +104,12 @@ def decode_command(data: bytes) -> Hello | Command:
         case "subscribe":
             return subscribe_from_pb(message.subscribe)
         case "hello":
-            return Hello(protocol=message.hello.protocol, router_id=message.hello.router_id)
+            return Hello(
+                protocol=message.hello.protocol,
+                router_id=message.hello.router_id,
+                observes=message.hello.observes,
+                version=message.hello.version,
+            )
         case _:
             raise WireError("command is empty or of a kind this version does not know")
 
@@ -321,6 +334,7 @@ def _step_to_pb(report: StepReport) -> pb.StepReport:
         draining=report.draining,
         credit=_credit_to_pb(report.credit),
         feed=[item_to_pb(item) for item in report.feed],
+        usage=usage_to_pb(report.usage),
     )
 
 
@@ -334,6 +348,7 @@ def _step_from_pb(message: pb.StepReport) -> StepReport:
         draining=message.draining,
         credit=_credit_from_pb(message),
         feed=tuple(map(item_from_pb, message.feed)),
+        usage=usage_from_pb(message),
     )
 
 
@@ -440,6 +455,7 @@ def _welcome_to_pb(welcome: Welcome) -> pb.Welcome:
         role=welcome.role.value,
         wire_id=welcome.wire_id,
         credit=_credit_to_pb(welcome.credit),
+        version=welcome.version,
     )
 
 
@@ -465,6 +481,7 @@ def _welcome_from_pb(message: pb.Welcome) -> Welcome:
         role=role,
         wire_id=message.wire_id,
         credit=_credit_from_pb(message),
+        version=message.version,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from rorqual.session import Role
+
 
 class HandOverMetrics:
     """Of sequences that are split: credit, binding, leases."""
@@ -103,6 +105,12 @@ class FleetMetrics(HandOverMetrics, FeedMetrics, StoreMetrics):
         self.workers_connected = Gauge(
             "rorqual_router_workers_connected", "Workers with a session.", registry=registry
         )
+        self.worker_info = Gauge(
+            "rorqual_router_worker_info",
+            "1 for each worker with a session, with its role and the version of Rorqual that it runs.",
+            ["worker", "role", "version"],
+            registry=registry,
+        )
         self.sessions_opened = Counter(
             "rorqual_router_sessions_opened", "Sessions opened.", ["worker"], registry=registry
         )
@@ -162,3 +170,23 @@ class FleetMetrics(HandOverMetrics, FeedMetrics, StoreMetrics):
         self.stages_overdue = Counter(
             "rorqual_router_stages_overdue", "Deadlines missed, by stage.", ["stage"], registry=registry
         )
+
+    def describe_worker(self, address: str, *, role: Role, version: str) -> None:
+        """`version` empty: it does not say."""
+        # An empty label would be none to Prometheus.
+        self.worker_info.labels(address, role.value, version or "unknown").set(1)
+
+    def forget(self, address: str) -> None:
+        """Of this worker nothing is told any more: workers come and go for ever, and series must not pile up."""
+        for metric in (
+            self.credit_sequences,
+            self.credit_pages,
+            self.feed_faults,
+            self.feed_pages,
+            self.sessions_opened,
+            self.sessions_lost,
+            self.sequences_opened,
+            self.sequences_outstanding,
+            self.tokens_outstanding,
+        ):
+            metric.remove_by_labels({"worker": address})

@@ -13,7 +13,7 @@ from rorqual.ids import RequestId
 from rorqual.telemetry import fields
 from router.generation import ChoiceUpdate, Usage
 
-_LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
 
 
 class GatewayMetrics:

@@ -24,6 +24,7 @@ from rorqual.ids import draw_request_id
 from rorqual.sampling import SEED_BITS, SamplingParams
 from rorqual.session import TokenArray
 from rorqual.telemetry import fields
+from rorqual.tls import SERVER_OPTIONS, TlsFiles, TlsKeeper
 from router.admission import Admission, Place, TooManyRequests
 from router.gateway_metrics import GatewayMetrics, RequestMeter
 from router.generation import (
@@ -67,6 +68,7 @@ class GrpcSettings:
     keepalive_reply_seconds_max: float = 10.0
     request_seconds_max: float = 6 * 3600.0
     drain_seconds_max: float = 30.0
+    tls: TlsFiles | None = None
 
 
 class GrpcGateway:
@@ -90,19 +92,24 @@ class GrpcGateway:
         self._server: grpc.aio.Server | None = None
         self._health = HealthService(SERVICE_NAME)
         self._health_task: asyncio.Task[None] | None = None
+        self._is_serving = False  # as health says
 
     async def start(self) -> str:
         """Listen; returns host:port. Raises OSError when the address cannot be had."""
         settings = self._settings
         server = grpc.aio.server(
             maximum_concurrent_rpcs=settings.calls_max,
-            options=_channel_options(settings),
+            options=(*_channel_options(settings), *SERVER_OPTIONS),
         )
         add_generation_service(server, self._generate)
         self._health.add_to(server)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
-            port = server.add_insecure_port(f"{host}:{settings.port}")
+            if settings.tls is None:
+                port = server.add_insecure_port(f"{host}:{settings.port}")
+            else:
+                credentials = TlsKeeper(settings.tls, serves=True).server_credentials()
+                port = server.add_secure_port(f"{host}:{settings.port}", credentials)
         except RuntimeError as error:
             raise OSError(f"gRPC cannot listen on {host}:{settings.port}: {error}") from None
         if port == 0:
@@ -129,13 +136,16 @@ class GrpcGateway:
 
     # --- health: serving while a worker is connected
 
+    async def refresh_health(self) -> None:
+        """Now, and not with the next round: whoever is told that the router is ready finds it so."""
+        ready = self._generator.model() is not None
+        if ready != self._is_serving:
+            self._is_serving = ready
+            await self._health.set_serving(ready)
+
     async def _watch_health(self) -> None:
-        known = False
         while True:
-            ready = self._generator.model() is not None
-            if ready != known:
-                await self._health.set_serving(ready)
-                known = ready
+            await self.refresh_health()
             await asyncio.sleep(HEALTH_SECONDS)
 
     # --- one call

@@ -7,7 +7,7 @@ the workers. Pure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from rorqual.session import Role, Welcome
@@ -24,6 +24,7 @@ class Members:
         self._roles: Counter[Role] = Counter()
         self._roots: Counter[Root] = Counter()
         self._tokens_max: Counter[int] = Counter()
+        self._versions: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._welcomes)
@@ -36,6 +37,7 @@ class Members:
         self._roles[welcome.role] += 1
         self._roots[_root(welcome)] += 1
         self._tokens_max[welcome.sequence_tokens_max] += 1
+        self._versions[welcome.version] += 1
 
     def leave(self, address: str) -> None:
         """Who has not joined is passed over."""
@@ -46,6 +48,7 @@ class Members:
         _take_out(self._roles, welcome.role)
         _take_out(self._roots, _root(welcome))
         _take_out(self._tokens_max, welcome.sequence_tokens_max)
+        _take_out(self._versions, welcome.version)
 
     @property
     def welcomes(self) -> Collection[Welcome]:
@@ -70,6 +73,11 @@ class Members:
     def sequence_tokens_max(self) -> int:
         """That every one of them can serve; there is one at least."""
         return min(self._tokens_max)
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        """Versions of Rorqual that they run, each with the number of them; empty: they do not say."""
+        return self._versions
 
     def missing(self) -> str:
         """Which worker must connect before a request can be answered; empty when it can."""

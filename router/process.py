@@ -4,7 +4,8 @@ Owns the life of a router: options, the prompt side, the fleet, the dispatcher a
 readiness and the orderly end. It never imports torch or the engine.
 
 Exit status: 0 after SIGTERM or SIGINT, 1 with one clear line for a port in use, a bad model directory, or
-when no workers could be reached that answer a request between them.
+when no workers could be reached that answer a request between them. With --discover it waits for these instead, not
+ready.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kvstore.store.address import parse_address as parse_store_address
 from kvstore.store.finder import StoreFinder
 from rorqual.api_keys import read_api_keys
 from rorqual.clock import Clock, SystemClock
+from rorqual.discovery import SourceSpec, make_source, parse_source
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.model_config import load_model_config
 from rorqual.performance import FLASH, HARDWARE, model_costs
@@ -41,8 +43,10 @@ from rorqual.service import (
     write_ready_file,
 )
 from rorqual.telemetry import add_log_options, configure_logging, fields
+from rorqual.tls import TlsFiles, add_gateway_tls_options, add_tls_options, read_gateway_tls, read_tls
 from router.admission import Admission
 from router.dispatch import ChoiceTextLike, DispatchConfig, Dispatcher
+from router.finding import WORKERS_MAX, Finding, FindingMetrics
 from router.fleet import Fleet, FleetConfig
 from router.fleet_metrics import FleetMetrics
 from router.gateway.server import HttpGateway, HttpSettings
@@ -60,7 +64,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOptions:
-    workers: tuple[str, ...]
+    workers: tuple[str, ...]  # these stay
+    discover: tuple[SourceSpec, ...] = ()  # these name others that come and go
     model: Path  # for its tokenizer and prompt texts; weights are the workers'
     served_name: str = ""  # empty: the model directory's name
     http: tuple[str, int] = ("127.0.0.1", 8000)
@@ -85,6 +90,8 @@ class RouterOptions:
     hand_over_seconds_max: float = 30.0
     next_token_seconds_max: float = 120.0
     drain_seconds_max: float = 30.0
+    tls: TlsFiles | None = None  # towards workers
+    gateway_tls: TlsFiles | None = None  # towards clients
 
 
 def main(argv: list[str]) -> int:
@@ -104,10 +111,14 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
     workers = tuple(format_address(*parse_address(text, option="--worker")) for text in args.worker)
     if len(set(workers)) != len(workers):
         raise ConfigError("--worker names the same address twice")
+    discover = tuple(parse_source(text, option="--discover") for text in dict.fromkeys(args.discover))
+    if not workers and not discover:
+        raise ConfigError("a router needs workers: give --worker HOST:PORT or --discover SOURCE")
     if args.store and args.store != "none":
         parse_store_address(args.store)  # what is wrong with it is told at once, without the password
     options = RouterOptions(
         workers=workers,
+        discover=discover,
         model=args.model,
         served_name=args.served_name,
         http=parse_address(args.http, option="--http"),
@@ -132,6 +143,8 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
         hand_over_seconds_max=args.hand_over_seconds,
         next_token_seconds_max=args.next_token_seconds,
         drain_seconds_max=args.drain_seconds,
+        tls=read_tls(args, serves=False),
+        gateway_tls=read_gateway_tls(args),
     )
     return options, args.log_level
 
@@ -145,17 +158,24 @@ async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
     prompts = PromptEncoder.from_model_dir(options.model)
     registry = CollectorRegistry()
     fleet, dispatcher = build_dispatcher(options, prompts=prompts, registry=registry, clock=clock)
-    http, grpc = _gateways(options, dispatcher, prompts=prompts, registry=registry, clock=clock)
-    keeping_sessions = asyncio.create_task(_keep(fleet, dispatcher.store))
+    finding = Finding(
+        [make_source(spec) for spec in options.discover], fleet=fleet, metrics=FindingMetrics(registry)
+    )
+    http, grpc = _gateways(
+        options, dispatcher, finding=finding, prompts=prompts, registry=registry, clock=clock
+    )
+    keeping_sessions = asyncio.create_task(_keep(fleet, finding, dispatcher.store))
     try:
         http_url = await _listen(http.start(), option="--http", address=options.http)
         grpc_address = await _listen(grpc.start(), option="--grpc", address=options.grpc)
         log.info("started to listen %s", fields(http=http_url, grpc=grpc_address))
-        await until_first(_until_connected(fleet, options), keeping_sessions, signals.stop.wait())
+        connecting = finding.until_connected(seconds_max=options.start_seconds_max)
+        await until_first(connecting, keeping_sessions, grpc.watch(), signals.stop.wait())
         _raise_if_ended(keeping_sessions)
         if not signals.stop.is_set():
-            if fleet.missing():
+            if fleet.missing() and not options.discover:
                 raise _no_worker(fleet, options)
+            await grpc.refresh_health()
             write_ready_file(options.ready_file, {"http": http_url, "grpc": grpc_address, "pid": os.getpid()})
             log.info("became ready %s", fields(http=http_url, grpc=grpc_address))
             _freeze_what_stays()
@@ -183,7 +203,7 @@ def build_dispatcher(
     metrics = FleetMetrics(registry)
     fleet = Fleet(
         addresses=options.workers,
-        transport=GrpcTransport(silence_seconds_max=options.silence_seconds_max),
+        transport=GrpcTransport(silence_seconds_max=options.silence_seconds_max, tls=options.tls),
         config=FleetConfig(
             connect_seconds_max=options.connect_seconds_max,
             silence_seconds_max=options.silence_seconds_max,
@@ -193,6 +213,7 @@ def build_dispatcher(
         metrics=metrics,
         router_id=f"router-{os.getpid()}",
         randomness=random.Random(),
+        workers_max=WORKERS_MAX if options.discover else 0,
     )
 
     def make_texts(generation: Generation) -> Sequence[ChoiceTextLike]:
@@ -237,10 +258,11 @@ def _store(
     )
 
 
-async def _keep(fleet: Fleet, store: StoreKnowledge | None) -> None:
-    """Sessions, and the connection to the store. Ends only by being cancelled, or by a bug."""
+async def _keep(fleet: Fleet, finding: Finding, store: StoreKnowledge | None) -> None:
+    """Sessions, the search for workers, and the connection to the store. Ends only by being cancelled, or by a bug."""
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(fleet.run())
+        tasks.create_task(finding.run())
         if store is not None:
             tasks.create_task(store.run())
 
@@ -258,6 +280,7 @@ def _gateways(
     options: RouterOptions,
     dispatcher: Dispatcher,
     *,
+    finding: Finding,
     prompts: PromptEncoder,
     registry: CollectorRegistry,
     clock: Clock,
@@ -274,10 +297,12 @@ def _gateways(
             api_keys=options.api_keys,
             shared_cache_salt=options.shared_cache_salt,
             drain_seconds_max=options.drain_seconds_max,
+            tls=options.gateway_tls,
         ),
         metrics=metrics,
         admission=admission,
         clock=clock,
+        missing=finding.missing,
     )
     grpc = GrpcGateway(
         generator=dispatcher,
@@ -288,6 +313,7 @@ def _gateways(
             api_keys=options.api_keys,
             shared_cache_salt=options.shared_cache_salt,
             drain_seconds_max=options.drain_seconds_max,
+            tls=options.gateway_tls,
         ),
         metrics=metrics,
         admission=admission,
@@ -303,15 +329,6 @@ async def _listen(start: Awaitable[str], *, option: str, address: tuple[str, int
         raise ConfigError(
             f"{option}: cannot listen on {format_address(*address)}: {error.strerror or error}"
         ) from None
-
-
-async def _until_connected(fleet: Fleet, options: RouterOptions) -> None:
-    try:
-        async with asyncio.timeout(options.start_seconds_max):
-            while fleet.missing():
-                await fleet.wait_for_change()
-    except TimeoutError:
-        pass  # the caller sees what is missing
 
 
 def _no_worker(fleet: Fleet, options: RouterOptions) -> RorqualError:
@@ -365,9 +382,18 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--worker",
         action="append",
-        required=True,
+        default=[],
         metavar="HOST:PORT",
-        help="a worker of any role; repeatable",
+        help="a worker of any role, for as long as the router runs; repeatable",
+    )
+    add(
+        "--discover",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="where other workers are named, that come and go: static:HOST:PORT,..., dns:NAME:PORT,"
+        " file:PATH?pool=NAME, or kubernetes:NAMESPACE?selector=LABELS&port=NAME (EndpointSlices; NAMESPACE may be left"
+        " out: this pod's). The router then does not end without workers but is not ready. Repeatable",
     )
     add("--model", type=Path, required=True, metavar="DIR", help="model directory, for its tokenizer")
     add("--served-name", default="", metavar="NAME", help="model name in the API (default: the directory's)")
@@ -396,6 +422,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_placement_options(parser)
     _add_split_options(parser)
     _add_deadlines(parser)
+    add_tls_options(parser)
+    add_gateway_tls_options(parser)
     return parser
 
 
@@ -464,7 +492,7 @@ def _add_deadlines(parser: argparse.ArgumentParser) -> None:
             option, type=float, default=seconds, metavar="S", help=f"{text} (default {seconds:g})"
         )
 
-    add("--start-seconds", 30.0, "until workers are reached that can answer a request")
+    add("--start-seconds", 30.0, "until workers are reached; with --discover it only tells what is missing")
     add("--connect-seconds", 10.0, "for a worker to welcome us; then it is tried again")
     add("--silence-seconds", 8.0, "without a word from a worker, which reports every second; then it is lost")
     add("--place-seconds", 10.0, "a request waits while no worker is connected that could serve it")

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from rorqual.session import Command, Hello, StepReport, Welcome
+from rorqual.tls import TlsFiles, TlsKeeper, explain_unreachable
 from rorqual.wire import MESSAGE_BYTES_MAX, SESSION_PATH, WireError, decode_report, encode_command
 from router.worker_link import SessionLost
 
@@ -26,9 +27,10 @@ _OPTIONS = (
 
 
 class GrpcTransport:
-    def __init__(self, *, silence_seconds_max: float) -> None:
+    def __init__(self, *, silence_seconds_max: float, tls: TlsFiles | None = None) -> None:
         """A worker whose host vanished, or that stands still, answers no ping: the connection is given up then, but
         not before the fleet gives up a session without reports. Workers take offence at more pings than these."""
+        self._tls = None if tls is None else TlsKeeper(tls, serves=False)
         third_ms = max(5_000, int(silence_seconds_max * 1e3 / 3))
         self._options = (
             *_OPTIONS,
@@ -38,16 +40,25 @@ class GrpcTransport:
         )
 
     async def connect(self, address: str) -> GrpcChannel:
-        return GrpcChannel(address, options=self._options)
+        return GrpcChannel(address, options=self._options, tls=self._tls)
 
 
 class GrpcChannel:
     """One session stream on a connection of its own."""
 
-    def __init__(self, address: str, *, options: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self, address: str, *, options: Sequence[tuple[str, int]], tls: TlsKeeper | None = None
+    ) -> None:
         self._address = address
         # Any: the stubs of grpc do not know that a stream can be used by read and write.
-        self._channel: Any = grpc.aio.insecure_channel(address, options=options)
+        self._channel: Any
+        self._is_tls = tls is not None
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(
+                address, tls.client_credentials(), options=(*options, *tls.client_options())
+            )
         self._call: Any = self._channel.stream_stream(SESSION_PATH, None, None)()
 
     async def send(self, command: Hello | Command) -> None:
@@ -77,5 +88,7 @@ class GrpcChannel:
         else:
             # The stream has ended: its status is there, or about to be.
             code, details = await self._call.code(), await self._call.details()
+        if code is grpc.StatusCode.UNAVAILABLE and details:
+            details = explain_unreachable(details, is_tls=self._is_tls)
         said = f": {details}" if details else ""
         return SessionLost(f"{self._address}: the session ended with {code.name}{said}")

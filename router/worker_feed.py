@@ -27,7 +27,7 @@ RESUBSCRIBE_SECONDS_MAX = 30.0
 class WorkerFeed:
     def __init__(self, content: WorkerContent, *, address: str, metrics: FleetMetrics) -> None:
         self.reader = FeedReader(content)
-        self._content = content
+        self.content = content
         self._address = address
         self._metrics = metrics
         self._lost = asyncio.Event()
@@ -37,7 +37,7 @@ class WorkerFeed:
     @property
     def index(self) -> WorkerIndex:
         """The worker's place in the picture."""
-        return self._content.index
+        return self.content.index
 
     def begin(self, incarnation: Incarnation) -> Subscribe:
         """A session has begun: what to ask for."""

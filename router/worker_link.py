@@ -18,6 +18,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rorqual import __version__
 from rorqual.errors import Overloaded, RorqualError
 from rorqual.ids import SequenceId
 from rorqual.session import (
@@ -120,6 +121,7 @@ class WorkerLink:
     def __init__(self, owner: Owner, address: str) -> None:
         self.welcome: Welcome | None = None
         self.failure = ""  # of the last attempt
+        self.stays = True  # while there is no session, too
         self._address = address
         self._session_number = 0  # over all workers; 0 before the first
         self._owner = owner
@@ -153,8 +155,8 @@ class WorkerLink:
         return self._session_number
 
     async def run(self) -> None:
-        """Keep a session up, for as long as the router runs. One that welcomes us and is gone at once is as
-        bad as one that cannot be reached, and is left alone for as long."""
+        """Keep a session up, for as long as the router runs, or until one is over while the worker is not to stay. One
+        that welcomes us and is gone at once is as bad as one that cannot be reached, and is left alone for as long."""
         num_failures = 0
         told = ""  # in the log, of the failures since the last session
         loop = asyncio.get_running_loop()
@@ -174,7 +176,17 @@ class WorkerLink:
             else:
                 log.debug("failed to connect %s", fields(worker=self._address, error=self.failure))
             self._lose()
+            if not self.stays:
+                return
             await asyncio.sleep(self._backoff_seconds(num_failures))
+
+    def leave(self) -> None:
+        """Give back the row and the place in the picture, once `run` has ended. The link is of no use afterwards."""
+        assert self.welcome is None, "a worker was forgotten that has a session"
+        assert not self._sequences, "a worker was forgotten that has sequences"
+        self._owner.table.leave(self._row)
+        self._owner.picture.leave(self.feed.content)
+        self._owner.metrics.forget(self._address)
 
     def open(self, request: SequenceRequest, *, sink: Sink, tag: int) -> RemoteSequence:
         """Raises Overloaded when a bound is reached or the worker is not connected."""
@@ -277,7 +289,8 @@ class WorkerLink:
         seconds = self._owner.config.connect_seconds_max
         try:
             async with asyncio.timeout(seconds):
-                await channel.send(Hello(protocol=PROTOCOL, router_id=self._owner.router_id))
+                hello = Hello(protocol=PROTOCOL, router_id=self._owner.router_id, version=__version__)
+                await channel.send(hello)
                 welcome = await channel.receive()
         except TimeoutError:
             self._owner.metrics.stages_overdue.labels("connect").inc()
@@ -306,6 +319,7 @@ class WorkerLink:
         self._send(self.feed.begin(welcome.incarnation))
         self._note_pages()
         self._owner.metrics.sessions_opened.labels(self._address).inc()
+        self._owner.metrics.describe_worker(self._address, role=welcome.role, version=welcome.version)
         log.info(
             "connected to a worker %s",
             fields(
@@ -313,6 +327,7 @@ class WorkerLink:
                 role=welcome.role.value,
                 id=welcome.worker_id,
                 incarnation=f"{welcome.incarnation:x}",
+                version=welcome.version or None,
             ),
         )
         self._owner.announce_change()
@@ -470,6 +485,7 @@ class WorkerLink:
         assert self._prompt_tokens_outstanding == 0, "a prompt is outstanding on a session that is over"
         assert self._prompt_tokens_sent == 0, "a prompt is outstanding on a session that is over"
         if was_connected:
+            self._owner.metrics.worker_info.remove_by_labels({"worker": self._address})
             self._owner.announce_change()
 
     def _backoff_seconds(self, num_failures: int) -> float:

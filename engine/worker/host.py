@@ -42,6 +42,7 @@ from engine.worker.tiers.hisparse import HiSparseConfig
 from engine.worker.tiers.host_tier import HostTierConfig
 from engine.worker.tiers.metrics import watch_tiers
 from engine.worker.tiers.store_tier import StoreTier
+from engine.worker.usage import UsageLedger
 from kvstore.pages import pages_for
 from kvstore.shadow_radix import Costs
 from kvstore.store.contract import WritePolicy
@@ -67,9 +68,7 @@ log = logging.getLogger(__name__)
 
 
 class RankLink(Protocol):
-    """The host's view of its rank. `send` queues and never blocks; `receive` raises RorqualError when the
-    rank is gone.
-    """
+    """The host's view of its rank. `send` queues and never blocks; `receive` raises RorqualError when it is gone."""
 
     def send(self, message: ToRank) -> None: ...
 
@@ -114,6 +113,7 @@ class Host:
             make_policy(config.drafts, drafts_max=ready.drafts_max),
         )
         self._feed = CacheFeed(self._scheduler.cache, incarnation=config.incarnation, metrics=metrics)
+        self.usage = UsageLedger()  # of all sessions
         self._sessions: set[Session] = set()
         self._owners: dict[SequenceKey, _Owner] = {}
         self._next_key = 1
@@ -166,6 +166,10 @@ class Host:
         return self._scheduler.is_idle and self._handler.is_idle
 
     @property
+    def _num_sharing(self) -> int:
+        return sum(not session.observes for session in self._sessions)
+
+    @property
     def scheduler(self) -> Scheduler:
         """For the role handler."""
         return self._scheduler
@@ -188,22 +192,21 @@ class Host:
         )
 
     def credit(self, session: Session) -> Credit | None:
-        return self._handler.credit(num_sessions=len(self._sessions), keys=session.keys.values())
+        return self._handler.credit(num_sessions=self._num_sharing, keys=session.keys.values())
 
-    def connect(self, router_id: str) -> Session:
-        """A new session. Raises SessionRefused when there are too many."""
+    def connect(self, router_id: str, *, observes: bool = False, version: str = "") -> Session:
+        """A new session; the router's version is for the log. Raises SessionRefused when there are too many."""
         if len(self._sessions) >= self.config.sessions_max:
             raise SessionRefused(f"worker has {len(self._sessions)} sessions already")
-        session = Session(self, router_id, bounds=self.config, metrics=self.metrics)
+        session = Session(self, router_id, bounds=self.config, metrics=self.metrics, observes=observes)
         self._sessions.add(session)
         self.metrics.sessions.inc()
-        log.info("opened a session %s", fields(router=router_id))
+        log.info("opened a session %s", fields(router=router_id, version=version or None))
         return session
 
     async def run(self) -> None:
-        """Plan, send, receive, report; returns only by raising: RorqualError when the rank is lost, after
-        every open sequence has been given its error report.
-        """
+        """Plan, send, receive, report; returns only by raising: RorqualError when the rank is lost, after every open
+        sequence has been given its error report."""
         work: list[Coroutine[Any, Any, None]] = [
             self._handler.run(),  # first, since the others call the handler
             self._plan_when_there_is_work(),
@@ -225,9 +228,8 @@ class Host:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def drain(self, *, seconds_max: float) -> bool:
-        """Take no more sequences, let the open ones finish; after the deadline the rest end with an error.
-        True when all of them finished.
-        """
+        """Take no more sequences, let the open ones finish; after the deadline the rest end with an error. True when
+        all of them finished."""
         self._draining = True
         self.metrics.draining.set(1)
         log.info("started to drain %s", fields(sequences=len(self._owners)))
@@ -268,7 +270,7 @@ class Host:
             load=self.load(),
             role=self._handler.role,
             wire_id=ready.wire_id,
-            credit=self._handler.credit(num_sessions=len(self._sessions), keys=()),
+            credit=self._handler.credit(num_sessions=self._num_sharing, keys=()),
         )
 
     def open(self, session: Session, command: Open) -> None:
@@ -487,9 +489,8 @@ class Host:
             self._drop(key, "session_ended")
 
     def _fail_all(self, text: str) -> None:
-        """Give every open sequence its error report. The scheduler is told too: at a drain deadline the
-        rank is well and its pages come back.
-        """
+        """Give every open sequence its error report. The scheduler is told too: at a drain deadline the rank is well
+        and its pages come back."""
         self._failure = text
         reports: dict[Session, list[SequenceReport]] = {}
         self._scheduler.cancel_all(self._owners)

@@ -20,6 +20,7 @@ from rorqual.errors import ConfigError
 from rorqual.model_config import PAGE_TOKENS
 from rorqual.service import STORE_VARIABLE, check_above_zero, parse_address, parse_bytes
 from rorqual.telemetry import add_log_options
+from rorqual.tls import TlsFiles, add_tls_options, read_tls
 
 STORE_HOST_BYTES = 256 * 1024 * 1024
 """Of host memory where there is a store and nothing is said: what is written and read passes through it."""
@@ -67,6 +68,7 @@ class WorkerOptions:
     num_hot_buffers: int = 0  # sequences that may be spilled at once
     num_hot_rows: int | None = None  # of each, in each layer
     num_thin_pages: int | None = None
+    tls: TlsFiles | None = None  # of sessions and lending
 
 
 def parse_options(argv: list[str]) -> tuple[WorkerOptions, str]:
@@ -82,6 +84,10 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
     check_above_zero(
         args, "records", "pages", "slots", "prefill_tokens", "threads", "drain_seconds", "step_seconds"
     )
+    if args.nodes != 1:
+        raise ConfigError(f"--nodes must be 1, not {args.nodes}: a worker cannot span several machines yet")
+    if args.node != 0:
+        raise ConfigError(f"--node must be 0 with --nodes 1, not {args.node}")
     if args.prefill_tokens % PAGE_TOKENS:
         raise ConfigError(f"--prefill-tokens must be a multiple of {PAGE_TOKENS}, not {args.prefill_tokens}")
     if args.exact and args.threads > 1:
@@ -125,6 +131,7 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         num_hot_buffers=args.hot_buffers,
         num_hot_rows=args.hot_rows,
         num_thin_pages=args.thin_pages,
+        tls=read_tls(args, serves=True),
     )
 
 
@@ -223,8 +230,19 @@ def worker_parser(
     add("--worker-id", default="", metavar="NAME", help="name in logs (default: host name and process id)")
     add("--drain-seconds", type=float, default=30.0, metavar="S", help="for running sequences at the end")
     add("--step-seconds", type=float, default=600.0, metavar="S", help="deadline of one step of the rank")
+    _add_node_options(parser)
+    add_tls_options(parser)
     add_log_options(parser)
     return parser
+
+
+def _add_node_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several machines", "One worker on several machines: not there yet.")
+    group.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="machines of this worker; only 1 works"
+    )
+    group.add_argument("--node", type=int, default=0, metavar="I", help="number of this machine, from 0")
+    group.add_argument("--leader", default="", metavar="ADDRESS", help="of machine 0")
 
 
 def _add_hot_options(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import grpc
 
 from engine.plan import RankFailed, RankProgress, RankReady, RankSettings
+from engine.worker.compile_caches import unusable_caches
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.options import WorkerOptions, parse_options
@@ -100,9 +101,12 @@ async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
         raise ConfigError(f"--model: {options.model / 'config.json'}: no such file")
     if options.store is not None:
         parse_store_address(options.store.url)  # what is wrong with it is told before weights are read
+    for line in unusable_caches(os.environ):
+        log.warning("cannot keep compiled kernels where they were to be kept %s", fields(cache=line))
     signals = StopSignals()
     metrics = WorkerMetrics()
-    server, endpoint = SessionServer(services=setup.services()), MetricsEndpoint(metrics.registry)
+    server = SessionServer(services=setup.services(), tls=options.tls)
+    endpoint = MetricsEndpoint(metrics.registry, missing=lambda: "the model is being loaded")
     config = _host_config(options)
     rank: RankProcess | None = None
     try:
@@ -128,6 +132,7 @@ async def serve(options: WorkerOptions, setup: RoleSetup | None = None) -> None:
         gc.collect()
         gc.freeze()
         await server.attach(host)
+        endpoint.missing = lambda: "the worker is draining" if host.draining else ""
         ready_content = {"address": address, "metrics": metrics_url, "processes": [os.getpid(), rank.pid]}
         write_ready_file(options.ready_file, ready_content)
         log.info("became ready %s", fields(address=address, metrics=metrics_url))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine.worker.cache.feed import FeedCursor
 from engine.worker.events import SequenceKey
 from engine.worker.metrics import WorkerMetrics
+from engine.worker.usage import UsageLedger, UsageMeter
 from rorqual.errors import RorqualError
 from rorqual.feed import FeedItem, Subscribe
 from rorqual.ids import SequenceId
@@ -57,6 +58,9 @@ class SessionHost(Protocol):
     @property
     def draining(self) -> bool: ...
 
+    @property
+    def usage(self) -> UsageLedger: ...
+
     def load(self) -> Load: ...
 
     def credit(self, session: Session) -> Credit | None: ...
@@ -81,9 +85,16 @@ class Session:
     """
 
     def __init__(
-        self, host: SessionHost, router_id: str, *, bounds: SessionBounds, metrics: WorkerMetrics
+        self,
+        host: SessionHost,
+        router_id: str,
+        *,
+        bounds: SessionBounds,
+        metrics: WorkerMetrics,
+        observes: bool = False,
     ) -> None:
         self.router_id = router_id
+        self.observes = observes  # it has no share of credit, opens nothing, and is told of usage
         self.keys: dict[SequenceId, SequenceKey] = {}  # kept by the host
         self.flushed = asyncio.Event()  # everything pushed has been taken, and more was asked for
         self._host = host
@@ -96,11 +107,15 @@ class Session:
         self._feed: FeedCursor | None = None
         self._feed_due: asyncio.TimerHandle | None = None
         self._number = 0
+        self._meter = UsageMeter(host.usage)
+        self._usage = host.usage.follow() if observes else None
         self.closed_because = ""
         self.closed = asyncio.Event()
 
     def submit(self, command: Command) -> None:
         """Raises SessionRefused when the router breaks a rule; the session is then to be closed."""
+        if self.observes:
+            raise SessionRefused("a session that observes may ask for nothing")
         match command:
             case Open():
                 if command.sequence_id in self._open_ids:
@@ -108,6 +123,7 @@ class Session:
                 if len(self._open_ids) >= self._bounds.session_sequences_max:
                     raise SessionRefused(f"session has {len(self._open_ids)} sequences open already")
                 self._open_ids.add(command.sequence_id)
+                self._meter.opened(command, now=asyncio.get_running_loop().time())
                 self._host.open(self, command)
             case Cancel():
                 self._host.cancel(self, command.sequence_id)
@@ -140,6 +156,7 @@ class Session:
             draining=self._host.draining,
             credit=self._host.credit(self),
             feed=feed,
+            usage=None if self._usage is None else self._usage.take(),
         )
 
     def close(self) -> None:
@@ -148,14 +165,17 @@ class Session:
         self._num_values = 0
         self._feed = None
         self._cancel_feed_timer()
+        if self._usage is not None:
+            self._host.usage.forget(self._usage)
         self.flushed.set()
         self.closed.set()
         self._host.forget(self)
 
-    def push(self, reports: Iterable[SequenceReport]) -> None:
+    def push(self, reports: Sequence[SequenceReport]) -> None:
         """From the host, once per step."""
         if self.closed.is_set():
             return
+        self._meter.saw(reports, now=asyncio.get_running_loop().time())
         for report in reports:
             self._outbox.append(report)
             self._num_values += report.num_values

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,11 +19,13 @@ import grpc.aio
 
 from engine.worker.host import Host
 from engine.worker.session import Session, SessionRefused
+from rorqual import __version__
 from rorqual.errors import ConfigError
 from rorqual.grpc_health import HealthService
 from rorqual.service import format_address
 from rorqual.session import PROTOCOL, Hello, StepReport, Welcome
 from rorqual.telemetry import fields
+from rorqual.tls import SERVER_OPTIONS, TlsFiles, TlsKeeper
 from rorqual.wire import MESSAGE_BYTES_MAX, SERVICE, SESSION_METHOD, WireError, decode_command, encode_report
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),  # the deadline of a keepalive ping in current gRPC
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    *SERVER_OPTIONS,
 )
 
 ServicerContext = grpc.aio.ServicerContext[bytes, bytes]
@@ -59,8 +63,10 @@ class SessionServer:
         *,
         write_seconds_max: float = WRITE_SECONDS_MAX,
         services: Sequence[grpc.GenericRpcHandler[Any, Any]] = (),
+        tls: TlsFiles | None = None,
     ) -> None:
-        """`services` are what the worker's role answers beside the session."""
+        """`services` are what the worker's role answers beside the session. Raises ConfigError about `tls`."""
+        self._tls = None if tls is None else TlsKeeper(tls, serves=True)
         self._write_seconds_max = write_seconds_max
         self._host: Host | None = None
         self._stopping = asyncio.Event()
@@ -77,7 +83,10 @@ class SessionServer:
         """Bind (0: any port), answer health with NOT_SERVING, return "host:port". Raises ConfigError."""
         wanted = format_address(host, port)
         try:
-            bound = self._server.add_insecure_port(wanted)
+            if self._tls is None:
+                bound = self._server.add_insecure_port(wanted)
+            else:
+                bound = self._server.add_secure_port(wanted, self._tls.server_credentials())
         except RuntimeError:
             raise ConfigError(
                 f"--listen: cannot listen on {wanted}: in use, or not an address of this machine"
@@ -102,17 +111,20 @@ class SessionServer:
 
     async def _serve_session(self, _requests: AsyncIterator[bytes], context: ServicerContext) -> None:
         """One session, from Hello to whatever ends it; gRPC cancels this when the router goes away."""
+        # First of all, whatever comes of it: to a router whose Hello is still on its way the end of the call is not the
+        # one that it is told, but an internal error of its gRPC.
+        hello = await self._read_hello(context)
         if self._host is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "worker is loading")
-        hello = await self._read_hello(context)
         try:
-            session = self._host.connect(hello.router_id)
+            session = self._host.connect(hello.router_id, observes=hello.observes, version=hello.version)
         except SessionRefused as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         try:
             # Alone, or an abort before the first message is out would have to send it again, and fail.
             await context.send_initial_metadata(())
-            await self._run(session, context, welcome=self._host.welcome())
+            welcome = replace(self._host.welcome(), version=__version__)
+            await self._run(session, context, welcome=welcome)
         finally:
             session.close()
 

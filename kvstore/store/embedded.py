@@ -30,6 +30,7 @@ from typing import Self
 
 from rorqual.errors import RorqualError
 from rorqual.processes import PARENT_POLL_SECONDS, describe_exit, die_with_parent
+from rorqual.service import format_address
 
 READY_SECONDS_MAX = 10.0
 STOP_SECONDS_MAX = 5.0
@@ -58,16 +59,19 @@ class EmbeddedServer:
         port: int = 0,
         socket_file: Path | None = None,
         settings: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
         password: str | None = None,
         binary: Path | None = None,
     ) -> None:
-        """`port` 0 takes a free one; with `socket_file` there is no port. `settings` are more lines of the server's
-        configuration, which win. `password` is drawn if none is given. `binary` is another server to run. Raises
-        EmbeddedFailed where there is none."""
+        """`port` 0 takes a free one; with `socket_file` there is no port. `host` is an address of this machine: another
+        than the loopback's lets others in. `settings` are more lines of the server's configuration, which win.
+        `password` is drawn if none is given. `binary` is another server to run. Raises EmbeddedFailed where there is
+        none."""
         self.url = ""
         self.port = port
         self.log = b""
         self._wants_port = port
+        self._host = host
         self._socket_file = socket_file
         self._memory_bytes = memory_bytes
         self._settings = dict(settings or {})
@@ -138,13 +142,13 @@ class EmbeddedServer:
             self._process.stdin.close()
         credentials = f":{self._password}@"
         if self._socket_file is None:
-            self.url = f"redis://{credentials}127.0.0.1:{self.port}"
+            self.url = f"redis://{credentials}{format_address(self._host, self.port)}"
         else:
             self.url = f"unix://{credentials}{self._socket_file}"
 
     def _configuration(self) -> bytes:
         settings = {
-            "bind": "127.0.0.1",
+            "bind": self._host,
             "port": str(self.port if self._socket_file is None else 0),
             "requirepass": self._password,
             "maxmemory": str(self._memory_bytes),
@@ -170,8 +174,9 @@ class EmbeddedServer:
 
     def _answers(self) -> bool:
         """Whether who answers is ours: it takes our password."""
-        family = socket.AF_INET if self._socket_file is None else socket.AF_UNIX
-        target = ("127.0.0.1", self.port) if self._socket_file is None else str(self._socket_file)
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        family = family if self._socket_file is None else socket.AF_UNIX
+        target = (self._host, self.port) if self._socket_file is None else str(self._socket_file)
         with socket.socket(family, socket.SOCK_STREAM) as link:
             link.settimeout(1.0)
             try:

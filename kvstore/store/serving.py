@@ -23,10 +23,10 @@ LOOPBACK = ("127.0.0.1", "localhost")
 _POLL_SECONDS = 0.1
 
 
-def serve(url: str, *, memory_bytes: int, ready_file: Path | None) -> None:
+def serve(url: str, *, memory_bytes: int, ready_file: Path | None, network: bool = False) -> None:
     """Until SIGTERM or SIGINT. Raises RorqualError when the server cannot start, or ends by itself. `ready_file` gets
-    the ids of both processes once it answers."""
-    server = _server(url, memory_bytes=memory_bytes)
+    the ids of both processes once it answers. `network`: the URL may name any address of this machine."""
+    server = _server(url, memory_bytes=memory_bytes, network=network)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
@@ -43,7 +43,7 @@ def serve(url: str, *, memory_bytes: int, ready_file: Path | None) -> None:
         server.stop()
 
 
-def _server(url: str, *, memory_bytes: int) -> EmbeddedServer:
+def _server(url: str, *, memory_bytes: int, network: bool) -> EmbeddedServer:
     """Raises ConfigError, which never shows the password, and EmbeddedFailed."""
     address = parse_address(url)
     options, password = address.options, address.options.get("password")
@@ -53,11 +53,13 @@ def _server(url: str, *, memory_bytes: int) -> EmbeddedServer:
         raise ConfigError(f"{address.shown}: an embedded store has one user and one database, without names")
     if "path" in options:
         return EmbeddedServer(memory_bytes=memory_bytes, socket_file=Path(options["path"]), password=password)
-    if not address.shown.startswith("redis://") or options["host"] not in LOOPBACK:
+    if not address.shown.startswith("redis://") or (options["host"] not in LOOPBACK and not network):
         raise ConfigError(
-            f"{address.shown}: an embedded store is at redis://:password@127.0.0.1:port or unix://:password@/path"
+            f"{address.shown}: an embedded store is at redis://:password@127.0.0.1:port or unix://:password@/path;"
+            " with --network at any address of this machine"
         )
-    return EmbeddedServer(memory_bytes=memory_bytes, port=options["port"], password=password)
+    host = "127.0.0.1" if options["host"] == "localhost" else options["host"]
+    return EmbeddedServer(memory_bytes=memory_bytes, host=host, port=options["port"], password=password)
 
 
 class _Stopped(BaseException):

@@ -161,12 +161,16 @@ class RecordOffer(_message.Message):
     def __init__(self, record: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "router_id")
+    __slots__ = ("protocol", "router_id", "observes", "version")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    OBSERVES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     router_id: str
-    def __init__(self, protocol: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
+    observes: bool
+    version: str
+    def __init__(self, protocol: _Optional[int] = ..., router_id: _Optional[str] = ..., observes: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("sequence_id", "request_id", "prompt", "max_tokens", "ignore_eos", "sampling", "source", "cache_salt", "fetch")
@@ -205,7 +209,7 @@ class Report(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepReport, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "worker_id", "incarnation", "model_fingerprint", "numerics", "exact", "vocab_size", "sequence_tokens_max", "eos_token_ids", "sequences_max", "load", "role", "wire_id", "credit")
+    __slots__ = ("protocol", "worker_id", "incarnation", "model_fingerprint", "numerics", "exact", "vocab_size", "sequence_tokens_max", "eos_token_ids", "sequences_max", "load", "role", "wire_id", "credit", "version")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +224,7 @@ class Welcome(_message.Message):
     ROLE_FIELD_NUMBER: _ClassVar[int]
     WIRE_ID_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     worker_id: str
     incarnation: int
@@ -234,7 +239,8 @@ class Welcome(_message.Message):
     role: str
     wire_id: str
     credit: Credit
-    def __init__(self, protocol: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics: _Optional[str] = ..., exact: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., sequence_tokens_max: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sequences_max: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., role: _Optional[str] = ..., wire_id: _Optional[str] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
+    version: str
+    def __init__(self, protocol: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., numerics: _Optional[str] = ..., exact: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., sequence_tokens_max: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sequences_max: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., role: _Optional[str] = ..., wire_id: _Optional[str] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("sequences", "pages")
@@ -245,20 +251,54 @@ class Credit(_message.Message):
     def __init__(self, sequences: _Optional[int] = ..., pages: _Optional[int] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("number", "sequences", "load", "draining", "credit", "feed")
+    __slots__ = ("number", "sequences", "load", "draining", "credit", "feed", "usage")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     FEED_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     number: int
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceReport]
     load: Load
     draining: bool
     credit: Credit
     feed: _containers.RepeatedCompositeFieldContainer[FeedItem]
-    def __init__(self, number: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceReport, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., feed: _Optional[_Iterable[_Union[FeedItem, _Mapping]]] = ...) -> None: ...
+    usage: WorkerUsage
+    def __init__(self, number: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceReport, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., feed: _Optional[_Iterable[_Union[FeedItem, _Mapping]]] = ..., usage: _Optional[_Union[WorkerUsage, _Mapping]] = ...) -> None: ...
+
+class WorkerUsage(_message.Message):
+    __slots__ = ("num_prompts", "prompts", "num_streams", "streams")
+    NUM_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    num_prompts: int
+    prompts: _containers.RepeatedCompositeFieldContainer[PromptSample]
+    num_streams: int
+    streams: _containers.RepeatedCompositeFieldContainer[StreamSample]
+    def __init__(self, num_prompts: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PromptSample, _Mapping]]] = ..., num_streams: _Optional[int] = ..., streams: _Optional[_Iterable[_Union[StreamSample, _Mapping]]] = ...) -> None: ...
+
+class PromptSample(_message.Message):
+    __slots__ = ("prompt_tokens", "computed_tokens", "ttft_seconds")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    computed_tokens: int
+    ttft_seconds: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., ttft_seconds: _Optional[float] = ...) -> None: ...
+
+class StreamSample(_message.Message):
+    __slots__ = ("context_tokens", "generated_tokens", "itl_seconds")
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ITL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    context_tokens: int
+    generated_tokens: int
+    itl_seconds: float
+    def __init__(self, context_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., itl_seconds: _Optional[float] = ...) -> None: ...
 
 class FeedItem(_message.Message):
     __slots__ = ("part", "delta", "digest")

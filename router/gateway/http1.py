@@ -16,9 +16,8 @@ in a second task beside each stream. CPU, as multiples of ours over three runs: 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http
-import socket
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ from urllib.parse import unquote
 import httptools
 
 from rorqual.clock import Clock
+from rorqual.tls import HANDSHAKE_SECONDS_MAX
+from router.gateway.sockets import keep_probing
 
 KIB = 1024
 FLUSH_BYTES = 16 * KIB
@@ -125,11 +126,18 @@ class HttpServer:
         self._date = (-1, b"")
         self._listener: asyncio.Server | None = None
 
-    async def start(self, *, host: str, port: int) -> int:
+    async def start(self, *, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Listen and return the bound port. Raises OSError when the address cannot be had."""
         assert self._listener is None
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: _Connection(self), host, port, backlog=1024)
+        self._listener = await loop.create_server(
+            lambda: _Connection(self),
+            host,
+            port,
+            backlog=1024,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else HANDSHAKE_SECONDS_MAX,
+        )
         return int(self._listener.sockets[0].getsockname()[1])
 
     async def stop(self, *, drain_seconds: float) -> None:
@@ -283,7 +291,7 @@ class _Connection(asyncio.Protocol):
         # uvloop's class is not derived from it.
         self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        _keep_probing(transport.get_extra_info("socket"))
+        keep_probing(transport.get_extra_info("socket"))
         self.server.connections.add(self)
         self._wait_for_request()
         self._conversation = self._loop.create_task(self._converse())
@@ -382,7 +390,8 @@ class _Connection(asyncio.Protocol):
         say that nothing more comes, drop what arrives, and let the client close (which cancels this wait)."""
         assert self._transport is not None
         if not self._transport.is_closing():
-            self._transport.write_eof()
+            if self._transport.can_write_eof():  # TLS cannot
+                self._transport.write_eof()
             await asyncio.sleep(LINGER_SECONDS)
 
     def _end(self) -> None:
@@ -576,17 +585,6 @@ class _Connection(asyncio.Protocol):
 def _cancel_timer(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
-
-
-def _keep_probing(sock: socket.socket | None) -> None:
-    """Let the kernel notice within about a minute a client whose machine vanished without a word."""
-    if sock is None:
-        return
-    with contextlib.suppress(OSError):  # a refinement: not every platform lets us
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 _STATUS_LINES = {

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from rorqual.errors import InvalidRequest
+from rorqual.telemetry import one_line
 
 Value = TypeVar("Value")
 
@@ -232,6 +233,7 @@ def _collector_paused() -> Generator[None]:
             gc.enable()
 
 
+MESSAGE_CHARS_MAX = 300
 _PATH = re.compile(r" - at `\$\.?(.*?)`$", re.DOTALL)
 
 
@@ -240,7 +242,10 @@ def _wrong_type(text: str) -> InvalidRequest:
     found = _PATH.search(text)
     message = text[: found.start()] if found else text
     field = found.group(1) if found else ""
-    message = message.replace("`", "'")
+    # It may quote a name out of the body, whatever that holds.
+    message = one_line(message.replace("`", "'"))
+    if len(message) > MESSAGE_CHARS_MAX:
+        message = f"{message[:MESSAGE_CHARS_MAX]}..."
     if not field:
         return InvalidRequest(f"the body: {message}")
     return InvalidRequest(f"{field}: {message}", field=field)

@@ -23,7 +23,9 @@ from rorqual.clock import Clock
 from rorqual.errors import InvalidRequest, Overloaded, RorqualError, StageTimedOut
 from rorqual.ids import RequestId
 from rorqual.sampling import SEED_BITS
+from rorqual.service import format_address
 from rorqual.telemetry import fields
+from rorqual.tls import TlsFiles, TlsKeeper
 from router.admission import Admission
 from router.gateway.chat import ChatWriter
 from router.gateway.completions import CompletionWriter
@@ -64,6 +66,7 @@ class HttpSettings:
     request_seconds_max: float = 6 * 3600.0  # a million tokens at 50 a second
     drain_seconds_max: float = 30.0
     limits: HttpLimits = field(default_factory=HttpLimits)
+    tls: TlsFiles | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,7 +100,9 @@ class HttpGateway:
         admission: Admission,
         clock: Clock,
         draw_seed: SeedSource = lambda: secrets.randbits(SEED_BITS),
+        missing: Callable[[], str] = lambda: "",
     ) -> None:
+        """`missing`: why no request can be answered yet, for whoever asks whether we are ready."""
         self._generator = generator
         self._prompts = prompts
         self._settings = settings
@@ -105,6 +110,7 @@ class HttpGateway:
         self._admission = admission
         self._clock = clock
         self._draw_seed = draw_seed
+        self._missing = missing
         self._api_keys = ApiKeys(settings.api_keys, shared_cache_salt=settings.shared_cache_salt)
         self._server = HttpServer(
             self._handle,
@@ -128,9 +134,12 @@ class HttpGateway:
     async def start(self) -> str:
         """Listen; returns the URL to reach us at. Raises OSError when the address cannot be had."""
         host = self._settings.host
-        port = await self._server.start(host=host, port=self._settings.port)
+        tls, scheme = None, "http"
+        if self._settings.tls is not None:
+            tls, scheme = TlsKeeper(self._settings.tls, serves=True).listening_context(), "https"
+        port = await self._server.start(host=host, port=self._settings.port, tls=tls)
         reachable = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+        return f"{scheme}://{format_address(reachable, port)}"
 
     async def stop(self) -> None:
         """Take no more requests, let running ones finish for `drain_seconds_max`, cancel what is left and
@@ -344,7 +353,8 @@ class HttpGateway:
     async def _ready(self, exchange: _Exchange) -> None:
         model = self._generator.model()
         if self._server.stopping or model is None:
-            reason = "the router is stopping" if self._server.stopping else "no worker is connected yet"
+            missing = self._missing() or "no worker is connected yet"
+            reason = "the router is stopping" if self._server.stopping else missing
             body = error_body(reason, kind="overloaded_error", code="not_ready")
             exchange.reply.send(503, body, content_type=JSON, headers=RETRY_AFTER)
             return

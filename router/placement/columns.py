@@ -248,14 +248,23 @@ class FleetTable:
         """A worker more, not connected yet. Its row may have been another's, who is not there any more."""
         assert row < len(self._all.session_W), "more workers than the table has rows"
         assert address not in self._row_of, f"{address} has a row already"
+        assert row >= len(self._addresses) or not self._addresses[row], f"row {row} is another's"
         num_more = row + 1 - len(self._addresses)
         self._addresses.extend([""] * num_more)
         self._loads.extend([NO_LOAD] * num_more)
-        self._row_of.pop(self._addresses[row], None)
         self._addresses[row] = address
         self._row_of[address] = row
         if num_more > 0:
             self._columns = self._first(len(self._addresses))
+
+    def leave(self, row: int) -> None:
+        """The worker is gone for good, and its session before it. The row may be another's from now on."""
+        columns = self._all
+        assert not columns.has_credit_W[row], "a worker left that has credit to give"
+        assert not columns.sequences_W[row], "a worker left that has sequences"
+        del self._row_of[self._addresses[row]]
+        self._addresses[row] = ""
+        columns.session_W[row] = columns.sequences_max_W[row] = columns.pages_cached_W[row] = 0
 
     def connect(
         self, row: int, *, session_number: int, role: Role, sequences_max: int, can_share: bool, load: Load

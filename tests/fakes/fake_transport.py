@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from fake_split import FakeSession, FakeSplitWorker
 
@@ -19,6 +20,7 @@ class FakeTransport:
         self.hosts = hosts
         self.channels: list[FakeChannel] = []
         self.latest: dict[str, FakeChannel] = {}  # by address
+        self.versions: dict[str, str] = {}  # by address: that a worker says it runs; else it does not say
         self.num_attempts = 0
 
     async def connect(self, address: str) -> FakeChannel:
@@ -26,17 +28,18 @@ class FakeTransport:
         host = self.hosts.get(address)
         if host is None:
             raise SessionLost(f"{address}: connection refused")
-        channel = FakeChannel(host)
+        channel = FakeChannel(host, version=self.versions.get(address, ""))
         self.channels.append(channel)
         self.latest[address] = channel
         return channel
 
 
 class FakeChannel:
-    def __init__(self, host: Host | FakeSplitWorker) -> None:
+    def __init__(self, host: Host | FakeSplitWorker, *, version: str = "") -> None:
         self.sent: list[Hello | Command] = []
         self.is_mute = False  # the worker is there and says nothing
         self._host = host
+        self._version = version
         self._session: Session | FakeSession | None = None
         self._welcome: Welcome | None = None
         self._broken = asyncio.Event()
@@ -54,7 +57,7 @@ class FakeChannel:
         try:
             if isinstance(command, Hello):
                 self._session = self._host.connect(command.router_id)
-                self._welcome = self._host.welcome()
+                self._welcome = replace(self._host.welcome(), version=self._version)
             else:
                 assert self._session is not None
                 self._session.submit(command)

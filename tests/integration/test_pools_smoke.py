@@ -90,6 +90,7 @@ def test_a_worker_that_stood_still_goes_on(pools: Pools, expected: list[int], na
     pools.wait_until_idle()
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("part", ["host", "rank"])
 @pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
 def test_a_worker_that_was_killed_serves_on_when_it_is_started_again(

@@ -15,7 +15,7 @@ from tests.harness.pools import Pools
 from tests.harness.repeating import Answer, a_prompt, ask
 from tests.harness.system import IDS_CONFIG, make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 SYSTEM = ("--exact", "--pages", "40", "--slots", "4", "--prefill-tokens", "512")
 REBUILD_PAGES = 1  # of this model: 4 layers with a window of 32

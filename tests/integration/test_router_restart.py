@@ -141,7 +141,7 @@ def test_a_router_killed_under_load_knows_soon_again_what_all_workers_keep(
     settle(pools, load, watch)
     assert load.outcomes["cut"] > 0, "no stream was in flight"
     assert not load.outcomes["failed"], load.errors
-    assert min(watch.kept().values()) > NUM_PAGES_MIN
+    assert min(watch.kept().values()) >= NUM_PAGES_MIN
     check_cached(pools, documents)
 
 
@@ -158,7 +158,7 @@ def test_a_router_told_to_stop_ends_its_streams_well_and_the_next_one_knows_all(
     print(f"exact {max(seconds.values()):.2f} s after the ready file")
     settle(pools, load, watch)
     assert not {"cut", "failed"} & load.outcomes.keys(), load.errors
-    assert min(watch.kept().values()) > NUM_PAGES_MIN
+    assert min(watch.kept().values()) >= NUM_PAGES_MIN
     check_cached(pools, documents)
 
 
@@ -170,7 +170,7 @@ def test_of_a_worker_that_is_killed_nothing_is_known_at_once_and_of_its_next_lif
     load = under_load(pools, documents, seed=3)
     worker = pools[name]
     before = watch.known()
-    assert before[worker.address] > NUM_PAGES_MIN
+    assert before[worker.address] >= NUM_PAGES_MIN
     pools.kill(name)
     killed_at = time.monotonic()
     wait_until(lambda: not watch.known()[worker.address], seconds_max=LOST_SECONDS_MAX)

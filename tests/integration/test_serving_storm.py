@@ -19,7 +19,7 @@ import pytest
 from rorqual.v1 import generate_pb2 as pb
 from tests.harness.system import SECONDS_MAX, TEXT_CONFIG, System
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 
 NUM_REQUESTS = 200
 NUM_GROWING = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from engine.worker.host import Host, HostConfig
 from engine.worker.metrics import WorkerMetrics
 from engine.worker.session_server import CALLS_MAX, SessionServer
+from rorqual import __version__
 from rorqual.errors import ConfigError
 from rorqual.ids import Incarnation, SequenceId, WorkerId
 from rorqual.sampling import SamplingParams
@@ -113,6 +115,27 @@ async def ending(call: Any) -> tuple[grpc.StatusCode, str]:
     except grpc.aio.AioRpcError:
         pass
     return await call.code(), await call.details()
+
+
+async def test_both_sides_say_their_versions_and_a_router_that_does_not_is_welcome(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for hello in (
+        Hello(protocol=1, router_id="new", version="0.9.0"),
+        Hello(protocol=1, router_id="old"),
+    ):
+        call = served.call()
+        await call.write(encode_command(hello))
+        welcome = decode_report(await call.read())
+        assert isinstance(welcome, Welcome)
+        assert welcome.version == __version__
+        call.cancel()
+    lines = [line for line in caplog.messages if line.startswith("opened a session")]
+    assert lines == [
+        "opened a session router=new version=0.9.0",
+        "opened a session router=old",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +235,10 @@ async def test_a_loading_worker_says_so_and_a_taken_port_is_one_clear_line(serve
     address = await loading.start(host="127.0.0.1", port=0)
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            call = channel.stream_stream(SESSION_PATH, None, None)()
-            assert await ending(call) == (grpc.StatusCode.UNAVAILABLE, "worker is loading")
+            for _ in range(100):
+                call = channel.stream_stream(SESSION_PATH, None, None)()
+                await call.write(HELLO)
+                assert await ending(call) == (grpc.StatusCode.UNAVAILABLE, "worker is loading")
             probe = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
             assert probe.status == health_pb2.HealthCheckResponse.NOT_SERVING
         host, port = address.rsplit(":", 1)

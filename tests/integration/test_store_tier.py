@@ -20,7 +20,7 @@ from tests.harness.pools import Pools
 from tests.harness.store_cluster import StoreCluster, started_cluster
 from tests.harness.system import IDS_CONFIG, Served, make_checkpoint, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 WORKER = ("--exact", "--pages", "24", "--slots", "4", "--prefill-tokens", "512", "--host-pages", "40")
 PATIENT = ("--store-budget-ms", "3000")
@@ -139,9 +139,7 @@ def test_after_all_workers_were_killed_a_prompt_comes_from_a_cluster_of_three_wh
         assert ask(pools, other)[0] == expected(other)
         wait_until(lambda: has_whole_prompt(names_of(cluster) - before), seconds_max=30)
         for role in roles:
-            pools.kill(
-                f"{role}-0"
-            )  # else a prefill worker reads pages from the decode worker, and has no tail
+            pools.kill(f"{role}-0")  # and all of what they kept with them
         pools.heal()
         assert ask(pools, a_prompt(3, 40))[1] == 0  # they have found the servers
         for source, client in enumerate(cluster.clients):

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("rorqual", "kvstore", "engine", "router", "prefill_worker", "decode_worker", "bench")
+PACKAGES = (
+    "rorqual",
+    "kvstore",
+    "engine",
+    "router",
+    "prefill_worker",
+    "decode_worker",
+    "autoscaler",
+    "bench",
+)
 LINES_MAX = 600
 FUNCTION_LINES_MAX = 80
 BROAD = {"Exception", "BaseException"}
@@ -26,7 +35,7 @@ MODULES = sorted(
 WITHOUT_TORCH = sorted(
     module.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
     for module in MODULES
-    if module.startswith(("rorqual/", "router/")) and not module.startswith("rorqual/v1/")
+    if module.startswith(("rorqual/", "router/", "autoscaler/")) and not module.startswith("rorqual/v1/")
 )
 
 

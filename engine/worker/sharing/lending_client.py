@@ -32,6 +32,7 @@ from engine.worker.wire import (
 from kvstore.transfer.contract import Endpoint
 from rorqual.ids import LeaseName
 from rorqual.session import Offer, Source
+from rorqual.tls import TlsFiles, TlsKeeper, explain_unreachable
 from rorqual.wire import WireError
 
 CHANNELS_MAX = 256
@@ -49,7 +50,9 @@ _OPTIONS = (
 
 
 class GrpcLenders:
-    def __init__(self) -> None:
+    def __init__(self, *, tls: TlsFiles | None = None) -> None:
+        """Raises ConfigError about `tls`."""
+        self._tls = None if tls is None else TlsKeeper(tls, serves=True)
         self._channels: OrderedDict[str, _Channel] = OrderedDict()
 
     async def attach(self, source: Source, *, seconds_max: float) -> Endpoint:
@@ -102,6 +105,8 @@ class GrpcLenders:
             return await call(data, timeout=seconds_max, wait_for_ready=waits)
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
+            if code is grpc.StatusCode.UNAVAILABLE:
+                details = explain_unreachable(details, is_tls=self._tls is not None)
             said = f": {details.splitlines()[0]}" if details else ""
             text = f"{path.rsplit('/', 1)[1]} at {address} failed with {code.name}{said}"
             if code is grpc.StatusCode.FAILED_PRECONDITION:
@@ -109,10 +114,21 @@ class GrpcLenders:
             raise LendingFailed(text, is_overdue=code is grpc.StatusCode.DEADLINE_EXCEEDED) from None
         finally:
             channel.num_users -= 1
+            if channel.is_stale and channel.num_users == 0:
+                await channel.stub.close(None)
 
     async def _channel(self, address: str) -> _Channel:
         """Moved behind all others, with one more user."""
-        channel = self._channels.pop(address, None) or _Channel(address)
+        if self._tls is not None:
+            self._tls.look()
+        channel = self._channels.pop(address, None)
+        if channel is not None and self._tls is not None and channel.tls_version != self._tls.version:
+            # Calls under way end on it; the last one closes it.
+            channel.is_stale = True
+            if channel.num_users == 0:
+                await channel.stub.close(None)
+            channel = self._channels.pop(address, None)  # somebody else may have made one meanwhile
+        channel = channel or _Channel(address, self._tls)
         self._channels[address] = channel
         channel.num_users += 1
         idle = [item for item in self._channels.values() if item.num_users == 0]
@@ -123,7 +139,16 @@ class GrpcLenders:
 
 
 class _Channel:
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsKeeper | None) -> None:
         self.address = address
+        self.is_stale = False  # of an older certificate
         self.num_users = 0  # calls under way
-        self.stub: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self.stub: Any
+        if tls is None:
+            self.tls_version = 0
+            self.stub = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            credentials = tls.client_credentials()
+            self.tls_version = tls.version
+            options = (*_OPTIONS, *tls.client_options())
+            self.stub = grpc.aio.secure_channel(address, credentials, options=options)

@@ -132,6 +132,13 @@ class Filling:
             num_tokens_saved=num_saved,
         )
 
+    def awaits_page(self, key: SequenceKey, page: PageKey, *, num_other_reads: int) -> bool:
+        """Whether a page is not here that a sequence waits for: in another read than these."""
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.num_fetches <= num_other_reads:
+            return False
+        return not (self._tier.index.state(page)[0] or self._cache.has_page(page))
+
     def _is_worth(self, num_pages: int, with_tail: bool, num_tokens_saved: int) -> bool:
         """What comes from a store goes through host memory."""
         costs, speeds = self._cache.config.costs, self._speeds

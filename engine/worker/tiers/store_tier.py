@@ -316,6 +316,8 @@ class StoreTier:
         its_tail = self._tail(values[-1]) if tail is not None and num_pages == len(pages) else None
         if not num_pages and its_tail is None:
             return 0
+        if tail is not None and not pages:
+            await self._until_its_page_came(read, tail)
         room: Room | None = None
 
         def reserve() -> None:
@@ -333,6 +335,15 @@ class StoreTier:
             raise
         whole = [item for item in found[:num_pages] if item is not None]
         return await self._fill(room, pages, whole, tail, its_tail, parent=parent, tenant=tenant)
+
+    async def _until_its_page_came(self, read: _Read, tail: PageKey) -> None:
+        """A tail read alone may be here sooner than its page, which another worker gives: before it the tail is of no
+        use. The sequence waits for that page anyway, and its reader has a deadline."""
+        filling = self.host.scheduler.filling
+        assert filling is not None
+        while filling.awaits_page(read.key, tail, num_other_reads=int(read.is_waited_for)):
+            self._disarm(read)  # what it waits for is not the store any more
+            await self._stepped.wait()
 
     async def _fill(
         self,

@@ -47,7 +47,7 @@ def test_computed_break_evens_are_where_reading_takes_as_long_as_computing_so_ma
             assert item.break_even_tokens < PAGE_TOKENS
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_short_run_leaves_figures_and_a_plot(tmp_path: Path) -> None:
     """Every way is checked inside to give the token that computing gives."""
     assert command.main(["--pages", "1", "3", "--rounds", "1", "--out", str(tmp_path)]) == 0

@@ -474,6 +474,9 @@ async def test_sessions_share_what_there_is_to_be_promised() -> None:
             for ear in ears:
                 assert worker.host.credit(ear.session) == share
             assert worker.host.welcome().credit == share
+            observer = worker.host.connect("an autoscaler", observes=True)
+            assert worker.host.credit(ears[-1].session) == share
+            observer.close()
         ears.pop().close()
         assert worker.host.credit(ears[0].session) == Credit(sequences=3, pages=10)
         many = [worker.connect() for _ in range(20)]

@@ -74,7 +74,7 @@ def test_a_few_random_companies_leave_every_bit_alone(subject: Subject) -> None:
         subject.check(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @subjects
 def test_two_hundred_random_companies_leave_every_bit_alone(subject: Subject) -> None:
     """For each numerics: 100 of each shape."""

@@ -33,7 +33,7 @@ def work(model: Model) -> Work:
     return Work(prompts=prompts, num_generated=7, prefill_tokens_max=256)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_prefill_and_decode_steps_are_the_same_operations_with_hot_buffers_and_without(model: Model) -> None:
     num_steps, num_operations, difference = compare_operations(model, work(model), SHAPE)
     assert difference == ""

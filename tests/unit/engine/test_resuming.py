@@ -200,7 +200,7 @@ def test_a_prompt_goes_on_from_every_page_boundary_as_if_it_was_computed(
     check_conformance(exact_model(raw_config(), numerics), 2 * PAGE_TOKENS + 40, drafts=drafts)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @numerics_of_both_kinds
 @with_and_without_drafts
 def test_so_it_does_over_many_pages_that_end_with_one(numerics: Numerics, drafts: bool) -> None:

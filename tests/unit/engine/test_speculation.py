@@ -104,7 +104,7 @@ def test_so_it_is_at_every_remainder_of_a_page(numerics: Numerics) -> None:
     case.check_patterns([random.Random(seed).choices(PATTERNS, k=25) for seed in range(12)])
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     raw=raw_configs(),

@@ -98,7 +98,7 @@ CUTS = [(800,), (256, 800), (300, 800), (250, 270, 800), (255, 256, 257, 700, 76
 
 @numerics_of_both_kinds
 @with_and_without_drafts
-@pytest.mark.parametrize("window", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [8, pytest.param(300, marks=pytest.mark.minutes)])
 def test_a_tail_inside_a_chunk_is_the_record_of_a_chunk_that_ends_there(
     numerics: Numerics, drafts: bool, window: int
 ) -> None:

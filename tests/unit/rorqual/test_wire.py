@@ -214,8 +214,10 @@ def test_a_step_report_survives_the_wire(report: StepReport) -> None:
     assert decode_report(encode_report(report)) == report
 
 
-@given(loads, st.sampled_from(Role), names, credits_granted)
-def test_a_welcome_survives_the_wire(load: Load, role: Role, wire_id: str, credit: Credit) -> None:
+@given(loads, st.sampled_from(Role), names, credits_granted, st.sampled_from(["", "0.1.0", "0.2.0.dev1+g12"]))
+def test_a_welcome_survives_the_wire(
+    load: Load, role: Role, wire_id: str, credit: Credit, version: str
+) -> None:
     welcome = Welcome(
         worker_id=WorkerId("w"),
         incarnation=Incarnation(2**63 - 1),
@@ -230,6 +232,7 @@ def test_a_welcome_survives_the_wire(load: Load, role: Role, wire_id: str, credi
         role=role,
         wire_id="" if role is Role.BOTH else wire_id,
         credit=credit if role is Role.DECODE else None,
+        version=version,
     )
     assert decode_report(encode_report(welcome)) == welcome
 
@@ -327,6 +330,21 @@ def test_a_worker_that_names_no_role_does_everything() -> None:
     welcome = decode_report(pb.Report(welcome=pb.Welcome(protocol=1)).SerializeToString())
     assert isinstance(welcome, Welcome)
     assert (welcome.role, welcome.wire_id, welcome.credit) == (Role.BOTH, "", None)
+
+
+def test_a_peer_of_before_versions_were_told_has_an_unknown_one() -> None:
+    welcome = decode_report(pb.Report(welcome=pb.Welcome(protocol=1)).SerializeToString())
+    hello = decode_command(pb.Command(hello=pb.Hello(protocol=1, router_id="r")).SerializeToString())
+    assert isinstance(welcome, Welcome)
+    assert isinstance(hello, Hello)
+    assert (welcome.version, hello.version) == ("", "")
+
+
+def test_a_hello_says_its_version_and_one_without_is_as_it_always_was() -> None:
+    hello = Hello(protocol=1, router_id="r", version="0.2.0")
+    assert decode_command(encode_command(hello)) == hello
+    old = pb.Command(hello=pb.Hello(protocol=1, router_id="r")).SerializeToString()
+    assert encode_command(Hello(protocol=1, router_id="r")) == old
 
 
 def test_a_take_without_a_record_needs_no_token_and_no_page() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from tests.harness.cluster import a_cluster, a_generation, check_table, collect,
 ADDRESSES = "abcde"
 
 
-def a_welcome(role: Role, wire_id: str, tokens_max: int) -> Welcome:
+def a_welcome(role: Role, wire_id: str, tokens_max: int, version: str) -> Welcome:
     return Welcome(
         worker_id=WorkerId("w"),
         incarnation=Incarnation(1),
@@ -32,10 +33,17 @@ def a_welcome(role: Role, wire_id: str, tokens_max: int) -> Welcome:
         load=NO_LOAD,
         role=role,
         wire_id=wire_id,
+        version=version,
     )
 
 
-welcomes = st.builds(a_welcome, st.sampled_from(Role), st.sampled_from(["x", "y"]), st.sampled_from([8, 9]))
+welcomes = st.builds(
+    a_welcome,
+    st.sampled_from(Role),
+    st.sampled_from(["x", "y"]),
+    st.sampled_from([8, 9]),
+    st.sampled_from(["", "0.1.0", "0.2.0"]),
+)
 
 
 @given(st.lists(st.tuples(st.sampled_from(ADDRESSES), st.none() | welcomes)))
@@ -54,6 +62,7 @@ def test_members_are_those_that_have_joined_and_not_left(changes: list[tuple[str
         apart = [item for item in there.values() if item.role is not Role.BOTH]
         assert members.first_to_hand_over == next(iter(apart), None)
         assert set(members.roots) == {Root("model", "served", item.wire_id) for item in there.values()}
+        assert members.versions == Counter(item.version for item in there.values())
         assert members.missing() == missing_roles(item.role for item in there.values())
         if there:
             assert members.sequence_tokens_max == min(item.sequence_tokens_max for item in there.values())

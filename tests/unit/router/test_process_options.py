@@ -66,3 +66,15 @@ def test_the_store_comes_from_the_environment_or_its_option_and_its_password_is_
     with pytest.raises(SystemExit):
         parse_options(["--help"])
     assert "secret" not in capsys.readouterr().out
+
+
+def test_sources_are_read_at_once_and_stand_beside_workers_or_for_them() -> None:
+    source = ["--discover", "dns:decode:9000", "--discover", "file:x?pool=p", "--discover", "file:x?pool=p"]
+    options, _ = parse_options(["--model", "m", *source])
+    assert options.workers == ()
+    assert [spec.text for spec in options.discover] == ["dns:decode:9000", "file:x?pool=p"]
+    assert parse_options([*BASE, *source])[0].workers == ("127.0.0.1:1",)
+    with pytest.raises(ConfigError, match=r"--discover must be .*, not 'etcd:x'"):
+        parse_options(["--model", "m", "--discover", "etcd:x"])
+    with pytest.raises(ConfigError, match="give --worker HOST:PORT or --discover SOURCE"):
+        parse_options(["--model", "m"])

@@ -27,7 +27,7 @@ SHARED_BYTES_MAX = 16 * 1024  # so that 4 programs and more share a multiprocess
 TARGETS = (("cuda", 90, 32), ("hip", "gfx942", 64), ("hip", "gfx950", 64))
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_interpreted_kernels_keep_the_contract() -> None:
     """In a process of its own: the interpreter must be asked for before anything imports triton."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]

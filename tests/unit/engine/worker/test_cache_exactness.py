@@ -14,7 +14,7 @@ from tests.harness.models import CSA, HCA, SWA, raw_config
 from tests.harness.reusing import Answer, Reusing
 from tests.harness.speculating import exact_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 
 PAGE = 256
 SAMPLED = SamplingParams(seed=5, temperature=0.8, top_p=0.95, logprobs=1)

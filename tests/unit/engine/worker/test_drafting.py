@@ -128,7 +128,14 @@ def test_a_policy_is_made_as_the_option_and_the_rank_say() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COSTS)
-@pytest.mark.parametrize(("batch", "steps"), [(1, 1500), (4, 1000), (16, 600), (64, 400)])
+@pytest.mark.parametrize(
+    ("batch", "steps"),
+    [
+        (1, 1500),
+        (16, 600),
+        *(pytest.param(*case, marks=pytest.mark.minutes) for case in ((4, 1000), (64, 400))),
+    ],
+)
 def test_adaptive_drafts_come_close_to_the_best_fixed_number(name: str, batch: int, steps: int) -> None:
     for rate in (0.0, 0.1, 0.3, 0.5, 0.7, 0.85, 0.95):
         speed = ride(

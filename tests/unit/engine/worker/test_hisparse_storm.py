@@ -25,7 +25,7 @@ from tests.harness.benches import (
 from tests.harness.stored import Stored
 from tests.harness.storms import Alone, Storm, weather
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 
 lengths = st.one_of(st.integers(200, 1900), st.sampled_from([511, 512, 513, 768, 1024, 1280, 1536]))
 requests = st.tuples(lengths, st.integers(1, 700), st.booleans(), st.integers(0, 9).map(lambda n: n == 0))

@@ -179,7 +179,7 @@ async def test_what_a_server_does_not_take_is_not_kept_for_it(server):
         store.write(KEYS[0], payload(0, large))
         assert await store.flush(seconds_max=BUDGET)
         assert store.counts.values_dropped == {Drop.FAILED: 1}
-        await eventually(lambda: num_sockets() == before - 1)
+        await eventually(lambda: num_sockets() < before)
         proxy.stall_on = None
 
 

@@ -61,7 +61,7 @@ def phase(*, used: float, quantised: bool = False) -> Phase:
     return Phase(used=used, basics=False, rate=1.0, indexer_weight=0.3, quantised=quantised)
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_the_loss_falls_in_fifty_steps(config: ModelConfig, source: PhasedSource, tmp_path: Path) -> None:
     _, progress = train(config, lambda: source, options(tmp_path, 50))
     assert progress.step == 50
@@ -71,7 +71,7 @@ def test_the_loss_falls_in_fifty_steps(config: ModelConfig, source: PhasedSource
     assert [entry["indexer"] for entry in progress.history if "indexer" in entry]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
     config: ModelConfig, source: PhasedSource, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def error_of(response) -> dict:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     assert "\n" not in error["message"]
+    assert len(error["message"]) < 1000
     return error
 
 
@@ -99,6 +100,8 @@ BAD_FIELDS = [
     (CHAT, chat(reasoning_effort="extreme"), 400, "reasoning_effort"),
     (CHAT, chat(chat_template_kwargs={"thinking": "yes"}), 400, "chat_template_kwargs.thinking"),
     (CHAT, chat(chat_template_kwargs={"no_such": 1}), 400, "chat_template_kwargs"),
+    (CHAT, chat(chat_template_kwargs={"two\nlines": 1}), 400, "chat_template_kwargs"),
+    (CHAT, chat(chat_template_kwargs={"x" * 9000: 1}), 400, "chat_template_kwargs"),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
     (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),

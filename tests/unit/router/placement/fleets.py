@@ -21,6 +21,7 @@ def a_table(rows: int) -> FleetTable:
 def put(table: FleetTable, view: WorkerView) -> None:
     """The row of this worker as the view says."""
     if table.columns.addresses[view.index] != view.address:
+        table.leave(view.index)
         table.join(view.index, view.address)
     table.connect(
         view.index,

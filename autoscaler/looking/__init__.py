@@ -1,0 +1,1 @@
+"""Looking: sessions with workers, routers' metrics, and the observation made of both. Decides nothing."""

@@ -1,0 +1,1 @@
+"""`rorqual doctor`: looks at a machine, a model, workers, routers, a store and a cluster, and says what is wrong."""
