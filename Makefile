@@ -16,7 +16,7 @@ PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test quick minutes gpu check stubs stubs-current bench lock clean
+.PHONY: help venv serve test quick minutes explore gpu check stubs stubs-current bench lock clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ quick: $(STAMP) ## the tests for every commit, two to three minutes on two cores
 
 minutes: $(STAMP) ## the tests that take minutes
 	$(BIN)/pytest -m minutes $(ARGS)
+
+explore: $(STAMP) ## the property tests with examples that nobody has seen yet, and how to repeat one that fails
+	$(PYTEST) -m "hypothesis and not minutes and not gpu" --hypothesis-profile=explore $(ARGS)
 
 gpu: $(STAMP) ## the tests that need a GPU
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -10,7 +10,9 @@ from hypothesis import settings
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-settings.register_profile("rorqual", deadline=None, print_blob=True)
+# The same examples each time, so that a change is judged by what it changes; `make explore` draws new ones.
+settings.register_profile("rorqual", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("rorqual")
 
 

@@ -190,17 +190,22 @@ def test_two_workers_share_the_work(exact_pair: System) -> None:
 
 
 def test_served_numerics_follow_their_reference_and_are_exact_too(ids_model: Path, start_system: Any) -> None:
-    """A rounded value one step away flips later picks, so what is asked for is that most tokens agree."""
+    """A rounded value one step away flips later picks, and CPUs round unlike: most tokens of several prompts agree."""
     system = start_system(ids_model, "--exact", "--numerics", "served", "--prefill-tokens", "256")
-    prompt = a_prompt(50)
-    body = {"prompt": prompt, "max_tokens": 4, "logprobs": 1, "echo": True}
-    answer = system.complete(**body)
-    others = [{"prompt": a_prompt(20 + 30 * number, seed=2)} for number in range(6)]
-    assert ask_all(system, [body, *others])[0]["choices"] == answer["choices"]
+    prompts = [a_prompt(50, seed=seed) for seed in range(4)]
+    bodies = [{"prompt": prompt, "max_tokens": 4, "logprobs": 1, "echo": True} for prompt in prompts]
+    answers = [system.complete(**body) for body in bodies]
+    others = [{"prompt": a_prompt(20 + 30 * number, seed=5)} for number in range(6)]
+    assert ask_all(system, [bodies[0], *others])[0]["choices"] == answers[0]["choices"]
     checkpoint = open_checkpoint(ids_model)
-    model = ReferenceModel(checkpoint.config, dict(checkpoint.tensors()), "served")
-    wanted = [int(model.step(token).argmax()) for token in prompt]
-    rows = answer["choices"][0]["logprobs"]["top_logprobs"][1 : 1 + len(prompt)]
-    got = [int(max(row, key=row.__getitem__).removeprefix("token_id:")) for row in rows]
-    agreeing = sum(mine == theirs for mine, theirs in zip(got, wanted, strict=True))
-    assert agreeing >= 0.85 * len(prompt), f"{agreeing} of {len(prompt)} most likely tokens agree"
+    tensors = dict(checkpoint.tensors())
+    agreeing: list[bool] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        model = ReferenceModel(checkpoint.config, tensors, "served")
+        rows = answer["choices"][0]["logprobs"]["top_logprobs"][1 : 1 + len(prompt)]
+        for token, row in zip(prompt, rows, strict=True):
+            likeliest = int(max(row, key=row.__getitem__).removeprefix("token_id:"))
+            agreeing.append(likeliest == int(model.step(token).argmax()))
+    assert sum(agreeing) >= 0.9 * len(agreeing), (
+        f"{sum(agreeing)} of {len(agreeing)} most likely tokens agree"
+    )

@@ -86,9 +86,9 @@ def test_it_acts_tells_and_takes_a_changed_policy(folder: Path) -> None:
         assert httpx.get(f"{url}/health").status_code == 200
         most = 'rorqual_autoscaler_replicas_max{pool="decode"}'
         assert f"{most} 2.0" in httpx.get(f"{url}/metrics").text
-        (folder / "policy.yaml").write_text(POLICY.replace("max: 2", "max: many"))
+        replace_policy(folder, POLICY.replace("max: 2", "max: many"))
         until(lambda: "kept the policy in force" in log.read_text())
-        (folder / "policy.yaml").write_text(POLICY.replace("min: 1", "min: 2").replace("max: 2", "max: 3"))
+        replace_policy(folder, POLICY.replace("min: 1", "min: 2").replace("max: 2", "max: 3"))
         until(lambda: "decode 1 -> 2" in log.read_text())
         metrics = httpx.get(f"{url}/metrics").text
         for line in (
@@ -105,6 +105,12 @@ def test_it_acts_tells_and_takes_a_changed_policy(folder: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def replace_policy(folder: Path, text: str) -> None:
+    """At once, as a mounted ConfigMap changes: half a file is the matter of test_policy_file."""
+    (folder / "new.yaml").write_text(text)
+    (folder / "new.yaml").replace(folder / "policy.yaml")
 
 
 def until(condition: Any) -> None:
