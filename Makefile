@@ -32,8 +32,16 @@ test: $(STAMP) ## set up, then run the CPU suite
 quick: $(STAMP) ## the tests for every commit, two to three minutes on two cores
 	$(PYTEST) -m "not slow and not minutes and not gpu" $(ARGS)
 
-minutes: $(STAMP) ## the tests that take minutes
+# What starts whole systems has the machine to itself; the rest shares it. Both parts run, whatever the first finds.
+minutes: $(STAMP) ## the tests that take minutes (ARGS="tests/cluster" for some of them)
+ifeq ($(ARGS),)
+	@status=0; \
+	$(BIN)/pytest -m minutes tests/cluster tests/integration || status=$$?; \
+	$(PYTEST) -m minutes --ignore tests/cluster --ignore tests/integration || status=$$?; \
+	exit $$status
+else
 	$(BIN)/pytest -m minutes $(ARGS)
+endif
 
 explore: $(STAMP) ## the property tests with examples that nobody has seen yet, and how to repeat one that fails
 	$(PYTEST) -m "hypothesis and not minutes and not gpu" --hypothesis-profile=explore $(ARGS)
