@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rorqual.errors import ConfigError
+from rorqual.telemetry import fields
+
+log = logging.getLogger(__name__)
 
 KEY_FILE_BYTES_MAX = 1 << 20
 
@@ -25,8 +30,12 @@ class ApiKeys:
     """
 
     def __init__(self, keys: Sequence[str] = (), *, shared_cache_salt: str = "") -> None:
-        self._keys = tuple(key.encode() for key in keys)
         self._shared_cache_salt = shared_cache_salt
+        self.replace(keys)
+
+    def replace(self, keys: Sequence[str]) -> None:
+        """From the next request on. A stream that was let in goes on to its end."""
+        self._keys = tuple(key.encode() for key in keys)
 
     def accept(self, authorization: bytes) -> bool:
         """Whether this value of an authorization header lets a client in."""
@@ -44,6 +53,53 @@ class ApiKeys:
             return self._shared_cache_salt
         key = authorization.partition(b" ")[2].strip()
         return "key:" + hashlib.sha256(b"rorqual cache salt\0" + key).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKeySource:
+    """Where the keys of a service are: in options, and in files that may change."""
+
+    given: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+class ApiKeyKeeper:
+    """The keys as their files last had them, for as long as these can be read: a Secret is renewed in place."""
+
+    def __init__(self, source: ApiKeySource) -> None:
+        """Raises ConfigError: the files must be good at the start."""
+        self._source = source
+        self._seen = self._signature()
+        self.keys = read_api_keys(source.given, source.files)
+
+    def changed(self) -> tuple[str, ...] | None:
+        """The keys, where they are others than before. Files that cannot be used change nothing; each such state is
+        told once."""
+        seen = self._signature()
+        if seen == self._seen:
+            return None
+        self._seen = seen
+        try:
+            keys = read_api_keys(self._source.given, self._source.files)
+        except ConfigError as error:
+            log.warning("kept the API keys in force %s", fields(error=str(error)))
+            return None
+        if keys == self.keys:
+            return None
+        log.info("took changed API keys %s", fields(keys=len(keys), before=len(self.keys)))
+        self.keys = keys
+        return keys
+
+    def _signature(self) -> list[tuple[int, int, int] | None]:
+        """Changes whenever a file is replaced or written. None: it is not there."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in self._source.files:
+            try:
+                status = path.stat()
+                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+            except OSError:
+                found.append(None)
+        return found
 
 
 def read_api_keys(given: Sequence[str], files: Sequence[Path]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -93,6 +94,10 @@ class GrpcGateway:
         self._health = HealthService(SERVICE_NAME)
         self._health_task: asyncio.Task[None] | None = None
         self._is_serving = False  # as health says
+
+    def replace_api_keys(self, keys: Sequence[str]) -> None:
+        """From the next request on."""
+        self._api_keys.replace(keys)
 
     async def start(self) -> str:
         """Listen; returns host:port. Raises OSError when the address cannot be had."""

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.store.address import parse_address as parse_store_address
 from kvstore.store.finder import StoreFinder
-from rorqual.api_keys import read_api_keys
+from rorqual.api_keys import ApiKeyKeeper, ApiKeySource
 from rorqual.clock import Clock, SystemClock
 from rorqual.discovery import SourceSpec, make_source, parse_source
 from rorqual.errors import ConfigError, RorqualError
@@ -61,6 +61,9 @@ from router.text import ChoiceText, StopStrings
 
 log = logging.getLogger(__name__)
 
+API_KEY_SECONDS = 2.0
+"""From one look at the files of API keys to the next."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOptions:
@@ -70,7 +73,7 @@ class RouterOptions:
     served_name: str = ""  # empty: the model directory's name
     http: tuple[str, int] = ("127.0.0.1", 8000)
     grpc: tuple[str, int] = ("127.0.0.1", 8001)
-    api_keys: tuple[str, ...] = ()
+    api_keys: ApiKeySource = field(default_factory=ApiKeySource, repr=False)
     shared_cache_salt: str = ""
     ready_file: Path | None = None
     requests_max: int = 1024  # a request of several choices counts as that many
@@ -123,7 +126,7 @@ def parse_options(argv: list[str]) -> tuple[RouterOptions, str]:
         served_name=args.served_name,
         http=parse_address(args.http, option="--http"),
         grpc=parse_address(args.grpc, option="--grpc"),
-        api_keys=read_api_keys(args.api_key, args.api_key_file),
+        api_keys=ApiKeySource(given=tuple(args.api_key), files=tuple(args.api_key_file)),
         shared_cache_salt=args.shared_cache_salt,
         ready_file=args.ready_file,
         requests_max=args.requests_max,
@@ -153,6 +156,7 @@ async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
     """Run a router until a signal. Raises RorqualError when it cannot start, with nothing left running."""
     if not options.model.is_dir():
         raise ConfigError(f"--model: {options.model}: no such directory")
+    api_keys = ApiKeyKeeper(options.api_keys)
     clock = clock or SystemClock()
     signals = StopSignals()
     prompts = PromptEncoder.from_model_dir(options.model)
@@ -162,8 +166,15 @@ async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
         [make_source(spec) for spec in options.discover], fleet=fleet, metrics=FindingMetrics(registry)
     )
     http, grpc = _gateways(
-        options, dispatcher, finding=finding, prompts=prompts, registry=registry, clock=clock
+        options,
+        dispatcher,
+        api_keys=api_keys.keys,
+        finding=finding,
+        prompts=prompts,
+        registry=registry,
+        clock=clock,
     )
+    keeping_keys = asyncio.create_task(_keep_api_keys(api_keys, http, grpc))
     keeping_sessions = asyncio.create_task(_keep(fleet, finding, dispatcher.store))
     try:
         http_url = await _listen(http.start(), option="--http", address=options.http)
@@ -188,6 +199,7 @@ async def serve(options: RouterOptions, *, clock: Clock | None = None) -> None:
         await until_first(stopping, signals.hurry.wait())
         stopped = stopping.done()
         await end_task(stopping)
+        await end_task(keeping_keys)
         await end_task(keeping_sessions)
         await prompts.aclose()
         signals.close()
@@ -267,6 +279,16 @@ async def _keep(fleet: Fleet, finding: Finding, store: StoreKnowledge | None) ->
             tasks.create_task(store.run())
 
 
+async def _keep_api_keys(keeper: ApiKeyKeeper, http: HttpGateway, grpc: GrpcGateway) -> None:
+    """Until cancelled."""
+    while True:
+        await asyncio.sleep(API_KEY_SECONDS)
+        keys = keeper.changed()
+        if keys is not None:
+            http.replace_api_keys(keys)
+            grpc.replace_api_keys(keys)
+
+
 def _worker_model(options: RouterOptions) -> WorkerModel:
     """What predictions of times are made from. A directory with a tokenizer alone stands for a released model."""
     has_config = (options.model / "config.json").is_file()
@@ -280,6 +302,7 @@ def _gateways(
     options: RouterOptions,
     dispatcher: Dispatcher,
     *,
+    api_keys: tuple[str, ...],
     finding: Finding,
     prompts: PromptEncoder,
     registry: CollectorRegistry,
@@ -294,7 +317,7 @@ def _gateways(
         settings=HttpSettings(
             host=options.http[0],
             port=options.http[1],
-            api_keys=options.api_keys,
+            api_keys=api_keys,
             shared_cache_salt=options.shared_cache_salt,
             drain_seconds_max=options.drain_seconds_max,
             tls=options.gateway_tls,
@@ -310,7 +333,7 @@ def _gateways(
         settings=GrpcSettings(
             host=options.grpc[0],
             port=options.grpc[1],
-            api_keys=options.api_keys,
+            api_keys=api_keys,
             shared_cache_salt=options.shared_cache_salt,
             drain_seconds_max=options.drain_seconds_max,
             tls=options.gateway_tls,
@@ -406,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="FILE",
-        help="keys, one per line, that stand in no process list; repeatable",
+        help="keys, one per line, that stand in no process list; read again when it changes; repeatable",
     )
     add(
         "--shared-cache-salt",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,6 +130,10 @@ class HttpGateway:
             "/metrics": _Route(method="GET", answer=self._expose_metrics, open=True),
         }
         self._model_route = _Route(method="GET", answer=self._model_by_name)
+
+    def replace_api_keys(self, keys: Sequence[str]) -> None:
+        """From the next request on."""
+        self._api_keys.replace(keys)
 
     async def start(self) -> str:
         """Listen; returns the URL to reach us at. Raises OSError when the address cannot be had."""

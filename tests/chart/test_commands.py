@@ -112,7 +112,7 @@ def test_what_the_values_ask_for_arrives(mounted: Path, monkeypatch: pytest.Monk
     assert options.tls is not None
     assert options.gateway_tls is not None
     assert options.drain_seconds_max == 120
-    assert len(options.api_keys) == 1
+    assert len(options.api_keys.files) == 1
     assert options.store == "redis://:s3cret@all-redis:6379"
     (worker,) = ours("everything", "prefill")
     made, _, _ = parse(worker, mounted, monkeypatch)

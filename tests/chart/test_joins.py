@@ -280,9 +280,13 @@ def test_the_local_values_can_have_an_autoscaler():
     assert policy.pools["decode"].stabilisation.down_seconds == 60
 
 
-def replicas(name: str, pool: str, *sets: str) -> Any:
+def deployment(name: str, pool: str, *sets: str) -> Any:
     manifests = {one["metadata"]["name"]: one for one in render(name, *sets) if one["kind"] == "Deployment"}
-    return manifests[f"{RELEASE}-rorqual-{pool}"]["spec"].get("replicas")
+    return manifests[f"{RELEASE}-rorqual-{pool}"]["spec"]
+
+
+def replicas(name: str, pool: str, *sets: str) -> Any:
+    return deployment(name, pool, *sets).get("replicas")
 
 
 def test_no_replicas_are_no_replicas():
@@ -296,6 +300,38 @@ def test_the_replicas_of_a_pool_that_the_autoscaler_has_are_left_to_it():
     sets = ("pools.prefill.autoscaling.min=3", "pools.prefill.replicas=2")
     assert replicas("h200", "prefill", *sets) is None
     assert replicas("h200", "prefill", *sets, "autoscaler.enabled=false") == 2
+    # A dry run sets nothing: without a number the pool would fall to the one replica of Kubernetes' default.
+    assert replicas("h200", "prefill", *sets, "autoscaler.dryRun=true") == 2
+
+
+def test_a_pool_rolls_as_the_values_say():
+    def roll(*sets: str) -> Any:
+        return deployment("local", "decode", *sets)["strategy"]["rollingUpdate"]
+
+    assert roll() == {"maxSurge": 1, "maxUnavailable": 0}
+    without_room = ("workers.rollingUpdate.maxSurge=0", "workers.rollingUpdate.maxUnavailable=1")
+    assert roll(*without_room) == {"maxSurge": 0, "maxUnavailable": 1}
+    assert roll(*without_room, "pools.decode.rollingUpdate.maxSurge=2") == {
+        "maxSurge": 2,
+        "maxUnavailable": 1,
+    }
+
+
+def test_the_world_reaches_answers_by_http_and_grpc_and_no_metrics():
+    """A GRPCRoute beside an HTTPRoute of the same host names is one that a Gateway must not accept."""
+    sets = ("gatewayApi.enabled=true", "gatewayApi.parentRefs[0].name=g", "ingress.enabled=true")
+    manifests = render("local", *sets)
+    (route,) = (one for one in manifests if one["kind"] in ("HTTPRoute", "GRPCRoute"))
+    (ingress,) = (one for one in manifests if one["kind"] == "Ingress")
+    http, grpc = route["spec"]["rules"]
+    public = ["/v1", "/tokenize", "/health"]
+    assert [match["path"]["value"] for match in http["matches"]] == public
+    assert [path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]] == public
+    assert grpc["matches"] == [{"path": {"type": "PathPrefix", "value": "/rorqual.v1.Generation"}}]
+    services = {one["metadata"]["name"]: one["spec"] for one in manifests if one["kind"] == "Service"}
+    backends = [rule["backendRefs"][0] for rule in (http, grpc)]
+    ports = {port["port"]: port["name"] for port in services[backends[0]["name"]]["ports"]}
+    assert [ports[backend["port"]] for backend in backends] == ["http", "grpc"]
 
 
 @pytest.mark.parametrize("pool", ["on", "y", "null-a"])

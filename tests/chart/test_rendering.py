@@ -103,6 +103,7 @@ def test_objects_of_a_release_have_its_name_and_labels():
         "router.service.ports=1",
         "workers.options.hotBufers=4",
         "workers.jitCache.sise=1Gi",
+        "pools.decode.rollingUpdate.maxSurg=2",
         "pools.decode.familly=cuda",
         "pools.decode.autoscaling.maxx=4",
         "pools.decode.options.drafft=auto",
@@ -141,6 +142,7 @@ def test_a_typo_in_values_is_refused_by_name(typo: str, version: str):
         ("router.replicas=2,router.podDisruptionBudget.minAvailable=51%", "no node could be drained"),
         ("router.replicas=2,router.podDisruptionBudget.minAvailable=half", "minAvailable"),
         ("autoscaler.enabled=true,pools.decode.autoscaling.enabled=false", "autoscaling.enabled"),
+        ("pools.decode.rollingUpdate.maxSurge=0", "no worker could ever be replaced"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place(wrong: str, told: str):

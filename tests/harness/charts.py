@@ -24,7 +24,6 @@ OTHER_KINDS = {
     ("resource.nvidia.com/v1beta1", "ComputeDomain"): ("numNodes", "channel"),
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): ("leaderWorkerTemplate",),
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): ("parentRefs", "rules"),
-    ("gateway.networking.k8s.io/v1", "GRPCRoute"): ("parentRefs", "rules"),
     ("gateway.networking.k8s.io/v1", "BackendTLSPolicy"): ("targetRefs", "validation"),
     ("cert-manager.io/v1", "Certificate"): ("secretName", "issuerRef"),
     ("cert-manager.io/v1", "Issuer"): (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,44 @@ async def test_both_doors_answer_over_two_workers_and_a_lost_worker_is_done_with
     assert status == 0, output
     assert "Traceback" not in output
     assert not router.ready_file.exists()
+
+
+async def test_a_key_that_is_taken_back_lets_nobody_in(
+    start_worker: Any, start_router: Any, tmp_path: Path
+) -> None:
+    """The file is swapped as a kubelet swaps a Secret's."""
+    for name in ("old", "new"):
+        (tmp_path / name).write_text(f"{name}-key\n")
+    (tmp_path / "keys").symlink_to("old")
+    worker = await start_worker()
+    options = ("--api-key-file", str(tmp_path / "keys"))
+    ready = await (await start_router((await worker.ready())["address"], options=options)).ready()
+
+    async def status(client: httpx.AsyncClient, key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return (await client.get(f"{ready['http']}/v1/models", headers=headers)).status_code
+
+    async def by_grpc(channel: grpc.aio.Channel, key: str) -> grpc.StatusCode:
+        call: Any = channel.unary_stream(
+            PATH, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
+        )
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), max_tokens=1)
+        answering = call(request, metadata=(("authorization", f"Bearer {key}"),))
+        with suppress(grpc.aio.AioRpcError):  # its code is what we want
+            async for _ in answering:
+                pass
+        return await answering.code()
+
+    async with httpx.AsyncClient() as client, grpc.aio.insecure_channel(ready["grpc"]) as channel:
+        assert [await status(client, key) for key in ("old-key", "new-key")] == [200, 401]
+        (tmp_path / "next").symlink_to("new")
+        (tmp_path / "next").rename(tmp_path / "keys")
+        async with asyncio.timeout(20):
+            while await status(client, "new-key") != 200:
+                await asyncio.sleep(0.1)
+        assert await status(client, "old-key") == 401
+        assert await by_grpc(channel, "old-key") == grpc.StatusCode.UNAUTHENTICATED
+        assert await by_grpc(channel, "new-key") == grpc.StatusCode.OK
 
 
 async def test_a_router_told_to_stop_finishes_its_streams(start_worker: Any, start_router: Any) -> None:

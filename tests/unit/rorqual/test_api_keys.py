@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rorqual.api_keys import ApiKeys, read_api_keys, write_api_key_file
+from rorqual.api_keys import ApiKeyKeeper, ApiKeys, ApiKeySource, read_api_keys, write_api_key_file
 from rorqual.errors import ConfigError
 
 
@@ -87,3 +87,27 @@ def test_a_salt_is_a_function_of_the_key_that_does_not_show_it():
     assert "alpha" not in keys.cache_salt(b"Bearer alpha")
     assert ApiKeys().cache_salt(b"Bearer alpha") == ""
     assert ApiKeys(("alpha",), shared_cache_salt="all").cache_salt(b"Bearer alpha") == "all"
+
+
+def test_a_changed_file_is_taken_once_and_one_that_cannot_be_used_changes_nothing(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = tmp_path / "keys"
+    file.write_text("alpha\n")
+    keeper = ApiKeyKeeper(ApiKeySource(given=("always",), files=(file,)))
+    assert keeper.keys == ("always", "alpha")
+    assert keeper.changed() is None
+    for bad in ("", "two words\n"):
+        file.write_text(bad)
+        assert keeper.changed() is None
+    file.unlink()
+    assert keeper.changed() is None
+    assert keeper.keys == ("always", "alpha")
+    assert caplog.text.count("kept the API keys in force") == 3
+    assert keeper.changed() is None
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "keys").write_text("beta\n")
+    file.symlink_to("data/keys")
+    assert keeper.changed() == ("always", "beta")
+    assert keeper.changed() is None
+    assert "alpha" not in caplog.text
+    assert "beta" not in caplog.text

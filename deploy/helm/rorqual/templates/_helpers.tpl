@@ -220,10 +220,24 @@ securityContext: {{ toJson .root.Values.podSecurityContext }}
 
 {{/* Replicas of an object, as text: what the values say, and none for a pool that the autoscaler has. Even the number that
      is there would be wrong: it may change between its rendering and its applying, which Helm 4 then refuses, and who
-     applies what `helm template` writes would undo the autoscaler's. dict root, pool. */}}
+     applies what `helm template` writes would undo the autoscaler's. One on a dry run has none. dict root, pool. */}}
 {{- define "rorqual.replicas" -}}
 {{- $auto := dig "autoscaling" dict .pool -}}
-{{- if not (and .root.Values.autoscaler.enabled $auto.enabled) -}}
+{{- if not (and .root.Values.autoscaler.enabled (not .root.Values.autoscaler.dryRun) $auto.enabled) -}}
 {{- if hasKey .pool "replicas" }}{{ int .pool.replicas }}{{ else }}1{{ end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* What of a router's HTTP is for the world, as a list: not its metrics, which need no key. */}}
+{{- define "rorqual.publicPaths" -}}
+["/v1", "/tokenize", "/health"]
+{{- end -}}
+
+{{/* How many pods more, or fewer, a pool may have while it rolls: dict root, pool. */}}
+{{- define "rorqual.rollingUpdate" -}}
+{{- $roll := mergeOverwrite (deepCopy .root.Values.workers.rollingUpdate) (default dict .pool.rollingUpdate) -}}
+{{- if and (eq (int $roll.maxSurge) 0) (eq (int $roll.maxUnavailable) 0) -}}
+{{- fail "rollingUpdate: maxSurge and maxUnavailable are both 0: no worker could ever be replaced" -}}
+{{- end -}}
+{maxSurge: {{ int $roll.maxSurge }}, maxUnavailable: {{ int $roll.maxUnavailable }}}
 {{- end -}}
