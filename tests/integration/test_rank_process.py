@@ -13,6 +13,8 @@ from rorqual.sampling import SamplingParams
 from tests.harness.ranks import LOOPBACK, NUM_RECORDS, RankUnderTest
 from tests.harness.system import IDS_CONFIG, make_checkpoint
 
+pytestmark = pytest.mark.minutes
+
 NUM_TOKENS = 512
 
 
@@ -46,7 +48,6 @@ def a_plan(*, prompt_logprobs: int | None = None) -> StepPlan:
     return StepPlan(number=1, closes=(), opens=(opened,), segments=(segment,))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["", "shm", "nixl"])
 def test_a_rank_whose_host_is_gone_in_the_middle_of_a_step_ends_without_a_word(rank: RankUnderTest) -> None:
     rank.ready()
@@ -58,7 +59,6 @@ def test_a_rank_whose_host_is_gone_in_the_middle_of_a_step_ends_without_a_word(r
     assert rank.ended() == (0, "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["nixl"])
 def test_a_rank_that_is_told_to_shut_down_finishes_its_plans_and_ends(rank: RankUnderTest) -> None:
     rank.ready()
@@ -68,7 +68,6 @@ def test_a_rank_that_is_told_to_shut_down_finishes_its_plans_and_ends(rank: Rank
     assert rank.ended() == (0, "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["shm"])
 def test_an_idle_rank_ends_when_its_host_does(rank: RankUnderTest) -> None:
     rank.ready()
@@ -76,7 +75,6 @@ def test_an_idle_rank_ends_when_its_host_does(rank: RankUnderTest) -> None:
     assert rank.ended() == (0, "")
 
 
-@pytest.mark.slow
 def test_scores_of_a_chunk_come_with_its_step(rank: RankUnderTest) -> None:
     ready = rank.ready()
     assert ready.has_mtp
@@ -89,7 +87,6 @@ def test_scores_of_a_chunk_come_with_its_step(rank: RankUnderTest) -> None:
     assert scored == list(range(1, NUM_TOKENS))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["shm", "nixl"])
 def test_what_others_may_read_is_told_where_there_is_a_transfer(rank: RankUnderTest, transfer: str) -> None:
     ready = rank.ready()
@@ -105,7 +102,6 @@ def test_what_others_may_read_is_told_where_there_is_a_transfer(rank: RankUnderT
     assert exported < ready.state_bytes, "rings are not exported, and are state too"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["nixl"])
 def test_a_transfer_that_cannot_be_opened_is_told_in_one_line(ids_model: Path, transfer: str) -> None:
     # Shared memory alone has no way to tell that a peer is gone, which UCX is asked for.
@@ -119,7 +115,6 @@ def test_a_transfer_that_cannot_be_opened_is_told_in_one_line(ids_model: Path, t
         rank.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["shm"])
 def test_a_host_that_sends_no_frame_ends_a_rank_with_a_reason(rank: RankUnderTest) -> None:
     assert isinstance(rank.ready(), RankReady)

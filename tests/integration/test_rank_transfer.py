@@ -33,7 +33,7 @@ from rorqual.sampling import SamplingParams
 from tests.harness.ranks import RankUnderTest
 from tests.harness.system import IDS_CONFIG, make_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 
 NUM_DECODED = 40
 LENGTHS = (3, 256, 701)

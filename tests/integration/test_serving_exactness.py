@@ -16,7 +16,7 @@ from engine.checkpoint.reader import open_checkpoint
 from tests.harness.system import IDS_CONFIG, System, scrape
 from tests.reference.deepseek_v4 import ReferenceModel
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 
 LOGPROB_TOLERANCE = 1e-3
 LENGTHS = (1, 3, 4, 60, 130, 262)

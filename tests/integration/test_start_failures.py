@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.harness.system import IDS_CONFIG, run_command
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 
 Change = Callable[[Path], None]
 

@@ -16,23 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
-from rorqual.demo import CONFIG
-
 pytestmark = [pytest.mark.minutes, pytest.mark.timeout(300)]
 
 SECONDS_MAX = 120.0
 LOAD_SECONDS_MIN = 40.0
-TINY = CONFIG | {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "compress_ratios": [0, 4, 128, 0],
-    "moe_intermediate_size": 64,
-    "n_routed_experts": 4,
-    "max_position_embeddings": 2048,
-    "rope_scaling": CONFIG["rope_scaling"] | {"original_max_position_embeddings": 128},
-}
-
 POLICY = """
 version: 1
 interval_seconds: 1
@@ -52,17 +39,6 @@ pools:
     stabilisation: {up_seconds: 0, down_seconds: 3}
 """
 """Sequences beyond the slots of one decode worker need two of them, whatever the machine's speed."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "config.json").write_text(json.dumps(TINY))
-    out = folder / "whale"
-    command = [sys.executable, "-m", "rorqual.cli", "checkpoint", "init", "--config"]
-    command += [str(folder / "config.json"), "--seed", "7", "--out", str(out), "--weights", "float32"]
-    assert subprocess.run(command, timeout=SECONDS_MAX, check=False).returncode == 0
-    return out
 
 
 class Cluster:
@@ -137,8 +113,8 @@ async def generate(client: httpx.AsyncClient, until: Callable[[], bool], seed: i
     return statuses
 
 
-async def test_load_brings_a_decode_worker_and_silence_takes_it_away(model: Path, tmp_path: Path) -> None:
-    with a_cluster(model, tmp_path, POLICY, "--slots", "4") as cluster:
+async def test_load_brings_a_decode_worker_and_silence_takes_it_away(ids_model: Path, tmp_path: Path) -> None:
+    with a_cluster(ids_model, tmp_path, POLICY, "--slots", "4") as cluster:
         assert cluster.metric("rorqual_router_workers_connected") == 2
         # So long that its end is not taken for noise.
         begin, deadline = time.monotonic(), time.monotonic() + SECONDS_MAX

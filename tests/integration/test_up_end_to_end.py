@@ -11,53 +11,21 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rorqual.demo import CONFIG
-
 pytestmark = pytest.mark.slow
 
 SECONDS_MAX = 90.0
-TINY = CONFIG | {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "compress_ratios": [0, 4, 128, 0],
-    "moe_intermediate_size": 64,
-    "n_routed_experts": 4,
-    "max_position_embeddings": 2048,
-    "rope_scaling": CONFIG["rope_scaling"] | {"original_max_position_embeddings": 128},
-}
-"""No tokenizer either: prompts are token ids."""
 
 
 def rorqual(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "rorqual.cli", *arguments], **options)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "config.json").write_text(json.dumps(TINY))
-    out = folder / "whale"
-    command = (
-        "checkpoint",
-        "init",
-        "--config",
-        str(folder / "config.json"),
-        "--seed",
-        "7",
-        "--out",
-        str(out),
-    )
-    assert rorqual(*command, "--weights", "float32").wait(SECONDS_MAX) == 0
-    return out
-
-
 @pytest.fixture
-def up(model, tmp_path):
+def up(ids_model, tmp_path):
     """Starts a cluster and gives its process, ready file and output; ends it when the test has not."""
     started = []
 
-    def start(*options: str, path: Path = model):
+    def start(*options: str, path: Path = ids_model):
         ready_file, output = tmp_path / "ready.json", tmp_path / "output.txt"
         command = ("up", "--model", str(path), "--http", "0", "--grpc", "0", "--ready-file", str(ready_file))
         with output.open("w") as file:
@@ -148,10 +116,10 @@ def test_a_dead_rank_ends_everything_with_one_clear_line(up, counts, rank, name)
     assert "Traceback" not in told
 
 
-def test_a_broken_checkpoint_is_told_in_a_line(up, model, tmp_path):
+def test_a_broken_checkpoint_is_told_in_a_line(up, ids_model, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in model.iterdir():
+    for file in ids_model.iterdir():
         content = file.read_bytes()
         (broken / file.name).write_bytes(
             content[: len(content) // 2] if file.suffix == ".safetensors" else content

@@ -11,6 +11,8 @@ from rorqual.sampling import SamplingParams
 from tests.harness.ranks import RankUnderTest
 from tests.harness.system import IDS_CONFIG, make_checkpoint
 
+pytestmark = pytest.mark.minutes
+
 WITHOUT_MTP = IDS_CONFIG | {
     "num_nextn_predict_layers": 0,
     "compress_ratios": IDS_CONFIG["compress_ratios"][: IDS_CONFIG["num_hidden_layers"]],
@@ -25,7 +27,6 @@ def ready_of(model: Path, *, drafts_max: int) -> RankReady:
         rank.close()
 
 
-@pytest.mark.slow
 def test_with_drafts_a_rank_reads_the_records_of_its_like_only(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, IDS_CONFIG, name="m")
     without, two, four = (ready_of(model, drafts_max=drafts_max) for drafts_max in (0, 2, 4))
@@ -33,7 +34,6 @@ def test_with_drafts_a_rank_reads_the_records_of_its_like_only(tmp_path: Path) -
     assert without.wire_id != two.wire_id == four.wire_id
 
 
-@pytest.mark.slow
 def test_a_checkpoint_without_an_mtp_block_has_no_drafts(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, WITHOUT_MTP, name="m")
     without, asked = (ready_of(model, drafts_max=drafts_max) for drafts_max in (0, 4))
@@ -42,7 +42,6 @@ def test_a_checkpoint_without_an_mtp_block_has_no_drafts(tmp_path: Path) -> None
     assert asked.wire_id == without.wire_id
 
 
-@pytest.mark.slow
 def test_drafts_that_are_required_and_not_to_be_had_are_refused_before_weights_are_read(
     tmp_path: Path,
 ) -> None:
@@ -56,7 +55,6 @@ def test_drafts_that_are_required_and_not_to_be_had_are_refused_before_weights_a
     assert "has no MTP block" in first.message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 def test_a_rank_drafts_in_fast_and_in_exact_mode(tmp_path: Path, exact: bool) -> None:
     model = make_checkpoint(tmp_path, IDS_CONFIG, name="m", weights="quantised")

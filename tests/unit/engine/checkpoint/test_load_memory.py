@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.minutes,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/status"),
 ]
 
