@@ -6,7 +6,6 @@ Used for workers of a pool and for routers. A source that fails tells nothing, s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -52,9 +51,7 @@ class Members(Generic[T]):
                 try:
                     await asyncio.wait({changing, *watched}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    changing.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await changing
+                    changing.cancel()  # not awaited: a cancellation of ours meanwhile would be taken for its
                 for task in watched:
                     if task.done():
                         task.result()  # they run until cancelled: this is a bug, and is not hidden

@@ -58,20 +58,35 @@ class _Unknown(Exception):
 
 class DnsSource(_Asking):
     """A name without addresses is a failure too: resolvers say so when they are in trouble, and a fleet that is gone
-    is found out by its sessions."""
+    is found out by its sessions. A look-up that does not end holds one of the few threads in which the whole process
+    asks for names: no second one is begun beside it."""
 
-    def __init__(self, spec: SourceSpec, *, seconds: float = DNS_SECONDS) -> None:
+    def __init__(
+        self, spec: SourceSpec, *, seconds: float = DNS_SECONDS, seconds_max: float = DNS_SECONDS_MAX
+    ) -> None:
         super().__init__(spec, seconds=seconds)
         self._name, self._port = spec.name, spec.port
+        self._seconds_max = seconds_max
+        self._lookup: asyncio.Future[list[Any]] | None = None
+
+    async def run(self, on_change: OnChange) -> None:
+        try:
+            await super().run(on_change)
+        finally:
+            if self._lookup is not None:
+                self._lookup.cancel()
 
     async def _ask(self) -> frozenset[str]:
+        lookup = self._lookup
+        if lookup is None:
+            asking = asyncio.get_running_loop().getaddrinfo(self._name, self._port, type=socket.SOCK_STREAM)
+            lookup = self._lookup = asyncio.ensure_future(asking)
+        await asyncio.wait({lookup}, timeout=self._seconds_max)
+        if not lookup.done():
+            raise _Unknown(f"no answer about {self._name} within {self._seconds_max:g} s")
+        self._lookup = None
         try:
-            async with asyncio.timeout(DNS_SECONDS_MAX):
-                found = await asyncio.get_running_loop().getaddrinfo(
-                    self._name, self._port, type=socket.SOCK_STREAM
-                )
-        except TimeoutError:
-            raise _Unknown(f"no answer about {self._name} within {DNS_SECONDS_MAX:g} s") from None
+            found = lookup.result()
         except (OSError, UnicodeError) as error:
             raise _Unknown(f"{self._name}: {error}") from None
         if not found:

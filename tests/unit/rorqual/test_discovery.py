@@ -181,10 +181,13 @@ class Resolver:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hosts: list[str] | Exception = []
         self.num_asked = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self.ask)
 
     async def ask(self, host: str, port: int, **_: object) -> list[Any]:
         self.num_asked += 1
+        await self.answers.wait()
         if isinstance(self.hosts, Exception):
             raise self.hosts
         return [
@@ -219,4 +222,22 @@ async def test_a_name_that_fails_or_has_no_address_keeps_whom_it_named(
             assert len(told) == 1
         resolver.hosts = ["10.0.0.2"]
         await until(lambda: told[1:] == [{"10.0.0.2:9000"}])
+        assert source.last_error == ""
+
+
+async def test_a_resolver_that_does_not_answer_is_asked_once_and_heard_when_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each look-up holds a thread until it ends."""
+    resolver = Resolver(monkeypatch)
+    resolver.answers.clear()
+    spec = parse_source("dns:decode:9000", option="x")
+    source = DnsSource(spec, seconds=QUICK, seconds_max=QUICK)
+    async with following(source) as told:
+        await until(lambda: source.num_failures >= 5)
+        assert "no answer about decode" in source.last_error
+        assert resolver.num_asked == 1
+        resolver.hosts = ["10.0.0.1"]
+        resolver.answers.set()
+        await until(lambda: told == [{"10.0.0.1:9000"}])
         assert source.last_error == ""
