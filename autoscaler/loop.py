@@ -2,7 +2,8 @@
 
 Owns what happens when something fails. A target that cannot be read: nothing is decided, what workers tell is kept for
 the next turn. A write that fails: it is written again at the next turn. Whoever may not act (not elected) decides
-nothing; whoever comes to act begins with a planner of its own. A pool that does not change makes no call.
+nothing; whoever comes to act begins with a planner of its own, which is given the holds of its last term. A pool that
+does not change makes no call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 from autoscaler.intentions import Intentions, Write
 from autoscaler.looking.routers import RouterNews
 from autoscaler.metrics import AutoscalerMetrics
-from autoscaler.observation import Decision, Observation
+from autoscaler.observation import Decision, Hold, Observation
 from autoscaler.targets.contract import PoolReading, SetBySomebodyElse, Target, TargetUnreachable
 from rorqual.clock import Clock
 from rorqual.telemetry import fields
@@ -34,6 +35,10 @@ class PlannerLike(Protocol[P_contra]):
     def decide(self, observation: Observation) -> Decision: ...
 
     def replace_policy(self, policy: P_contra) -> None: ...
+
+    def holds(self) -> Mapping[str, Hold]: ...
+
+    def resume(self, holds: Mapping[str, Hold]) -> None: ...
 
 
 class LookerLike(Protocol):
@@ -68,6 +73,7 @@ class Loop(Generic[P]):
         self._policy = policy
         self._make_planner = make_planner
         self._planner: PlannerLike[P] | None = None
+        self._holds: Mapping[str, Hold] = {}  # of the last term
         self._intentions = Intentions()
         self._clock = clock
         self._metrics = metrics
@@ -85,9 +91,11 @@ class Loop(Generic[P]):
             self._planner.replace_policy(policy)
 
     def replace_all(self, looker: LookerLike, target: Target) -> None:
-        """Other workers, or other things to set: whatever was known of them is known no more."""
+        """Other workers, or other things to set: whatever was known of them is known no more, but for what people
+        hold."""
         self.looker, self.target = looker, target
-        self._planner, self._intentions = None, Intentions()
+        self._end_planner()
+        self._intentions = Intentions()
         self._metrics.forget()
 
     async def tell_all(self, *, reason: str, text: str, is_warning: bool = False) -> None:
@@ -129,6 +137,7 @@ class Loop(Generic[P]):
             return None
         if self._planner is None:
             self._planner, self._intentions = self._make_planner(self._policy), Intentions()
+            self._planner.resume(self._holds)
         shown, edited = self._intentions.seen(readings)
         for pool in edited:
             self._metrics.edits.labels(pool).inc()
@@ -146,8 +155,13 @@ class Loop(Generic[P]):
         if self._planner is not None:
             log.warning("stopped acting: somebody else leads, or may do so")
             self._metrics.forget()
-        self._planner = None
+        self._end_planner()
         self.looker.discard()
+
+    def _end_planner(self) -> None:
+        if self._planner is not None:
+            self._holds = self._planner.holds()
+        self._planner = None
 
     async def _read(self) -> Mapping[str, PoolReading] | None:
         try:

@@ -61,6 +61,14 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Replicas that somebody else has set, and until when, by the observations' clock, they are theirs."""
+
+    replicas: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """A pool's replicas are to be set. `reason` is one line with its arithmetic, for a person."""
 

@@ -17,7 +17,7 @@ import numpy as np
 from autoscaler import capacity, sharing
 from autoscaler.capacity import DecodeLoad, PrefillLoad
 from autoscaler.expected_load import Expected, ExpectedLoad, Shape
-from autoscaler.observation import Change, Decision, Observation, PoolState
+from autoscaler.observation import Change, Decision, Hold, Observation, PoolState
 from autoscaler.policy import Policy, PoolPolicy
 from autoscaler.sharing import PoolOption
 from autoscaler.speeds import Speeds, pages_per_sequence
@@ -89,6 +89,16 @@ class Planner:
             if name not in speeds or not known or not same_model:
                 speeds[name] = Speeds(_model(pool, costs))
         self._speeds = {name: speeds[name] for name in policy.pools}
+
+    def holds(self) -> dict[str, Hold]:
+        """What people hold, for the planner that comes after this one."""
+        found = {name: memory.hold() for name, memory in self._memories.items()}
+        return {name: hold for name, hold in found.items() if hold is not None}
+
+    def resume(self, holds: Mapping[str, Hold]) -> None:
+        """Of a planner before this one, by the same clock, before the first look."""
+        for name in holds.keys() & self._memories.keys():
+            self._memories[name].resume(holds[name])
 
     def decide(self, observation: Observation) -> Decision:
         notes: list[str] = []
@@ -310,22 +320,21 @@ class Planner:
     ) -> int:
         pool, memory, need = observation.pools[name], self._memories[name], needs.get(name)
         before, limits = pool.replicas_wanted, policy.replicas
+        is_within = limits.min <= before <= limits.max
         if memory.is_held(look.seconds):
             left = memory.hold_until - look.seconds
-            outside = "" if limits.min <= before <= limits.max else f", outside {limits.min}..{limits.max}"
+            outside = "" if is_within else f", outside {limits.min}..{limits.max}"
             notes.append(f"{name}: held at {before} by hand for {left:.0f} s more{outside}")
             return before
         after = memory.target(look.seconds, before, policy)
-        if need is None and limits.min <= before <= limits.max:
+        if need is None and is_within:
             notes.append(f"{name}: kept at {before}: not enough has been seen to decide by")
             return before
         if after > before and limits.min <= before and (pool.problem or _overdue(policy, pool)):
             return before
-        if (
-            limits.min <= before <= limits.max
-            and after < before
-            and not self._may_shrink(name, after, observation, look, needs)
-        ):
+        if after < before and not look.whole:
+            return before
+        if after < before and is_within and not self._may_shrink(name, after, observation, look, needs):
             return before
         if need is not None and need.up > limits.max:
             notes.append(f"{name}: {need.up} would be needed, {limits.max} is the most: {need.text}")
@@ -339,7 +348,7 @@ class Planner:
         look: _Look,
         needs: Mapping[str, _Need | None],
     ) -> bool:
-        if not look.whole or needs.get(name) is None:
+        if needs.get(name) is None:
             return False
         role = self.policy.pools[name].role
         options: list[PoolOption] = []

@@ -189,7 +189,8 @@ def _read(text: str, file: str) -> object:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise PolicyError(f"{file}{line}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        # All but the first: what PyYAML makes of tags such as !!bool and !!timestamp before other text.
         raise PolicyError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise PolicyError(f"{file}: is nested too deeply") from None

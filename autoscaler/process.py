@@ -16,7 +16,7 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import aiohttp
 from prometheus_client import CollectorRegistry
@@ -27,7 +27,7 @@ from autoscaler.looking.routers import Pinned
 from autoscaler.looking.worker_session import WorkerChannels
 from autoscaler.loop import Loop, PlannerLike
 from autoscaler.metrics import AutoscalerMetrics
-from autoscaler.observation import Decision, Observation
+from autoscaler.observation import Decision, Hold, Observation
 from autoscaler.options import AutoscalerOptions, parse_options
 from autoscaler.planner import Planner
 from autoscaler.policy import PolicyError
@@ -93,6 +93,12 @@ class LoadedPlanner:
 
     def replace_policy(self, policy: Loaded) -> None:
         self._planner.replace_policy(policy.policy, costs=policy.costs)
+
+    def holds(self) -> Mapping[str, Hold]:
+        return self._planner.holds()
+
+    def resume(self, holds: Mapping[str, Hold]) -> None:
+        self._planner.resume(holds)
 
 
 async def serve(
@@ -300,7 +306,9 @@ class Shell:
         if changed is None:
             return
         setup = changed.setup
-        if setup != self._setup:
+        if setup.is_of_the_same(self._setup):
+            self._looker.look_every(setup.interval_seconds)
+        else:
             # Other workers, routers or targets: looked at anew. What was being written is decided again.
             await end_task(self._looking)
             self._looker = self._make_looker(setup)

@@ -26,3 +26,7 @@ class Setup:
     interval_seconds: float
     pools: tuple[PoolSetup, ...]
     routers: tuple[SourceSpec, ...] = ()  # of their HTTP doors
+
+    def is_of_the_same(self, other: Setup) -> bool:
+        """Whether it looks at the same workers and routers, and sets the same pools, though perhaps more often."""
+        return (self.pools, self.routers) == (other.pools, other.routers)

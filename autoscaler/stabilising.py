@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from autoscaler.observation import Hold
 from autoscaler.policy import PoolPolicy
 
 HISTORY_MAX = 100_000
@@ -18,6 +19,7 @@ class PoolMemory:
     def __init__(self) -> None:
         self.decided: int | None = None
         self.hold_until = float("-inf")
+        self._resumed: Hold | None = None  # of a planner before this one
         self._before = 0  # what there was when `decided` was
         self._is_applied = True  # `decided` has been seen
         self._needs: deque[tuple[float, int, int]] = deque(maxlen=HISTORY_MAX)  # seconds, for up and for down
@@ -29,6 +31,8 @@ class PoolMemory:
         seen is one that could not be carried out: it is made again."""
         if self._looked_since is None:
             self._looked_since = seconds
+        if self.decided is None and self._resumed is not None and wanted == self._resumed.replicas:
+            self.hold_until = self._resumed.until
         if self.decided is None or wanted == self.decided:
             self.decided, self._is_applied = wanted, True
             return False
@@ -38,6 +42,16 @@ class PoolMemory:
         self.hold_until = seconds + hold_seconds
         self._needs.clear()
         return True
+
+    def hold(self) -> Hold | None:
+        """For `resume` of another memory of the same pool."""
+        if self.decided is None:
+            return self._resumed
+        return Hold(replicas=self.decided, until=self.hold_until)
+
+    def resume(self, hold: Hold) -> None:
+        """What was held before anything is observed goes on being held, if it is still what there is."""
+        self._resumed = hold
 
     def is_held(self, seconds: float) -> bool:
         return seconds < self.hold_until
@@ -54,8 +68,10 @@ class PoolMemory:
         while self._needs and self._needs[0][0] < seconds - keep:
             self._needs.popleft()
         limits = policy.replicas
-        if current < limits.min or current > limits.max:
-            return min(max(current, limits.min), limits.max)
+        if current < limits.min:
+            return limits.min
+        if current > limits.max:
+            return max(limits.max, current - policy.step.down)
         up = min((up for at, up, _ in self._needs if at >= seconds - stable.up_seconds), default=current)
         down = max((up for at, up, _ in self._needs if at >= seconds - stable.down_seconds), default=current)
         if self._needs:

@@ -42,6 +42,7 @@ class Looker:
         self._gathering = Gathering(randomness=randomness)
         self._roles = {pool.name: pool.role for pool in setup.pools}
         self._looked_at: float | None = None
+        self._router_seconds = _router_seconds(setup.interval_seconds)
 
         def make_pool(pool: PoolSetup) -> Members[WorkerSession]:
             assert pool.workers is not None
@@ -64,7 +65,7 @@ class Looker:
             make=lambda address: RouterReader(
                 address,
                 session=http,
-                interval_seconds=min(ROUTER_SECONDS, setup.interval_seconds / 2),
+                interval_seconds=self._router_seconds,
                 trust=trust,
             ),
         )
@@ -73,6 +74,12 @@ class Looker:
         async with asyncio.TaskGroup() as tasks:
             for members in (*self._pools.values(), self._routers):
                 tasks.create_task(members.run())
+
+    def look_every(self, interval_seconds: float) -> None:
+        """Looks come so often from now on: routers are to have been asked before each."""
+        self._router_seconds = _router_seconds(interval_seconds)
+        for router in self._routers:
+            router.interval_seconds = self._router_seconds
 
     def failures(self) -> list[str]:
         """Why what is seen may not be all there is, a line each."""
@@ -136,3 +143,7 @@ class Looker:
             starting_seconds=reading.starting_seconds,
             problem=reading.problem,
         )
+
+
+def _router_seconds(interval_seconds: float) -> float:
+    return min(ROUTER_SECONDS, interval_seconds / 2)

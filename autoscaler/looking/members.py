@@ -1,6 +1,8 @@
 """Things kept running for each address that sources tell of: started as it appears, ended as it goes.
 
-Used for workers of a pool and for routers. A source that fails tells nothing, so what was known goes on.
+Used for workers of a pool and for routers. A source that fails tells nothing, so what was known goes on. An address
+that is named no more may be a worker whose pod is not ready, and that serves: it is kept while its session stands, as
+routers do.
 """
 
 from __future__ import annotations
@@ -16,6 +18,14 @@ from rorqual.service import end_task
 class Running(Protocol):
     async def run(self) -> None: ...
 
+    def leave(self) -> bool:
+        """No source names it any more. True: it goes on for now, and `run` returns once that is over."""
+        ...
+
+    def stay(self) -> None:
+        """It is named again, after all."""
+        ...
+
 
 T = TypeVar("T", bound=Running)
 
@@ -30,6 +40,7 @@ class Members(Generic[T]):
         self._changed = asyncio.Event()
         self._members: dict[str, T] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[str] = set()
 
     def __iter__(self) -> Iterator[T]:
         return iter([self._members[address] for address in sorted(self._members)])
@@ -47,12 +58,14 @@ class Members(Generic[T]):
         try:
             while True:
                 changing = asyncio.create_task(self._changed.wait())
-                watched = {*looking, *self._tasks.values()}
                 try:
-                    await asyncio.wait({changing, *watched}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(
+                        {changing, *looking, *self._tasks.values()}, return_when=asyncio.FIRST_COMPLETED
+                    )
                 finally:
                     changing.cancel()  # not awaited: a cancellation of ours meanwhile would be taken for its
-                for task in watched:
+                self._take_out_ended()
+                for task in (*looking, *self._tasks.values()):
                     if task.done():
                         task.result()  # they run until cancelled: this is a bug, and is not hidden
                 self._changed.clear()
@@ -67,12 +80,24 @@ class Members(Generic[T]):
         self._told[number] = found
         self._changed.set()
 
+    def _take_out_ended(self) -> None:
+        for address in [address for address in self._leaving if self._tasks[address].done()]:
+            self._tasks.pop(address).result()
+            del self._members[address]
+            self._leaving.discard(address)
+
     async def _follow(self) -> None:
         wanted = frozenset[str]().union(*self._told.values())
         for address in sorted(wanted - self._members.keys()):
             member = self._make(address)
             self._members[address] = member
             self._tasks[address] = asyncio.create_task(member.run())
-        for address in sorted(self._members.keys() - wanted):
+        for address in sorted(wanted & self._leaving):
+            self._members[address].stay()
+            self._leaving.discard(address)
+        for address in sorted(self._members.keys() - wanted - self._leaving):
+            if self._members[address].leave():
+                self._leaving.add(address)
+                continue
             del self._members[address]
             await end_task(self._tasks.pop(address))

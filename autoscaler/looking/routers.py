@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ def read_figures(text: str) -> RouterFigures:
     sums: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
+            if not math.isfinite(sample.value):
+                continue  # no count or sum of ours
             if sample.name == REQUESTS:
                 if sample.labels.get("status") in _UNSERVED_STATUS:
                     sums["unserved"] = sums.get("unserved", 0.0) + sample.value
@@ -130,17 +133,23 @@ class RouterReader:
         """With `trust` routers speak HTTPS."""
         self.address = address
         self.failure = "not asked yet"
+        self.interval_seconds = interval_seconds
         self._url = f"{'http' if trust is None else 'https'}://{address}/metrics"
         self._trust = trust
         self._session = session
-        self._interval_seconds = interval_seconds
         self._now: RouterFigures | None = None
         self._base: RouterFigures | None = None
 
     async def run(self) -> None:
         while True:
             await self.ask()
-            await asyncio.sleep(self._interval_seconds)
+            await asyncio.sleep(self.interval_seconds)
+
+    def leave(self) -> bool:
+        return False
+
+    def stay(self) -> None:
+        pass
 
     async def ask(self) -> None:
         try:

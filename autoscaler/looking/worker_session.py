@@ -71,7 +71,7 @@ class WorkerChannels:
 
 
 class WorkerSession:
-    """One worker. `run` goes on until cancelled. `load` is None while there is no session."""
+    """One worker. `run` goes on until cancelled, or left without a session. `load` is None while there is none."""
 
     def __init__(
         self,
@@ -94,6 +94,14 @@ class WorkerSession:
         self._randomness = randomness
         self._on_usage = on_usage
         self._has_told_usage = False
+        self._is_left = False
+
+    def leave(self) -> bool:
+        self._is_left = True
+        return self.load is not None
+
+    def stay(self) -> None:
+        self._is_left = False
 
     async def run(self) -> None:
         num_failures, told = 0, ""
@@ -109,6 +117,8 @@ class WorkerSession:
             if was_connected or self.failure != told:
                 log.warning("lost sight of a worker %s", fields(worker=self.address, error=self.failure))
                 told = self.failure
+            if self._is_left:
+                return
             await asyncio.sleep(self._backoff_seconds(num_failures))
 
     async def _run_session(self) -> None:

@@ -1,4 +1,8 @@
-"""A pool's pods, read: how long those that do not serve yet have been starting, and what is wrong with them. Pure."""
+"""A pool's pods, read: how long those that do not serve yet have been starting, and what is wrong with them. Pure.
+
+A pod whose containers have all started and that is not ready is not starting: its node is out of sight, or its probe
+fails, and it may well serve. Whether it does, its session tells; without one it is missing.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +33,17 @@ def read_pods(
     """`wall` is now, in seconds since 1970; `shortage_seconds`: for how long there have been too few pods."""
     starting: list[float] = []
     problems: list[str] = []
-    num_pods = 0
+    num_pods = num_begun = 0
     for pod in pods:
         metadata = pod.get("metadata") or {}
         status = pod.get("status") or {}
         if metadata.get("deletionTimestamp") or status.get("phase") in ("Succeeded", "Failed"):
             continue
         num_pods += 1
-        if not is_ready(pod):
-            starting.append(max(0.0, wall - _seconds(metadata.get("creationTimestamp"), default=wall)))
+        if is_ready(pod) or _has_begun(status):
+            num_begun += 1
+        else:
+            starting.append(max(0.0, wall - _starting_since(pod, default=wall)))
             problems += [f"{metadata.get('name', '?')}: {problem}" for problem in _problems(status)]
     num_missing = max(0, replicas - num_pods)
     starting += [shortage_seconds] * num_missing
@@ -46,9 +52,11 @@ def read_pods(
             f"{num_missing} replicas have had no pod for {shortage_seconds:.0f} s (a quota, or admission?)"
         )
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    # While a pool rolls it has more pods than replicas: the new one stands for no replica that others are.
+    starting = sorted(starting, reverse=True)[: max(0, replicas - num_begun)]
     return PoolReading(
         replicas=replicas,
-        starting_seconds=tuple(sorted(starting, reverse=True)),
+        starting_seconds=tuple(starting),
         problem=f"{problems[0][:TEXT_MAX]}{more}" if problems else "",
     )
 
@@ -65,6 +73,20 @@ def count_pods(pods: Iterable[Mapping[str, Any]]) -> int:
 def is_ready(pod: Mapping[str, Any]) -> bool:
     conditions = (pod.get("status") or {}).get("conditions") or []
     return any(item.get("type") == "Ready" and item.get("status") == "True" for item in conditions)
+
+
+def _has_begun(status: Mapping[str, Any]) -> bool:
+    """All containers run and have passed their startup probes."""
+    containers = status.get("containerStatuses") or []
+    return bool(containers) and all(item.get("started") is True for item in containers)
+
+
+def _starting_since(pod: Mapping[str, Any], *, default: float) -> float:
+    """Since it was made; or, where a worker in it has ended and starts again, since it was ready last."""
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    turned = [item.get("lastTransitionTime") for item in conditions if item.get("type") == "Ready"]
+    created = _seconds((pod.get("metadata") or {}).get("creationTimestamp"), default=default)
+    return max([created, *(_seconds(text, default=created) for text in turned)])
 
 
 def _problems(status: Mapping[str, Any]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 
 from rorqual.cluster_api.watching import Watch, WatchPace
 from rorqual.errors import ConfigError, RorqualError
@@ -31,6 +32,9 @@ RETRIES_MAX = 2
 RETRY_AFTER_SECONDS_MAX = 5.0
 BODY_BYTES_MAX = 64 << 20
 
+
+_FAILURES = (TimeoutError, OSError, aiohttp.ClientError, HttpProcessingError)
+"""Of a connection, or of what is no HTTP on it."""
 
 _VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch"}
 """Of Kubernetes' rights, by method."""
@@ -82,13 +86,23 @@ class ClusterApi:
                 await config.load_kube_config(config_file=file, client_configuration=configuration)
                 _, active = config.list_kube_config_contexts(config_file=file)
                 namespace = active["context"].get("namespace", "default")
-        except (config.ConfigException, YAMLError, OSError, KeyError, TypeError) as error:
+            configuration.retries = None
+            official = client.ApiClient(configuration)
+        except (
+            config.ConfigException,
+            YAMLError,
+            OSError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
+            # ValueError, AttributeError: certificates and keys that are none.
             raise ConfigError(
                 f"no way to a Kubernetes API server: neither a pod's service account nor a kubeconfig: {error}"
             ) from None
-        configuration.retries = None
         return cls(
-            client.ApiClient(configuration),
+            official,
             namespace=namespace,
             call_seconds_max=call_seconds_max,
             pace=pace or WatchPace(),
@@ -145,7 +159,7 @@ class ClusterApi:
         try:
             if response.status != 200:
                 raise await _refusal("watch", path, response)
-            yield _lines(path, response)
+            yield _lines(path, response, silence_seconds_max)
         finally:
             response.close()
 
@@ -202,8 +216,9 @@ class ClusterApi:
                 body=body,
                 _request_timeout=limits,
             )
-        except (TimeoutError, OSError, aiohttp.ClientError, ssl.SSLError, ConfigException) as error:
+        except (*_FAILURES, ssl.SSLError, ConfigException, ValueError) as error:
             # OSError: also a pod's token that cannot be read just now. ConfigException: of a kubeconfig's ways.
+            # ValueError: what aiohttp makes of the environment, such as a .netrc.
             raise ApiUnreachable(f"{method} {path}: {_why(error)}") from None
         return response.response
 
@@ -224,17 +239,27 @@ def _use_service_account(configuration: Any, folder: Path) -> None:
 
     loader: Any = InClusterConfigLoader(str(token), str(folder / "ca.crt"), try_refresh_token=False)
     loader.load_and_set(configuration)
+    # By the address that the pod was given, never by a proxy: networks in NO_PROXY, which Go's clients know, aiohttp
+    # does not.
+    configuration.client_session_kwargs = {"trust_env": False}
     configuration.refresh_api_key_hook = refresh
 
 
-async def _lines(path: str, response: aiohttp.ClientResponse) -> AsyncIterator[Object]:
-    try:
-        async for line in response.content:
-            if line.strip():
-                yield _parse(path, line)
-    except (TimeoutError, OSError, aiohttp.ClientError, ValueError) as error:
-        # ValueError: a line beyond aiohttp's buffer.
-        raise ApiUnreachable(f"watch {path}: {_why(error)}") from None
+async def _lines(
+    path: str, response: aiohttp.ClientResponse, silence_seconds_max: float
+) -> AsyncIterator[Object]:
+    while True:
+        try:
+            # aiohttp's own limit knows nothing of a body whose framing is broken.
+            async with asyncio.timeout(silence_seconds_max):
+                line = await response.content.readline()
+        except (*_FAILURES, ValueError) as error:
+            # ValueError: a line beyond aiohttp's buffer.
+            raise ApiUnreachable(f"watch {path}: {_why(error)}") from None
+        if not line:
+            return
+        if line.strip():
+            yield _parse(path, line)
 
 
 async def _json(path: str, response: aiohttp.ClientResponse) -> Object:
@@ -244,7 +269,7 @@ async def _json(path: str, response: aiohttp.ClientResponse) -> Object:
             data += await response.content.read(BODY_BYTES_MAX)
             if len(data) > BODY_BYTES_MAX:
                 raise ApiUnreachable(f"{path}: an answer of more than {BODY_BYTES_MAX} bytes")
-    except (TimeoutError, OSError, aiohttp.ClientError) as error:
+    except _FAILURES as error:
         raise ApiUnreachable(f"{path}: {_why(error)}") from None
     return _parse(path, data)
 
@@ -300,4 +325,6 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
 
 
 def _why(error: Exception) -> str:
-    return "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -8,6 +8,7 @@ list, and there is one now and then whatever the watch says. Never forgets what 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -62,12 +63,13 @@ class Watch:
         self._objects: dict[str, Object] = {}
         self._version = ""
         self._has_listed = False
+        self._watching_since = math.inf  # on the loop's clock
 
     async def run(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            began = loop.time()
+            began, self._watching_since = loop.time(), math.inf
             try:
                 await self._list()
                 is_useful = await self._follow()
@@ -75,7 +77,9 @@ class Watch:
                 is_useful = is_useful or loop.time() - began >= self._pace.watch_seconds_min
                 self._num_failures = 0 if is_useful else self._num_failures + 1
             except RorqualError as error:
-                self._num_failures += 1
+                # A watch that lived for a while and was cut, as balancers do to idle ones, is asked for again soon.
+                lived = loop.time() - self._watching_since >= self._pace.watch_seconds_min
+                self._num_failures = 1 if lived else self._num_failures + 1
                 self._on_failure(str(error))
             await asyncio.sleep(self._backoff_seconds(self._num_failures))
 
@@ -123,6 +127,7 @@ class Watch:
                 # Not before: a list alone is stale as soon as it is there, and one that may be listed and not watched
                 # would be told as well and as failing by turns.
                 self._on_failure("")
+                self._watching_since = asyncio.get_running_loop().time()
                 async for event in events:
                     if not self._take(event):
                         break

@@ -15,6 +15,7 @@ import pytest
 from autoscaler.election import Election, Elector
 from rorqual.clock import SystemClock
 from rorqual.cluster_api import ApiError, ApiUnreachable, ClusterApi, WatchPace
+from rorqual.errors import ConfigError
 from tests.cluster.stand_in.cluster import StandIn
 from tests.harness.mounted import Mounted
 
@@ -117,6 +118,24 @@ async def test_a_pod_goes_by_its_service_account(tmp_path: Path, monkeypatch: py
         assert (await api.get(MAPS))["items"] == []
         with pytest.raises(ApiError, match="the right to get pods"):
             await api.get(PODS)  # which the administrator may
+
+
+async def test_a_proxy_of_the_environment_is_not_between_a_pod_and_its_api_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_pod(tmp_path, monkeypatch) as (pod, _):
+        monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+        async with connected(pod) as api:
+            assert (await api.get(MAPS))["items"] == []
+
+
+async def test_a_certificate_that_is_none_is_no_way_to_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_pod(tmp_path, monkeypatch) as (pod, _):
+        (pod.account.folder / "ca.crt").write_text("half a certif")
+        with pytest.raises(ConfigError, match="no way to a Kubernetes API server"):
+            await ClusterApi.connect(service_account=pod.account.folder)
 
 
 async def test_without_a_pods_environment_or_token_a_kubeconfig_is_used(

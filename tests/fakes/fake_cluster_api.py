@@ -48,7 +48,9 @@ class FakeClusterApi:
         self.list_status = 200  # of all lists after these
         self.watch_status = 200
         self.message = ""  # that refusals carry
-        self.watches_end = ""  # "at once", "gone" (410 as an event), "cut" (within a line), or ""
+        self.watches_end = (
+            ""  # "at once", "gone" (410 as an event), "cut" (within a line), "garbled", "long", or ""
+        )
         self.is_silent = False  # watches say nothing of what happens
         self.list_body: Any = None  # instead of the list
         self.num_lists = 0
@@ -159,6 +161,14 @@ class FakeClusterApi:
             assert request.transport is not None
             request.transport.abort()
             return response
+        if self.watches_end == "garbled":
+            # What a proxy says in the middle of a body that comes in chunks.
+            await response.write(b'{"type": "MODIFIED", "object": {"metad')
+            assert request.transport is not None
+            request.transport.write(b"HTTP/1.1 504 Gateway Timeout\r\n\r\n")
+        if self.watches_end == "long":
+            for _ in range(6):
+                await response.write(b"x" * 2**20)
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         if not self.is_silent:
             self._watchers.append(queue)

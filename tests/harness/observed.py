@@ -75,12 +75,17 @@ class Worker:
 
 @asynccontextmanager
 async def looking(
-    *addresses: str, role: Role = Role.BOTH, routers: tuple[str, ...] = (), tls: TlsFiles | None = None
+    *addresses: str,
+    source: str = "",
+    role: Role = Role.BOTH,
+    routers: tuple[str, ...] = (),
+    tls: TlsFiles | None = None,
 ) -> AsyncIterator[Looker]:
-    source = parse_source(f"static:{','.join(addresses)}", option="x")
+    """At `addresses`, or at those that `source` names."""
+    workers = parse_source(source or f"static:{','.join(addresses)}", option="x")
     setup = Setup(
         interval_seconds=0.1,
-        pools=(PoolSetup(name="pool", role=role, workers=source),),
+        pools=(PoolSetup(name="pool", role=role, workers=workers),),
         routers=tuple(parse_source(text, option="x") for text in routers),
     )
     async with aiohttp.ClientSession() as http:

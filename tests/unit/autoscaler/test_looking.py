@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import ssl
@@ -65,6 +66,41 @@ async def test_a_lost_worker_is_missing_and_comes_back() -> None:
             await until(lambda: looker.num_missing == 0)
         finally:
             await again.stop()
+
+
+async def test_a_worker_that_is_named_no_more_is_seen_while_its_session_stands(tmp_path: Path) -> None:
+    """As of a pod that is not ready any more and serves its routers all the same."""
+    source = tmp_path / "workers.json"
+
+    def name(*addresses: str) -> None:
+        (tmp_path / "new").write_text(json.dumps({"workers": [{"address": item} for item in addresses]}))
+        (tmp_path / "new").replace(source)
+
+    worker = Worker()
+    address = await worker.start()
+    name(address)
+    async with looking(source=f"file:{source}") as looker:
+        await until(lambda: looker.num_known == 1 and looker.num_missing == 0)
+        name()
+        await asyncio.sleep(1.5)
+        await worker.serve(1, length=7, max_tokens=5)
+        await asyncio.sleep(0.3)
+        seen = looker.look(READINGS, now=1.0)
+        assert (len(seen.pools["pool"].workers), seen.traffic.num_prompts) == (1, 1)
+        name(address)
+        await asyncio.sleep(1.0)
+        await worker.stop()
+        await until(lambda: looker.num_missing == 1)  # named, so it is looked for
+        name()
+        await until(lambda: looker.num_known == 0)
+        again = Worker()
+        await again.start(int(address.rpartition(":")[2]))
+        name(address)
+        await until(lambda: looker.num_known == 1 and looker.num_missing == 0)
+        name()
+        await asyncio.sleep(1.0)
+        await again.stop()
+        await until(lambda: looker.num_known == 0)  # left, and gone
 
 
 async def test_a_worker_that_drains_is_seen_to() -> None:
@@ -137,6 +173,12 @@ def test_a_routers_own_metrics_are_understood() -> None:
         itl_seconds=0.5,
         itl_count=1,
     )
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf"])
+def test_what_is_no_number_is_left_out_of_a_routers_figures(value: str) -> None:
+    text = f"rorqual_router_credit_waiting {value}\n"
+    assert read_figures(text) == read_figures("")
 
 
 async def test_a_router_that_speaks_https_is_known_by_its_certificate(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from autoscaler.looking.routers import RouterNews
 from autoscaler.loop import Loop
 from autoscaler.metrics import AutoscalerMetrics
-from autoscaler.observation import Change, Decision, Observation, PoolState, Traffic
+from autoscaler.observation import Change, Decision, Hold, Observation, PoolState, Traffic
 from autoscaler.targets.contract import PoolReading, SetBySomebodyElse, TargetUnreachable
 from rorqual.clock import ManualClock
 from rorqual.session import Role
@@ -95,6 +95,12 @@ class FakePlanner:
 
     def replace_policy(self, policy: str) -> None:
         self.policy = policy
+
+    def holds(self) -> Mapping[str, Hold]:
+        return {name: Hold(replicas=self.last[name], until=100.0) for name in self.held}
+
+    def resume(self, holds: Mapping[str, Hold]) -> None:
+        self.held |= holds.keys()
 
     def decide(self, observation: Observation) -> Decision:
         seen = {name: pool.replicas_wanted for name, pool in observation.pools.items()}
@@ -229,6 +235,24 @@ async def test_whoever_may_not_act_neither_decides_nor_writes_and_begins_anew_wh
     await world.loop.turn()
     assert len(made) == 2
     assert world.target.calls == [("decode", 3)]
+
+
+async def test_what_a_person_holds_is_held_also_after_a_lapse_or_with_other_targets() -> None:
+    world = World()
+    await world.loop.turn()
+    world.target.replicas["decode"] = 7
+    await world.loop.turn()
+    assert world.planner.held == {"decode"}
+    world.seconds_left = 0.0
+    await world.loop.turn()
+    await world.loop.turn()
+    world.seconds_left = 12.0
+    FakePlanner.wants = {"decode": 3}
+    await world.loop.turn()
+    assert (len(made), world.target.calls) == (2, [])
+    world.loop.replace_all(FakeLooker(), world.target)
+    await world.loop.turn()
+    assert (len(made), world.target.calls) == (3, [])
 
 
 async def test_a_write_is_cut_off_when_the_right_to_act_ends() -> None:

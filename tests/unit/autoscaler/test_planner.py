@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fleets import LOAD, POLICY, Fleet, Requests, busy, policy
 
 from autoscaler.observation import PromptSample, StreamSample, Traffic
+from autoscaler.planner import Planner
 
 SINGLE = POLICY.replace("max: 32", "max: 4")
 MIXED = POLICY.replace(
@@ -168,6 +169,36 @@ def test_a_persons_edit_is_held_told_and_then_resumed():
     assert fleet.sizes()["prefill"] == before
 
 
+def test_what_a_person_holds_outlives_a_planner_if_it_is_still_so():
+    def after(replicas: int, *, later: float) -> Fleet:
+        fleet = settled(Requests(rate=100.0))
+        fleet.pools["prefill"].wanted = 40
+        fleet.look(Requests(rate=100.0))
+        holds = fleet.planner.holds()
+        fleet.planner = Planner(policy())
+        fleet.planner.resume(holds)
+        fleet.pools["prefill"].wanted = replicas
+        fleet.run(Requests(rate=100.0), later)
+        return fleet
+
+    assert after(40, later=800).sizes()["prefill"] == 40
+    assert after(40, later=1000).sizes()["prefill"] <= 32
+    assert after(39, later=60).sizes()["prefill"] <= 32
+
+
+def test_beyond_its_limits_a_pool_goes_down_in_steps_and_not_while_workers_are_missing():
+    fleet = Fleet(POLICY.replace("devices: 8}", "devices: 8, step: {down: 3}}"))
+    fleet.pools["prefill"].wanted = 40
+    fleet.pools["prefill"].num_lost = 1
+    fleet.run(Requests(rate=10.0), 60)
+    assert fleet.sizes()["prefill"] == 40
+    fleet.pools["prefill"].num_lost = 0
+    fleet.run(Requests(rate=10.0), 60)
+    sizes = [item["prefill"] for _, item in fleet.history]
+    assert max(before - after for before, after in itertools.pairwise(sizes)) == 3
+    assert sizes[-1] == 32
+
+
 def test_a_decision_that_was_not_carried_out_is_made_again_and_is_no_edit():
     fleet = settled(Requests(rate=100.0))
     fleet.obeys = False
@@ -306,10 +337,13 @@ def test_a_pool_of_both_carries_both():
     assert max(apart.values()) <= fleet.sizes()["prefill"] <= sum(apart.values()) + 1
 
 
-def test_a_policy_replaced_at_run_time_holds_from_the_next_look():
+def test_a_policy_replaced_at_run_time_holds_from_the_next_look_one_step_at_a_time():
     fleet = settled(Requests(rate=250.0))
+    before = fleet.sizes()
     fleet.planner.replace_policy(policy(SINGLE))
-    assert fleet.look(Requests(rate=250.0)).replicas == {"prefill": 4, "decode": 4}
+    assert fleet.look(Requests(rate=250.0)).replicas == {name: n - 2 for name, n in before.items()}
+    fleet.run(Requests(rate=250.0), 100)
+    assert fleet.sizes() == {"prefill": 4, "decode": 4}
     fleet.planner.replace_policy(policy(POLICY))
     fleet.run(Requests(rate=250.0), 100)
     assert fleet.sizes()["prefill"] > 5

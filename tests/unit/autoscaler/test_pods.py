@@ -44,6 +44,31 @@ def test_a_replica_without_a_pod_has_been_starting_since_it_was_missed() -> None
     assert "2 replicas have had no pod for 90 s" in read(a_pod("a"), replicas=3, shortage=90.0).problem
 
 
+def a_started_pod(name: str, *, started: bool = True, **options: Any) -> dict[str, Any]:
+    return a_pod(name, containerStatuses=[{"started": started, "state": {"running": {}}}], **options)
+
+
+def test_a_pod_that_has_started_and_is_not_ready_is_not_starting() -> None:
+    """As the control plane leaves the pods of nodes that it does not hear of; they may well serve."""
+    pods = a_started_pod("a"), a_started_pod("b", started=False), a_pod("c", ready=True)
+    assert read(*pods, replicas=3) == PoolReading(replicas=3, starting_seconds=(120.0,))
+
+
+def test_a_worker_that_ended_in_its_pod_has_been_starting_since_then() -> None:
+    pod = a_started_pod("a", started=False, created="2023-11-04T22:13:20Z")
+    pod["status"]["conditions"][0]["lastTransitionTime"] = "2023-11-14T22:13:10Z"
+    assert read(pod, replicas=1).starting_seconds == (10.0,)
+
+
+def test_the_pod_that_a_roll_has_too_many_stands_for_no_replica() -> None:
+    ready = [a_pod(name, ready=True) for name in "abc"]
+    assert read(*ready, a_pod("new"), replicas=3).starting_seconds == ()
+    # One of those that are ready does go: the oldest of those that start is in its place.
+    ready[0]["metadata"]["deletionTimestamp"] = CREATED
+    late = a_pod("newer", created="2023-11-14T22:13:10Z")
+    assert read(*ready, late, a_pod("new"), replicas=3).starting_seconds == (120.0,)
+
+
 def test_pods_that_go_or_have_ended_do_not_count() -> None:
     going = a_pod("a")
     going["metadata"]["deletionTimestamp"] = CREATED

@@ -100,6 +100,8 @@ def test_what_is_wrong_is_named_and_the_schema_agrees(old, new, words, by_schema
         ("version: &x 1\nmodel: *x", "p.yaml:2: aliases are not read"),
         ("version: !!python/object:os.system 1", "could not determine a constructor"),
         ("{a: " * 2000, "p.yaml"),
+        ("version: !!bool zzz", "cannot be read as YAML"),
+        ("version: !!timestamp abc", "cannot be read as YAML"),
         ("# " + "x" * 300_000, "characters"),
     ],
 )

@@ -63,6 +63,11 @@ def test_a_bad_change_is_told_once_and_a_good_one_after_it_is_taken(tmp_path: Pa
     changed = file.changed()
     assert changed is not None
     assert changed.setup.interval_seconds == 9
+    assert changed.setup.is_of_the_same(file.load().setup)
+    path.write_text(text(9).replace("name: d", "name: other"))
+    other = file.changed()
+    assert other is not None
+    assert not other.setup.is_of_the_same(changed.setup)
 
 
 def test_half_of_a_policy_that_is_being_written_is_not_taken_for_one(tmp_path: Path) -> None:

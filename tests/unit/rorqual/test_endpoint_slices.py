@@ -161,6 +161,32 @@ async def test_a_watch_that_is_silent_is_not_trusted(api: FakeClusterApi) -> Non
         assert followed.told == [{"10.0.0.1:9000"}, {"10.0.0.2:9000"}]
 
 
+@pytest.mark.parametrize("end", ["garbled", "long"])
+async def test_a_watch_that_makes_no_sense_is_not_waited_for(end: str, api: FakeClusterApi) -> None:
+    pace = WatchPace(silence_seconds_max=0.3, backoff_seconds_min=0.01, relist_seconds=1000.0)
+    api.put(a_slice("s", "10.0.0.1"))
+    api.watches_end = end
+    async with following(api, pace=pace) as followed:
+        await followed.fails(2)
+        api.watches_end = ""
+        api.put(a_slice("s", "10.0.0.2"))
+        await followed.names("10.0.0.2:9000")
+
+
+async def test_watches_that_are_cut_when_idle_are_begun_again_soon(api: FakeClusterApi) -> None:
+    """As balancers do. Twelve of them, if each counted as a failure, would take longer than this test may."""
+    pace = WatchPace(
+        silence_seconds_max=0.06,
+        watch_seconds_min=0.05,
+        backoff_seconds_min=0.01,
+        relist_seconds=1000.0,
+        backoff_seconds_max=1000.0,
+    )
+    api.is_silent = True
+    async with following(api, pace=pace) as followed:
+        await followed.until(lambda: api.num_watches >= 12)
+
+
 async def test_everything_is_listed_again_now_and_then_whatever_the_watch_says(api: FakeClusterApi) -> None:
     pace = WatchPace(silence_seconds_max=1000.0, backoff_seconds_min=0.01, relist_seconds=0.1)
     api.put(a_slice("s", "10.0.0.1"))
